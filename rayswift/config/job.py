@@ -1,0 +1,273 @@
+"""The Job: everything a run depends on, frozen, validated, and hashed.
+
+Knows pydantic only. The docstring under a field is its help, its documentation and its schema text.
+What a method's own options mean is known by that method's `Config` (`rayswift/methods/`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every job section: frozen, no unknown keys, docstrings under fields are descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _number_text(value: Any) -> Any:
+    """`2e-5` written without a dot is a string to YAML 1.1; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number_text)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class MethodSpec(BaseModel):
+    """Which loss is trained. Further keys are the options of that method's own Config."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    name: str = "sft"
+    """The method: a module of `rayswift/methods`, such as `sft` or `pretrain`."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beside `name`, to be validated by the method's Config."""
+        return dict(self.model_extra or {})
+
+
+class ModelSpec(Section):
+    """Which base model is trained."""
+
+    path: str
+    """A local Hugging Face folder, or a hub id with an optional revision: `org/name@revision`."""
+    dtype: Dtype = "float32"
+    """The type forward and backward are computed in. Trained parameters are kept in float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """The attention implementation of transformers."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+
+class AdapterSpec(Section):
+    """A low-rank adapter trained instead of the whole model (peft)."""
+
+    name: Literal["lora"] = "lora"
+    """The kind of adapter."""
+    rank: PositiveInt = 8
+    """The rank of the update."""
+    alpha: Number = 16
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Module names that get an adapter, or `all-linear`."""
+
+
+class DataSource(Section):
+    """One source of rows: a file, a glob, a folder or an fsspec URL."""
+
+    path: str
+    """A path, a glob (`data/*.jsonl`), a folder, or a URL that fsspec opens (`s3://bucket/x.jsonl`)."""
+    format: str = "auto"
+    """The row format: a module of `rayswift/data/formats`, or `auto` to find it from the columns."""
+    columns: dict[str, str] = {}
+    """Rename columns before the format is found: `{question: query}`."""
+    text_unit: Literal["line", "paragraph", "document"] = "line"
+    """What a row of a `.txt` file is: a line, a paragraph (blank lines between), or the whole file."""
+    system: str | None = None
+    """A system message put before rows that have none."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Use the first so many rows of this source."""
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    """How often each row is seen per epoch; 0.5 is a seeded half of the rows, 2 is every row twice."""
+
+
+class DataSpec(Section):
+    """What is trained on, what is held out, and how rows become sequences."""
+
+    train: tuple[DataSource, ...] = Field(min_length=1)
+    """The sources trained on."""
+    eval: tuple[DataSource, ...] = ()
+    """The held-out sources that `eval_loss` is measured on."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """The longest sequence, in tokens."""
+    packing: bool = True
+    """Fill sequences with several documents, isolated from each other by their position ids."""
+    truncation: Literal["right", "left", "delete", "split"] | None = None
+    """What to do with a row over `max_length`: cut it at the right or the left, quarantine it (`delete`), or
+    `split` it into several sequences. Default: `split` for plain text, `right` for conversations."""
+    shuffle: bool = True
+    """Visit the rows in a new seeded order in every epoch."""
+    max_bad_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.01
+    """The run ends with exit code 4 once more than this fraction of an epoch's rows is quarantined."""
+    chunk_rows: PositiveInt = 2048
+    """Rows that are shuffled, tokenized and packed together: the unit of work and of the ledger."""
+    num_workers: PositiveInt | None = None
+    """Ray Data tasks that prepare rows at the same time. Default: what the cluster has to spare."""
+
+
+class TrainSpec(Section):
+    """How long, how fast, and how it is kept."""
+
+    epochs: PositiveInt = 1
+    """Passes over the data, unless `max_steps` ends the run before."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps after which the run ends. Also the horizon of the learning rate schedule."""
+    global_batch_size: PositiveInt = 16
+    """Sequences per optimizer step, over all workers."""
+    micro_batch_size: PositiveInt = 4
+    """Sequences per forward pass of one worker."""
+    lr: Annotated[Number, Field(gt=0)] = 1e-4
+    """The peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warmup."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which the learning rate rises from zero."""
+    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """The learning rate at the end, as a fraction of the peak."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    """Decoupled weight decay on matrices (norms and biases are left alone)."""
+    betas: tuple[Number, Number] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """SGD's momentum."""
+    max_grad_norm: Annotated[Number, Field(gt=0)] | None = 1.0
+    """Clip the global gradient norm to this; null leaves gradients alone."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds the order of rows, dropout and fresh adapters."""
+    log_every: PositiveInt = 1
+    """Steps between progress lines; metrics.jsonl has every step."""
+    eval_every: PositiveInt | None = None
+    """Steps between evaluations; null evaluates at the start and at the end."""
+    save_every: PositiveInt | None = 50
+    """Steps between checkpoints; null saves only at the end."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """`auto` continues a run of the same name and job, `never` refuses an existing run, `must` demands one."""
+
+
+class ParallelSpec(Section):
+    """How the model and the batch are spread over workers."""
+
+    engine: str = "auto"
+    """The engine: a module of `rayswift/parallel/engines`, or `auto`."""
+    dp_replicate: PositiveInt = 1
+    """Copies of the model that average gradients (DDP)."""
+    dp_shard: PositiveInt | Literal["auto"] = "auto"
+    """Workers that one copy's parameters, gradients and optimizer state are sharded over (FSDP)."""
+    tp: PositiveInt = 1
+    """Tensor parallel size."""
+    pp: PositiveInt = 1
+    """Pipeline parallel size."""
+    cp: PositiveInt = 1
+    """Context parallel size."""
+    ep: PositiveInt = 1
+    """Expert parallel size."""
+
+
+class ClusterSection(Section):
+    """Where the run happens."""
+
+    workers: PositiveInt | Literal["auto"] = "auto"
+    """Training processes, one accelerator each; `auto` takes every accelerator, or one worker on a CPU."""
+    device: Literal["auto", "cpu", "cuda", "npu", "mps", "xpu"] = "auto"
+    """The kind of device; `auto` takes the accelerator that torch finds."""
+    address: str | None = None
+    """The Ray cluster to join; null joins the cluster of RAY_ADDRESS, or starts one on this machine."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Worker failures survived by restarting from the newest checkpoint."""
+    scheduling_timeout_s: Annotated[Number, Field(gt=0)] = 300
+    """Seconds to wait for the workers to be placed before the run ends with exit code 3."""
+
+
+class LoggingSpec(Section):
+    """Where metrics go beside metrics.jsonl. A tracker that fails is reported once and never stops a run."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files below the run directory."""
+    trackers: tuple[str, ...] = ()
+    """Optional trackers: modules of `rayswift/training/trackers` (`wandb`, `mlflow`, `trackio`)."""
+    project: str = "rayswift"
+    """The project name trackers file the run under."""
+
+
+# Changing these between two sessions of a run does not change which losses it computes, or extends it knowingly.
+_FREE_ON_RESUME: dict[str, tuple[str, ...]] = {
+    "train": ("epochs", "max_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "resume"),
+    "data": ("num_workers", "eval", "max_bad_fraction"),
+}
+
+
+class Job(Section):
+    """One training run. See the README for an example file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run's name; its directory is `output/name`."""
+    output: str = "runs"
+    """The folder, or fsspec URL, that run directories are made in."""
+    method: MethodSpec = MethodSpec()
+    """The method and its options."""
+    model: ModelSpec
+    """The base model."""
+    adapter: AdapterSpec | None = None
+    """The adapter, or null for full fine-tuning."""
+    data: DataSpec
+    """The rows."""
+    train: TrainSpec = TrainSpec()
+    """The optimization."""
+    parallel: ParallelSpec = ParallelSpec()
+    """The layout."""
+    cluster: ClusterSection = ClusterSection()
+    """The cluster."""
+    logging: LoggingSpec = LoggingSpec()
+    """The metrics."""
+
+    @model_validator(mode="after")
+    def _batch_sizes_agree(self) -> Job:
+        if self.train.global_batch_size < self.train.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size={self.train.micro_batch_size} is larger than "
+                f"train.global_batch_size={self.train.global_batch_size}; lower it to the global batch size"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> str:
+        """The run directory, `output/name`, as a path or URL."""
+        return f"{self.output.rstrip('/')}/{self.name}"
+
+    def identity(self) -> dict[str, Any]:
+        """The part of the job that decides which losses are computed, as plain data.
+
+        Paths count by their last part only: the same run may be continued from another folder, as every
+        `ray job submit --working-dir .` does. That the rows are the same is known by the ledger's fingerprint.
+        """
+        plain = self.model_dump(mode="json", exclude={"output", "cluster", "parallel", "logging"})
+        for section, keys in _FREE_ON_RESUME.items():
+            for key in keys:
+                plain[section].pop(key)
+        for place in (plain["model"], *plain["data"]["train"]):
+            place["path"] = os.path.basename(place["path"].rstrip("/"))
+        return plain
+
+    def job_hash(self) -> str:
+        """sha256 (hex) of `identity()`: two jobs with the same hash train the same model on the same rows."""
+        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Decide, then act: Job + cluster -> Plan. Pure arithmetic; neither torch nor Ray is loaded here."""

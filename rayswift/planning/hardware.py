@@ -1,0 +1,53 @@
+"""Hardware as data: what one accelerator holds and does, and what a cluster offers.
+
+Dense figures, not the sparse ones that are often quoted. Source: vendor data sheets; memory bandwidth in TB/s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class GpuSpec:
+    """One accelerator model. Rates are dense BF16 TFLOPS; NVLink is GB/s per direction, 0 without."""
+
+    name: str
+    memory_bytes: int
+    bf16_tflops: float
+    memory_tb_s: float
+    nvlink_gb_s: float = 0
+
+
+GPUS = (
+    GpuSpec("A100-40GB", 40 * GB, 312, 1.56, 300),
+    GpuSpec("A100-80GB", 80 * GB, 312, 2.0, 300),
+    GpuSpec("H100", 80 * GB, 989, 3.35, 450),
+    GpuSpec("H200", 141 * GB, 989, 4.8, 450),
+    GpuSpec("B200", 180 * GB, 2250, 8.0, 900),
+    GpuSpec("L40S", 48 * GB, 362, 0.86),
+    GpuSpec("A10", 24 * GB, 125, 0.60),
+    GpuSpec("RTX 4090", 24 * GB, 165, 1.01),
+)
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """What the planner may use. On a CPU `num_devices` is 0 and workers share `memory_bytes`."""
+
+    device: str
+    num_devices: int
+    num_cpus: float
+    memory_bytes: int
+    device_memory_bytes: int | None = None
+    gpu: GpuSpec | None = None
+    num_nodes: int = 1
+
+
+def find_gpu(device_name: str, memory_bytes: int) -> GpuSpec | None:
+    """The spec of a device as torch names it ("NVIDIA A100-SXM4-80GB"), told apart by memory; None if unknown."""
+    plain = device_name.replace(" ", "").lower()
+    candidates = [g for g in GPUS if g.name.split("-")[0].replace(" ", "").lower() in plain]
+    return min(candidates, key=lambda g: abs(g.memory_bytes - memory_bytes), default=None)
