@@ -1,0 +1,1 @@
+"""Ray lives here: the session that is joined or started, the trainer, and the worker function."""

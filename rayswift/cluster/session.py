@@ -1,0 +1,147 @@
+"""Joins a Ray cluster, or starts one on this machine, and says what it offers. The only writer of RAY_* variables.
+
+A cluster that was already running is joined and left running; one started here is stopped at the end, its log
+folder kept when the run failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from rayswift.errors import PlanError
+from rayswift.planning.hardware import ClusterSpec, find_gpu
+
+_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished or failed worker is noticed
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # CPU tasks keep seeing the machine's GPUs, as Ray will do by default
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+_OBJECT_STORE_BYTES = 2 * 10**9
+_LOCAL_OBJECT_STORE_FRACTION = 0.2
+_ACCELERATORS = {"GPU": "cuda", "NPU": "npu"}
+
+
+def configure(scheduling_timeout_s: float = 300) -> None:
+    """Set what Ray reads from the environment, before it is first imported where possible. User settings win."""
+    timeout = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{scheduling_timeout_s:g}"}
+    for name, value in {**_ENVIRONMENT, **timeout}.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def session(address: str | None = None) -> Iterator[None]:
+    """A Ray connection for the duration: the caller's own, the one at `address` or RAY_ADDRESS, or a fresh local one.
+
+    Raises PlanError when a cluster at an address cannot be reached.
+    """
+    configure()
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        _join(address)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    folder = _start_local()
+    try:
+        yield
+    except BaseException:
+        ray.shutdown()
+        raise
+    else:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def cluster_spec(device: str) -> ClusterSpec:
+    """What the connected cluster offers to a job that asks for this kind of device (`auto`: what it has)."""
+    resources = ray.cluster_resources()
+    found = next((kind for name, kind in _ACCELERATORS.items() if resources.get(name)), "cpu")
+    device = _local_accelerator(found) if device == "auto" else device
+    key = next((name for name, kind in _ACCELERATORS.items() if kind == device), "GPU")
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    gpu_name, gpu_bytes = _device_memory(device)
+    return ClusterSpec(
+        device=device,
+        num_devices=0 if device == "cpu" else 1 if device == "mps" else int(resources.get(key, 0)),
+        num_cpus=resources.get("CPU", 0.0),
+        memory_bytes=int(resources.get("memory", 0)),
+        device_memory_bytes=gpu_bytes,
+        gpu=find_gpu(gpu_name, gpu_bytes) if gpu_name and gpu_bytes else None,
+        num_nodes=len(nodes),
+    )
+
+
+def worker_environment(num_workers: int, cpus_per_worker: float) -> dict[str, Any]:
+    """The runtime environment of training workers: threads that fit their share of the cores."""
+    threads = max(1, int(cpus_per_worker))
+    return {"env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}}
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PlanError(
+            f"cannot be reached: {reason}",
+            path="cluster.address",
+            value=address,
+            fix="start it (ray up cluster.yaml), correct the address, or leave it null for a local cluster",
+        ) from error
+
+
+def _start_local() -> str:
+    """Start a cluster of this machine's cores and accelerators; its temp folder is private and short for sockets."""
+    folder = tempfile.mkdtemp(prefix="rayswift-", dir=os.environ.get("RAYSWIFT_TMPDIR"))
+    free = shutil.disk_usage("/dev/shm").free if sys.platform == "linux" else _OBJECT_STORE_BYTES
+    ray.init(
+        address="local",
+        num_cpus=max(2, os.cpu_count() or 1),
+        include_dashboard=False,
+        object_store_memory=max(100 * 10**6, min(_OBJECT_STORE_BYTES, int(free * _LOCAL_OBJECT_STORE_FRACTION))),
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        _temp_dir=folder,
+    )
+    return folder
+
+
+def _local_accelerator(found: str) -> str:
+    """Ray calls every GPU a GPU and does not count Apple's: ask torch only where one may be there."""
+    if found == "cpu" and sys.platform != "darwin":
+        return "cpu"
+    import torch
+
+    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return current.type if current is not None else found
+
+
+def _device_memory(device: str) -> tuple[str | None, int | None]:
+    """(name, bytes) of a device of this kind on this machine; unknown for a CPU or when the driver has none."""
+    if device == "cpu":
+        return None, None
+    import torch
+
+    if not torch.accelerator.is_available() or device == "mps":
+        return None, None
+    backend = getattr(torch, device)
+    properties = backend.get_device_properties(0)
+    return str(properties.name), int(properties.total_memory)

@@ -1,0 +1,60 @@
+"""Sends a job to a Ray cluster through its dashboard and follows it. Knows no training."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from rayswift.errors import ConfigError, WorkerError
+
+
+def submit(job: str, overrides: Sequence[str], *, address: str | None, working_dir: str, wait: bool) -> int:
+    """The exit code of `rayswift train JOB KEY=VALUE...` run on the cluster; 0 at once when not waiting for it.
+
+    `address` is the dashboard's URL. Raises ConfigError when no dashboard answers there.
+    """
+    client = _connect(address)
+    submission = client.submit_job(
+        entrypoint=shlex.join(["python", "-m", "rayswift.cli", "train", job, *overrides]),
+        runtime_env={"working_dir": working_dir},
+        metadata={"rayswift_job": job},
+    )
+    print(f"submitted {submission}", flush=True)
+    if not wait:
+        return 0
+    asyncio.run(_follow(client, submission))
+    return _exit_code(client, submission)
+
+
+def _connect(address: str | None) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+    if not address or "://" not in address:
+        raise ConfigError("is no dashboard URL", path="address", value=address or "",
+                          fix="give --address the dashboard URL that `ray start --head` printed")  # fmt: skip
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"does not answer: {reason}", path="address", value=address,
+                          fix="check that the cluster runs and was started with a dashboard") from error  # fmt: skip
+
+
+async def _follow(client: Any, submission: str) -> None:
+    """Prints the job's log until it ends."""
+    async for text in client.tail_job_logs(submission):
+        print(text, end="", flush=True)
+
+
+def _exit_code(client: Any, submission: str) -> int:
+    info = client.get_job_info(submission)
+    if info.status == "SUCCEEDED":
+        return 0
+    if info.driver_exit_code:
+        return int(info.driver_exit_code)
+    raise WorkerError(f"ended as {info.status}: {info.message}", path="submission", value=submission,
+                      fix=f"read it again with `ray job logs {submission}`")  # fmt: skip

@@ -1,0 +1,135 @@
+"""Job + Plan -> TorchTrainer: runs the worker function on placed workers and turns failures into our errors."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import ray.train
+from ray.train import ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
+from ray.train.v2.api.config import FailureConfig, RunConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from rayswift.cluster.session import configure, worker_environment
+from rayswift.cluster.worker import work
+from rayswift.config.job import Job
+from rayswift.errors import PlanError, RaySwiftError, WorkerError
+from rayswift.training.run import WorkOrder
+from rayswift.training.run_dir import RunDir
+
+_RAY_FOLDER = "ray"
+
+
+def fit(order: WorkOrder) -> None:
+    """Train to the end on the connected cluster, restarting from checkpoints after worker failures.
+
+    Raises the worker's own RaySwiftError at once, PlanError when the workers cannot be placed within
+    `cluster.scheduling_timeout_s`, and WorkerError when workers died more than `cluster.max_failures` times.
+    """
+    job, plan = order.job, order.plan
+    configure(job.cluster.scheduling_timeout_s)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    placement = plan.placement
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"order": order},
+        scaling_config=ScalingConfig(
+            num_workers=placement.num_workers,
+            use_gpu="GPU" in placement.resources_per_worker,
+            resources_per_worker=placement.resources_per_worker,
+            placement_strategy=placement.strategy,
+        ),
+        torch_config=TorchConfig(backend=_backend(plan.device)),
+        run_config=cast(
+            Any,
+            RunConfig(
+                name=_RAY_FOLDER,
+                failure_config=FailureConfig(max_failures=job.cluster.max_failures, controller_failure_limit=0),
+                worker_runtime_env=worker_environment(
+                    placement.num_workers, placement.resources_per_worker.get("CPU", 1.0)
+                ),
+                callbacks=cast(Any, [_StopOnUserError()]),
+                **_storage(job.run_dir),
+            ),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _translate(error, job) from error
+    finally:
+        RunDir(job.run_dir).remove(_RAY_FOLDER)
+
+
+class _StopOnUserError(WorkerGroupCallback):
+    """A RaySwiftError in a worker is final: restarting cannot mend the user's data or settings.
+
+    Ray's failure policy retries every worker error and cannot be replaced, but an exception raised here, in the
+    controller, ends the run.
+    """
+
+    def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
+        """Raise the first RaySwiftError that a worker ended with."""
+        for error in worker_group_status.errors.values():
+            found = find_user_error(error)
+            if found is not None:
+                raise found
+
+
+def find_user_error(error: BaseException | None) -> RaySwiftError | None:
+    """The RaySwiftError behind what Ray wrapped, if there is one."""
+    seen: set[int] = set()
+    pending: list[Any] = [error]
+    while pending:
+        current = pending.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, RaySwiftError):
+            return current
+        if isinstance(current, BaseException):
+            pending += [current.__cause__, current.__context__]
+        pending += [getattr(current, name, None) for name in ("cause", "_base_exc", "controller_failure")]
+        pending += list(getattr(current, "worker_failures", {}).values())
+    return None
+
+
+def _translate(error: TrainingFailedError, job: Job) -> RaySwiftError:
+    """Our error for Ray's: what to do, in one line."""
+    found = find_user_error(error)
+    if found is not None:
+        return found
+    text = str(error).strip()
+    if "startup timed out" in text or "StartupFailed" in text:
+        return PlanError(
+            f"passed and the workers were not placed; free resources: {ray.available_resources()}",
+            path="cluster.scheduling_timeout_s",
+            value=job.cluster.scheduling_timeout_s,
+            fix="lower cluster.workers, free the cluster, or add nodes",
+        )
+    last = next((line for line in reversed(text.splitlines()) if line.strip()), type(error).__name__)
+    return WorkerError(
+        f"training stopped after {job.cluster.max_failures} restarts: {last.strip()}",
+        path="run",
+        value=job.run_dir,
+        fix="run the same command again to continue from the newest checkpoint; set RAYSWIFT_DEBUG=1 for the traceback",
+    )
+
+
+def _backend(device: str) -> str:
+    """gloo for the host and, beside it, what the device communicates with."""
+    native = {"cuda": "nccl", "npu": "hccl", "xpu": "xccl"}.get(device)
+    return f"cpu:gloo,{device}:{native}" if native else "gloo"
+
+
+def _storage(run_dir: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own small state: inside the run directory, on the same file system."""
+    place = RunDir(run_dir)
+    if place.is_local:
+        return {"storage_path": place.root}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return {"storage_path": place.root, "storage_filesystem": PyFileSystem(FSSpecHandler(place.fs))}

@@ -1,0 +1,121 @@
+"""Blocks of sequences: the rows of a step that one data rank trains on, and how they become its StepInput.
+
+No Ray here. `local_blocks` gives a rank, in its own process, the very blocks that `pipeline` gives it through Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from rayswift.data.collate import PackedSequence, collate
+from rayswift.data.ledger import Ledger
+from rayswift.data.prepare import prepare_chunk
+from rayswift.data.stream import StreamPlan
+from rayswift.data.types import BadRow, PackedBatch, StepInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def step_inputs(
+    blocks: Iterable[pa.Table], *, sequences_per_step: int, micro_batch_size: int, pad_id: int
+) -> Iterator[StepInput]:
+    """One StepInput per block, then empty ones without end, because other ranks may still have rows.
+
+    A block is this rank's whole share of a step: `sequences_per_step` sequences, fewer only at the end of the
+    stream. Every StepInput has the same number of micro-batches, the missing ones filled with padding.
+    """
+    num_micro_batches = -(-sequences_per_step // micro_batch_size)
+    padding = collate([], pad_id)
+    for block in blocks:
+        if block.num_rows:
+            assert block.num_rows <= sequences_per_step, "a block is one rank's share of a step"
+            batches = list(_micro_batches(block, micro_batch_size, pad_id))
+            batches += [padding] * (num_micro_batches - len(batches))
+            yield _step_input(block, tuple(batches), full=block.num_rows == sequences_per_step)
+    while True:
+        yield StepInput((padding,) * num_micro_batches, 0, 0, 0, 0, None)
+
+
+def local_blocks(
+    plan: StreamPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data_rank: int,
+    data_size: int,
+    global_batch_size: int,
+    ledger: Ledger,
+) -> Iterator[pa.Table]:
+    """The blocks of one data rank from where `ledger` stands: block k of the stream goes to rank k % data_size."""
+    tables = (chunk_from(plan, index, tokenizer, ledger) for index in chunks_left(plan, ledger))
+    for number, block in enumerate(_rebatched(tables, global_batch_size // data_size)):
+        if number % data_size == data_rank:
+            yield block
+
+
+def chunks_left(plan: StreamPlan, ledger: Ledger) -> range:
+    """The chunks that are not yet trained on to their end."""
+    return range(plan.position(ledger)[0], plan.num_chunks)
+
+
+def chunk_from(plan: StreamPlan, index: int, tokenizer: PreTrainedTokenizerBase, ledger: Ledger) -> pa.Table:
+    """The sequences of chunk `index` that come after `ledger`."""
+    first_chunk, consumed = plan.position(ledger)
+    table = prepare_chunk(plan, index, tokenizer)
+    return table.slice(consumed) if index == first_chunk else table
+
+
+def _rebatched(tables: Iterable[pa.Table], num_rows: int) -> Iterator[pa.Table]:
+    """The same rows in blocks of exactly `num_rows`; only the last may be smaller."""
+    left: list[pa.Table] = []
+    held = 0
+    for table in tables:
+        left.append(table)
+        held += table.num_rows
+        if held < num_rows:
+            continue
+        whole = pa.concat_tables(left)
+        for start in range(0, held - held % num_rows, num_rows):
+            yield whole.slice(start, num_rows)
+        left, held = [whole.slice(held - held % num_rows)], held % num_rows
+    if held:
+        yield pa.concat_tables(left)
+
+
+def _micro_batches(block: pa.Table, micro_batch_size: int, pad_id: int) -> Iterator[PackedBatch]:
+    sequences = _sequences(block)
+    for start in range(0, len(sequences), micro_batch_size):
+        yield collate(sequences[start : start + micro_batch_size], pad_id)
+
+
+def _sequences(block: pa.Table) -> list[PackedSequence]:
+    names = ("input_ids", "loss_mask", "lengths")
+    columns: Sequence[pa.ChunkedArray] = [block.column(name) for name in names]
+    return [
+        PackedSequence(ids.values.to_numpy(), mask.values.to_numpy(), lengths.as_py())
+        for ids, mask, lengths in zip(*columns, strict=True)
+    ]
+
+
+def _step_input(block: pa.Table, batches: tuple[PackedBatch, ...], *, full: bool) -> StepInput:
+    keys = block.column("rows").to_pylist()
+    return StepInput(
+        micro_batches=batches,
+        num_sequences=block.num_rows,
+        num_tokens=sum(map(sum, block.column("lengths").to_pylist())),
+        num_rows=sum(key >= 0 for one in keys for key in one),
+        num_rows_visited=sum(block.column("visited").to_pylist()),
+        position=_position_after(block) if full else None,
+        bad_rows=tuple(BadRow(**json.loads(text)) for one in block.column("bad").to_pylist() for text in one),
+    )
+
+
+def _position_after(block: pa.Table) -> tuple[int, int]:
+    """The place behind the last sequence of a block: in its chunk, or at the start of the next."""
+    last = block.slice(block.num_rows - 1).to_pylist()[0]
+    chunk, sequence = int(last["chunk"]), int(last["sequence"]) + 1
+    return (chunk + 1, 0) if sequence == last["num_sequences"] else (chunk, sequence)

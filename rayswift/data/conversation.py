@@ -1,0 +1,173 @@
+"""What every conversational format shares: turns, roles and their order, tools, and typed access to columns.
+
+Roles of a Message are `system`, `user`, `assistant`, `tool` (a tool's answer) and `tool_call`, whose content is
+the JSON `{"name": ..., "arguments": {...}}`; `rendering` hands it to the template as the assistant's call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rayswift.data.formats import RowError
+from rayswift.data.types import Message, Sample
+
+_ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "ipython": "tool",
+    "function_call": "tool_call", "tool_call": "tool_call",
+}  # fmt: skip
+_FOLLOWS = {
+    None: {"system", "user"},
+    "system": {"user"},
+    "user": {"assistant", "tool_call"},
+    "assistant": {"user", "tool_call"},
+    "tool_call": {"tool_call", "tool"},
+    "tool": {"tool", "tool_call", "assistant"},
+}
+_MEDIA = ("images", "image", "audios", "audio", "videos", "video")
+
+
+def conversation(row: dict[str, Any], messages: Sequence[Message]) -> Sample:
+    """A Sample of these turns with the row's tools. Raises RowError for turns in no order, or without a last answer."""
+    reject_media(row)
+    check_order(messages)
+    return Sample(messages=tuple(messages), tools=tools_of(row.get("tools")))
+
+
+def turns(value: Any, name: str) -> list[Message]:
+    """The turns of a column of `{role, content}` or `{from, value}` objects, or of the JSON text of such a list."""
+    value = from_json(value, name)
+    if value is None or value == []:
+        raise RowError(f"has no `{name}`")
+    if not isinstance(value, list):
+        raise RowError(f"`{name}` is {kind(value)}, not a list of turns")
+    return [message for number, turn in enumerate(value, 1) for message in _turn(turn, number)]
+
+
+def pairs(value: Any, name: str) -> list[Message]:
+    """The turns of a `history` column: a list of [question, answer] pairs; none when it is absent."""
+    value = from_json(value, name) or []
+    if not isinstance(value, list) or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value):
+        raise RowError(f"`{name}` is not a list of [question, answer] pairs")
+    roles = ("user", "assistant")
+    return [Message(role, text(part, name)) for pair in value for role, part in zip(roles, pair, strict=True)]
+
+
+def check_order(messages: Sequence[Message]) -> None:
+    """Raises RowError unless system comes first, turns alternate, and the assistant has the last, non-empty word."""
+    before: str | None = None
+    for number, message in enumerate(messages, 1):
+        if message.role not in _FOLLOWS[before]:
+            place = f"after {before}" if before else "first"
+            raise RowError(f"turn {number} is {message.role} {place}; expected {' or '.join(sorted(_FOLLOWS[before]))}")
+        if message.role == "assistant" and not message.content.strip():
+            raise RowError(f"turn {number}, an answer of the assistant, is empty")
+        before = message.role
+    if before not in ("assistant", "tool_call"):
+        raise RowError(f"ends with a turn of {before or 'nobody'}; there is no answer to train on")
+
+
+def text(value: Any, name: str) -> str:
+    """The text in a column; null is the empty text. Raises RowError for any other type."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowError(f"`{name}` is {kind(value)}, not text")
+    return value
+
+
+def required(value: Any, name: str) -> str:
+    """As `text`, but raises RowError when there is nothing but white space."""
+    found = text(value, name)
+    if not found.strip():
+        raise RowError(f"`{name}` is {'empty' if value is not None else 'missing'}")
+    return found
+
+
+def system_turn(row: dict[str, Any]) -> list[Message]:
+    """The row's own system message, in a list, or an empty list."""
+    system = text(row.get("system"), "system")
+    return [Message("system", system)] if system.strip() else []
+
+
+def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
+    """Tool declarations as JSON schemas of the OpenAI kind, from a list of objects or its JSON text."""
+    value = from_json(value, "tools") or []
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowError("`tools` is not a list of objects")
+    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
+
+
+def reject_media(row: dict[str, Any]) -> None:
+    """Raises RowError for images, audio and video: dropping them would train on an answer to nothing."""
+    for name in _MEDIA:
+        if row.get(name):
+            raise RowError(f"has `{name}`, and only text is trained on")
+
+
+def from_json(value: Any, name: str) -> Any:
+    """The value, parsed when it is the JSON text of a list: CSV and many Parquet files hold lists so."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise RowError(f"`{name}` is text, and not the JSON of a list: {error}") from error
+
+
+def kind(value: object) -> str:
+    """`a number`, `a list`, ... for an error message."""
+    names = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _turn(turn: Any, number: int) -> Iterable[Message]:
+    if not isinstance(turn, dict):
+        raise RowError(f"turn {number} is {kind(turn)}, not an object")
+    role = turn.get("role", turn.get("from"))
+    if not isinstance(role, str) or role.lower() not in _ROLES:
+        raise RowError(f"turn {number} has the role {role!r}; known are {', '.join(sorted(_ROLES))}")
+    name = "content" if "content" in turn else "value"
+    content = _content(turn.get(name), f"{name} of turn {number}")
+    loss = _loss(turn, number)
+    calls = turn.get("tool_calls") or []
+    if _ROLES[role.lower()] == "tool_call":
+        calls, content = from_json(content, f"{name} of turn {number}"), ""
+        calls = calls if isinstance(calls, list) else [calls]
+    elif content.strip() or not calls:
+        yield Message(_ROLES[role.lower()], content, loss)
+    for call in calls:
+        yield Message("tool_call", _call(call, number), loss)
+
+
+def _content(value: Any, name: str) -> str:
+    """The text of a message; OpenAI also writes it as a list of typed parts."""
+    if not isinstance(value, list):
+        return text(value, name)
+    if any(not isinstance(part, dict) or part.get("type") != "text" for part in value):
+        raise RowError(f"`{name}` has parts that are not text")
+    return "".join(text(part.get("text"), name) for part in value)
+
+
+def _loss(turn: dict[str, Any], number: int) -> bool | None:
+    """The override of a turn: `loss` (ms-swift) or `weight` (OpenAI), a boolean, 0 or 1."""
+    value = turn.get("loss", turn.get("weight"))
+    if value is None:
+        return None
+    if value not in (0, 1):
+        raise RowError(f"`loss` of turn {number} is {value!r}, not true or false")
+    return bool(value)
+
+
+def _call(call: Any, number: int) -> str:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError(f"turn {number} has a tool call without a name")
+    arguments = from_json(function.get("arguments"), f"arguments of turn {number}")
+    return json.dumps({"name": function["name"], "arguments": arguments or {}}, ensure_ascii=False)

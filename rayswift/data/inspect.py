@@ -1,0 +1,65 @@
+"""A look at the first rows before anything is started: formats, empty data, unusable data. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from rayswift.config.job import DataSource
+from rayswift.data.detect import detect, load_format, normalise, renamed
+from rayswift.data.formats import RowError
+from rayswift.data.quarantine import describe
+from rayswift.data.sources import FileIndex, RawRow, bad_row, read_rows
+from rayswift.data.types import BadRow
+from rayswift.errors import ConfigError, DataError
+
+PREFLIGHT_ROWS = 100
+
+
+def preflight(
+    sources: Sequence[DataSource], files: Sequence[FileIndex], *, path: str = "data.train"
+) -> tuple[str, ...]:
+    """The format of each source, by its first 100 rows.
+
+    Raises ConfigError for a source without rows or of no known format, DataError when none of these rows can be used.
+    """
+    return tuple(
+        _preflight_source(source, [file for file in files if file.source == number], f"{path}.{number}")
+        for number, source in enumerate(sources)
+    )
+
+
+def _preflight_source(source: DataSource, files: Sequence[FileIndex], place: str) -> str:
+    if not any(file.num_rows for file in files):
+        raise ConfigError("has no rows", path=f"{place}.path", value=source.path, fix="point it at data that has some")
+    rows = list(islice(_first_rows(files), PREFLIGHT_ROWS))
+    good = [renamed(row, source) for _, (_, _, row) in rows if isinstance(row, dict)]
+    if source.format != "auto":
+        load_format(source.format, path=f"{place}.format")
+    elif not good:
+        raise _unusable([row for _, (_, _, row) in rows if isinstance(row, BadRow)])
+    chosen = detect(good, path=f"{place}.format") if source.format == "auto" else source.format
+    bad = [fault for file, raw in rows if (fault := _fault(file, raw, chosen, source)) is not None]
+    if len(bad) == len(rows):
+        raise _unusable(bad)
+    return chosen
+
+
+def _first_rows(files: Sequence[FileIndex]) -> Any:
+    return ((file, raw) for file in files for span in file.spans for raw in read_rows(file, span))
+
+
+def _fault(file: FileIndex, raw: RawRow, format_name: str, source: DataSource) -> BadRow | None:
+    row, line, value = raw
+    if isinstance(value, BadRow):
+        return value
+    try:
+        normalise(value, format_name, source)
+    except RowError as error:
+        return bad_row(file, row, line, str(error), str(value))
+    return None
+
+
+def _unusable(bad: Sequence[BadRow]) -> DataError:
+    return DataError(f"none of the first {len(bad)} rows can be used: {describe(bad)}; repair the data or set `format`")

@@ -1,0 +1,108 @@
+"""The stream through Ray Data: chunks are prepared by tasks, in order, and dealt out to data ranks.
+
+The only module of `data` that imports Ray. What a block holds is decided by `stream` and `prepare`; here is
+only where it is computed. The tokenizer is loaded once per worker process.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import DataContext, DataIterator, Dataset
+
+from rayswift.data.blocks import chunk_from, chunks_left
+from rayswift.data.ledger import Ledger
+from rayswift.data.prepare import SCHEMA
+from rayswift.data.stream import StreamPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MAX_TASKS = 4096
+
+
+def stream_dataset(
+    plan: StreamPlan,
+    tokenizer_path: str,
+    *,
+    ledger: Ledger,
+    global_batch_size: int,
+    data_size: int,
+    num_workers: int | None = None,
+) -> Dataset:
+    """The sequences from where `ledger` stands, in blocks of one rank's share of a step, in stream order.
+
+    `num_workers` bounds the tasks that prepare chunks at the same time; None leaves it to Ray Data. Nothing runs
+    before the dataset is read. A tokenizer that cannot be used raises in the first task, not here.
+    """
+    chunks = chunks_left(plan, ledger)
+
+    def prepare(batch: dict[str, np.ndarray]) -> pa.Table:
+        tokenizer = _tokenizer(tokenizer_path)
+        tables = [chunk_from(plan, chunks.start + int(i), tokenizer, ledger) for i in batch["id"]]
+        return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+    with DataContext.current(_context()):
+        dataset = ray.data.range(len(chunks), override_num_blocks=max(1, min(len(chunks), _MAX_TASKS)))
+        dataset = dataset.map_batches(prepare, batch_size=1, batch_format="numpy", concurrency=num_workers)
+        return dataset.repartition(target_num_rows_per_block=global_batch_size // data_size, strict=True)
+
+
+def split_stream(
+    plan: StreamPlan,
+    tokenizer_path: str,
+    *,
+    ledger: Ledger,
+    global_batch_size: int,
+    data_size: int,
+    num_workers: int | None = None,
+) -> list[DataIterator]:
+    """One iterator per data rank; block k of the stream goes to rank k % data_size.
+
+    Ray deals a block to the split with the fewest rows so far. Blocks are equal, so this takes turns, and a global
+    batch holds the same sequences for any number of ranks. Arguments as in `stream_dataset`.
+    """
+    dataset = stream_dataset(
+        plan,
+        tokenizer_path,
+        ledger=ledger,
+        global_batch_size=global_batch_size,
+        data_size=data_size,
+        num_workers=num_workers,
+    )
+    return list(dataset.streaming_split(data_size, equal=False))
+
+
+def warm_workers(tokenizer_path: str, num_workers: int) -> list[ray.ObjectRef[None]]:
+    """References to tasks that load the tokenizer in worker processes that Ray then reuses for the stream.
+
+    Importing transformers takes seconds; a caller that starts this early hides them. Nobody has to wait for it.
+    """
+    load = ray.remote(num_cpus=1)(_warm)
+    return [load.remote(tokenizer_path) for _ in range(num_workers)]
+
+
+def _context() -> Any:
+    """Settings of this dataset alone: the caller's context is left as it is."""
+    context = DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.execution_no_progress_timeout_s = -1  # a checkpoint may pause the consumer for as long as it takes
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return context
+
+
+def _warm(tokenizer_path: str) -> None:
+    _tokenizer(tokenizer_path)
+
+
+@cache
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    from rayswift.models.loading import load_tokenizer
+
+    return load_tokenizer(path)

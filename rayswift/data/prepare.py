@@ -1,0 +1,162 @@
+"""One chunk of the stream as an Arrow table of sequences: read, shuffle, normalise, tokenize, pack.
+
+A pure function of plan, chunk number and tokenizer; runs in Ray Data tasks, in tests and in evaluation alike.
+Row keys are `file << 40 | row`; a document that continues a split row carries the complement `~key`, so that
+counting the non-negative keys counts each row once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from rayswift.data.detect import normalise
+from rayswift.data.formats import RowError
+from rayswift.data.packing import pack
+from rayswift.data.sources import RawRow, bad_row, read_rows
+from rayswift.data.stream import ChunkPart, ChunkSpec, StreamPlan
+from rayswift.data.tokenize import encode
+from rayswift.data.types import BadRow, Example, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SCHEMA = pa.schema(
+    [
+        ("chunk", pa.int32()),
+        ("sequence", pa.int32()),
+        ("num_sequences", pa.int32()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.int8())),
+        ("lengths", pa.list_(pa.int32())),
+        ("rows", pa.list_(pa.int64())),
+        ("visited", pa.int32()),
+        ("bad", pa.list_(pa.string())),
+    ]
+)
+"""One row per sequence. `lengths` and `rows` have an entry per document; `num_sequences` is the chunk's, so that
+the place after its last sequence is known to be the next chunk. `visited` shares the chunk's rows, bad ones
+included, among its sequences; `bad` holds the chunk's BadRows as JSON, on its first sequence."""
+
+_FILE_BITS = 40
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the chunk with its place."""
+
+    file: int
+    raw: RawRow
+
+    @property
+    def key(self) -> int:
+        return self.file << _FILE_BITS | self.raw[0]
+
+
+def prepare_chunk(plan: StreamPlan, index: int, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+    """The sequences of chunk `index`, as `SCHEMA` says.
+
+    A chunk without a usable row gives one empty sequence, which carries its bad rows to the quarantine.
+    """
+    chunk = plan.chunk(index)
+    rows = _rows(plan, chunk)
+    documents, bad = _documents(plan, rows, tokenizer)
+    bins = _bins(plan, chunk, [len(example.input_ids) for _, example in documents]) or [[]]
+    return _table(chunk, len(rows), [[documents[i] for i in one] for one in bins], bad)
+
+
+def _rows(plan: StreamPlan, chunk: ChunkSpec) -> list[_Row]:
+    rows = [_Row(part.file, raw) for part in chunk.parts for raw in _part_rows(plan, chunk, part)]
+    if plan.settings.shuffle:
+        order = np.random.default_rng([plan.settings.seed, chunk.epoch, 1, chunk.number]).permutation(len(rows))
+        rows = [rows[i] for i in order]
+    return rows
+
+
+def _part_rows(plan: StreamPlan, chunk: ChunkSpec, part: ChunkPart) -> Iterator[RawRow]:
+    file = plan.files[part.file]
+    rows = islice(read_rows(file, file.spans[part.span]), part.first, part.first + part.size)
+    if part.num_rows == part.size:
+        return rows
+    seed = [plan.settings.seed, chunk.epoch, 2, part.file, part.span, part.first]
+    taken = set(np.random.default_rng(seed).permutation(part.size)[: part.num_rows].tolist())
+    return (row for place, row in enumerate(rows) if place in taken)
+
+
+def _documents(
+    plan: StreamPlan, rows: Sequence[_Row], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[tuple[int, Example]], list[BadRow]]:
+    """(key, Example) of all documents in row order, and the rows that gave none."""
+    outcomes: list[Sample | BadRow] = [_normalised(plan, row) for row in rows]
+    settings = plan.settings
+    encoded = iter(
+        encode(
+            [sample for sample in outcomes if isinstance(sample, Sample)],
+            tokenizer,
+            max_length=settings.max_length,
+            rendering=settings.rendering,
+            truncation=settings.truncation,
+        )
+    )
+    documents: list[tuple[int, Example]] = []
+    bad: list[BadRow] = []
+    for row, outcome in zip(rows, outcomes, strict=True):
+        found = outcome if isinstance(outcome, BadRow) else next(encoded)
+        if isinstance(found, list):
+            documents += [(~row.key if piece else row.key, example) for piece, example in enumerate(found)]
+        else:
+            bad.append(found if isinstance(found, BadRow) else _bad(plan, row, found))
+    return documents, bad
+
+
+def _normalised(plan: StreamPlan, row: _Row) -> Sample | BadRow:
+    value = row.raw[2]
+    if isinstance(value, BadRow):
+        return value
+    source = plan.files[row.file].source
+    try:
+        return normalise(value, plan.formats[source], plan.sources[source])
+    except RowError as error:
+        return _bad(plan, row, error)
+
+
+def _bad(plan: StreamPlan, row: _Row, error: RowError) -> BadRow:
+    number, line, value = row.raw
+    return bad_row(plan.files[row.file], number, line, str(error), str(value))
+
+
+def _bins(plan: StreamPlan, chunk: ChunkSpec, lengths: list[int]) -> list[list[int]]:
+    """Which documents share a sequence. Packing sorts by length, so the sequences are put into a seeded order."""
+    if not plan.settings.packing:
+        return [[i] for i in range(len(lengths))]
+    bins = [sorted(one) for one in pack(lengths, plan.settings.max_length)]
+    if not plan.settings.shuffle:
+        return sorted(bins)
+    order = np.random.default_rng([plan.settings.seed, chunk.epoch, 3, chunk.number]).permutation(len(bins))
+    return [bins[i] for i in order]
+
+
+def _table(chunk: ChunkSpec, num_rows: int, sequences: list[list[tuple[int, Example]]], bad: list[BadRow]) -> pa.Table:
+    count = len(sequences)
+    columns = {
+        "chunk": [chunk.index] * count,
+        "sequence": list(range(count)),
+        "num_sequences": [count] * count,
+        "input_ids": [_concatenated([example.input_ids for _, example in one], np.int32) for one in sequences],
+        "loss_mask": [_concatenated([example.loss_mask for _, example in one], np.int8) for one in sequences],
+        "lengths": [[len(example.input_ids) for _, example in one] for one in sequences],
+        "rows": [[key for key, _ in one] for one in sequences],
+        "visited": [num_rows * (i + 1) // count - num_rows * i // count for i in range(count)],
+        "bad": [[row.to_json() for row in bad], *[[]] * (count - 1)],
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _concatenated(parts: list[list[int]], dtype: type) -> np.ndarray:
+    """Numpy rows, because Arrow takes them many times faster than lists of integers."""
+    return np.array([value for part in parts for value in part], dtype=dtype)

@@ -1,0 +1,236 @@
+"""Where rows come from: paths, globs and URLs -> indexed files -> raw rows, all through fsspec.
+
+Knows files, spans and the Reader protocol; what a row means is known by `formats/`, how a kind of file is
+cut into spans by `readers/`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import islice
+from typing import IO, Any, ClassVar, Literal, Protocol, cast
+
+from rayswift import plugins
+from rayswift.config.job import DataSource
+from rayswift.data.types import BadRow
+from rayswift.errors import ConfigError, DataError
+
+RawRow = tuple[int, int | None, dict[str, Any] | BadRow]
+"""Row number in the file (from 0), 1-based line where the kind of file has lines, and the row or why it is bad."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a file is cut into rows and spans. A span holds at most `span_rows` rows and about `span_bytes` bytes."""
+
+    text_unit: Literal["line", "paragraph", "document"] = "line"
+    span_rows: int = 256
+    span_bytes: int = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive rows that are read together. `start`, `stop` mean what the file's reader makes of them."""
+
+    first_row: int
+    num_rows: int
+    start: int
+    stop: int
+    num_bytes: int
+    first_line: int | None = None
+
+
+@dataclass(frozen=True)
+class FileIndex:
+    """One file and where its rows lie. Rows are numbered from 0 in file order; `spans` cover them without gaps."""
+
+    path: str
+    source: int
+    reader: str
+    num_rows: int
+    size_bytes: int
+    sha256: str
+    spans: tuple[Span, ...]
+    columns: tuple[str, ...] = ()
+    options: ReadOptions = ReadOptions()
+
+    def limited(self, num_rows: int) -> FileIndex:
+        """This index with only the first `num_rows` rows."""
+        spans = tuple(
+            span if span.first_row + span.num_rows <= num_rows else replace(span, num_rows=num_rows - span.first_row)
+            for span in self.spans
+            if span.first_row < num_rows
+        )
+        return replace(self, num_rows=min(self.num_rows, num_rows), spans=spans)
+
+
+class Reader(Protocol):
+    """One kind of file. A row that cannot be read is yielded as a BadRow; only a hopeless file raises DataError."""
+
+    extensions: ClassVar[tuple[str, ...]]
+
+    def index(self, path: str, source: int, options: ReadOptions) -> FileIndex:
+        """Where the rows of the file lie, found in one pass that also hashes the file."""
+        ...
+
+    def read(self, index: FileIndex, span: Span) -> Iterator[RawRow]:
+        """The rows of one span, in file order; may yield more than `span.num_rows`, which the caller cuts off."""
+        ...
+
+
+def resolve(source: DataSource, index: int, *, path: str = "data.train") -> list[str]:
+    """The sorted absolute paths or URLs of a source's files. Raises ConfigError when there is none.
+
+    A folder stands for the files below it that a reader knows.
+    """
+    place = f"{path}.{index}.path"
+    try:
+        filesystem, name = _filesystem(source.path)
+        found = _matches(filesystem, name)
+    except RecursionError:
+        raise
+    except Exception as error:  # every fsspec backend raises its own types; none may reach the user as a traceback
+        raise ConfigError(
+            f"cannot be opened: {_one_line(error)}", path=place, value=source.path, fix=_install_hint(error)
+        ) from error
+    if not found:
+        raise ConfigError(_missing_rule(source.path), path=place, value=source.path, fix=_closest(filesystem, name))
+    return [_full_name(filesystem, one) for one in found]
+
+
+def index_sources(
+    sources: Sequence[DataSource], *, path: str = "data.train", span_rows: int = 256
+) -> tuple[FileIndex, ...]:
+    """The indexes of all files of all sources, in order; `limit` counts over the files of a source.
+
+    Raises ConfigError for a path that leads nowhere or a kind of file nobody reads, DataError for a broken file.
+    """
+    indexes: list[FileIndex] = []
+    for number, source in enumerate(sources):
+        left = source.limit
+        for file in resolve(source, number, path=path):
+            if left == 0:
+                break
+            index = _index_file(file, source, number, path, span_rows)
+            if left is not None:
+                index = index.limited(left)
+                left -= index.num_rows
+            indexes.append(index)
+    return tuple(indexes)
+
+
+def read_rows(index: FileIndex, span: Span) -> Iterator[RawRow]:
+    """The rows of one span, as RawRow. Raises DataError when the file changed after it was indexed."""
+    return islice(_reader(index.reader).read(index, span), span.num_rows)
+
+
+def open_file(path: str) -> IO[bytes]:
+    """The file, opened for reading bytes."""
+    filesystem, name = _filesystem(path)
+    return cast(IO[bytes], filesystem.open(name, "rb"))
+
+
+def read_range(path: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of a file, in one request. Raises DataError when the file has become shorter."""
+    filesystem, name = _filesystem(path)
+    data = cast(bytes, filesystem.cat_file(name, start=start, end=stop))
+    if len(data) > stop - start:  # a web server that ignores the Range header sends the whole file
+        data = data[start:stop]
+    if len(data) != stop - start:
+        raise DataError(f"{path} changed after it was indexed; leave data files alone while a run reads them")
+    return data
+
+
+def bad_row(index: FileIndex, row: int, line: int | None, reason: str, content: str = "") -> BadRow:
+    """A BadRow of this file, with the content cut to what a person needs to recognise the row."""
+    excerpt = content[:300].encode("utf-8", "replace").decode()
+    return BadRow(file=index.path, row=row, line=line, reason=reason, content=excerpt)
+
+
+def _index_file(file: str, source: DataSource, number: int, path: str, span_rows: int) -> FileIndex:
+    options = ReadOptions(text_unit=source.text_unit, span_rows=span_rows)
+    name = _reader_name(file, f"{path}.{number}.path")
+    try:
+        return _reader(name).index(file, number, options)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {_one_line(error)}", path=f"{path}.{number}.path", value=file) from error
+
+
+def _reader_name(file: str, place: str) -> str:
+    known = _extensions()
+    for extension, name in known.items():
+        if file.lower().endswith(extension):
+            return name
+    raise ConfigError(
+        "has no extension that a reader knows", path=place, value=file, fix=f"use one of {', '.join(sorted(known))}"
+    )
+
+
+@cache
+def _extensions() -> dict[str, str]:
+    names = plugins.names("data.readers")
+    return {extension: name for name in names for extension in plugins.load("data.readers", name).extensions}
+
+
+@cache
+def _reader(name: str) -> Reader:
+    return cast(Reader, plugins.load("data.readers", name)())
+
+
+@cache
+def _filesystem(path: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    filesystem, name = url_to_fs(path)
+    return filesystem, name
+
+
+def _matches(filesystem: Any, name: str) -> list[str]:
+    """A name that exists is taken as it is, so that brackets in a file name are not read as a glob."""
+    if filesystem.isfile(name):
+        return [name]
+    if filesystem.isdir(name):
+        endings = tuple(_extensions())
+        return sorted(file for file in filesystem.find(name) if file.lower().endswith(endings))
+    if any(mark in name for mark in "*?["):
+        return sorted(file for file in filesystem.glob(name) if filesystem.isfile(file))
+    return [name] if filesystem.exists(name) else []
+
+
+def _full_name(filesystem: Any, name: str) -> str:
+    protocol = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
+    return name if protocol in ("file", "local") else str(filesystem.unstrip_protocol(name))
+
+
+def _missing_rule(path: str) -> str:
+    return "matches no file" if any(mark in path for mark in "*?[") else "does not exist, or is an empty folder"
+
+
+def _closest(filesystem: Any, name: str) -> str | None:
+    """The most similar name beside a missing one. A folder that cannot be listed has nothing to suggest."""
+    parent, _, base = name.rpartition("/")
+    try:
+        beside = [str(one).rstrip("/").rpartition("/")[2] for one in filesystem.ls(parent or ".", detail=False)]
+    except Exception:  # only a hint is lost, and the error that is about to be raised names the path
+        return f"check the path; its folder {parent} does not exist"
+    close = difflib.get_close_matches(base, beside, n=1, cutoff=0.5)
+    return (
+        f"did you mean {parent}/{close[0]}?"
+        if close
+        else f"the folder has {', '.join(sorted(beside)[:5]) or 'no files'}"
+    )
+
+
+def _install_hint(error: Exception) -> str | None:
+    return (
+        "install the fsspec backend of this URL in the environment of the job"
+        if isinstance(error, ImportError)
+        else None
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,237 @@
+"""The stream of chunks: a pure function of file indexes, seed and settings. Reads no rows, loads no tokenizer.
+
+An epoch is a seeded permutation of spans, cut into chunks of about `chunk_rows` rows. The chunks of all epochs
+are numbered through, so a place in training is a chunk and a sequence, and a resume reads nothing before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from rayswift.config.job import DataSource, DataSpec
+from rayswift.data.ledger import END, Ledger
+from rayswift.data.rendering import Rendering
+from rayswift.data.sources import FileIndex
+from rayswift.data.tokenize import Truncation
+
+CHUNK_BYTES = 32 << 20
+"""A chunk is cut before it holds more bytes than this, however few rows that is."""
+FIRST_CHUNK_ROWS = 256
+"""The first chunk of a long run is small, so that the first step does not wait for thousands of rows."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What decides the content of the stream, beside files and sources. Epochs only decide its length."""
+
+    seed: int
+    max_length: int
+    packing: bool
+    truncation: Truncation | None
+    shuffle: bool
+    chunk_rows: int
+    rendering: Rendering
+
+
+@dataclass(frozen=True)
+class ChunkPart:
+    """Some rows of a span: rows `first` to `first + size` of it, of which a seeded `num_rows` are taken."""
+
+    file: int
+    span: int
+    first: int
+    size: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class ChunkSpec:
+    """Which rows are prepared together. `number` counts the chunks of the epoch."""
+
+    index: int
+    epoch: int
+    number: int
+    parts: tuple[ChunkPart, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the chunk, a row that is repeated counted as often, bad rows included."""
+        return sum(part.num_rows for part in self.parts)
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Everything that is trained on, in order. Small enough to travel to every worker; see `plan_stream`."""
+
+    files: tuple[FileIndex, ...]
+    sources: tuple[DataSource, ...]
+    formats: tuple[str, ...]
+    settings: StreamSettings
+    epochs: int
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of all epochs."""
+        return self._epoch_starts[-1]
+
+    @property
+    def num_rows_total(self) -> int:
+        """Rows of all epochs, as visited."""
+        return self.rows_per_epoch * self.epochs
+
+    @cached_property
+    def rows_per_epoch(self) -> int:
+        """Rows visited in an epoch, weights applied; the same in every epoch."""
+        return sum(part.num_rows for part in self._parts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the files' hashes and of all settings that decide which sequences come in which order."""
+        plain = {
+            "files": [[file.source, file.reader, file.sha256, file.num_rows] for file in self.files],
+            "sources": [source.model_dump(mode="json", exclude={"path"}) for source in self.sources],
+            "formats": self.formats,
+            "settings": asdict(self.settings),
+        }
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+    def chunk(self, index: int) -> ChunkSpec:
+        """Chunk `index` of the stream. Raises IndexError outside 0 to `num_chunks - 1`."""
+        if not 0 <= index < self.num_chunks:
+            raise IndexError(f"chunk {index} of {self.num_chunks}")
+        epoch = bisect_right(self._epoch_starts, index) - 1
+        number = index - self._epoch_starts[epoch]
+        order, cuts = self._epoch(epoch)
+        parts = tuple(self._parts[i] for i in order[cuts[number] : cuts[number + 1]])
+        return ChunkSpec(index, epoch, number, parts)
+
+    def position(self, ledger: Ledger) -> tuple[int, int]:
+        """(chunk, sequences to drop of it) where a ledger continues; `(num_chunks, 0)` when nothing is left.
+
+        A stream that had ended continues with the epochs it did not have then.
+        """
+        if ledger.chunk != END:
+            return ledger.chunk, ledger.sequence
+        done = ledger.rows_visited // max(1, self.rows_per_epoch)
+        return (self._epoch_starts[min(done, self.epochs)]), 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields only: what is derived from them is cheap to derive again, and larger to send."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def _parts(self) -> tuple[ChunkPart, ...]:
+        return tuple(
+            part
+            for number, source in enumerate(self.sources)
+            for part in _weighted(list(self._pieces(number)), source.weight)
+        )
+
+    def _pieces(self, source: int) -> Iterator[ChunkPart]:
+        """The spans of a source; one that is longer than a chunk is visited in several parts."""
+        step = self.settings.chunk_rows
+        for number, file in enumerate(self.files):
+            if file.source == source:
+                for index, span in enumerate(file.spans):
+                    for first in range(0, span.num_rows, step):
+                        size = min(step, span.num_rows - first)
+                        yield ChunkPart(number, index, first, size, size)
+
+    @cached_property
+    def _epoch_starts(self) -> list[int]:
+        """The first chunk of each epoch, and behind them the number of all chunks."""
+        starts = [0]
+        for epoch in range(self.epochs):
+            starts.append(starts[-1] + len(self._epoch(epoch)[1]) - 1)
+        return starts
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+        """The parts in the epoch's order, and where its chunks begin in it, closed by its end; kept per epoch."""
+        kept = self._epochs
+        if epoch not in kept:
+            order = np.arange(len(self._parts))
+            if self.settings.shuffle:
+                order = np.random.default_rng([self.settings.seed, epoch, 0]).permutation(order)
+            costs = self._costs[order]
+            first = min(1.0, FIRST_CHUNK_ROWS / self.settings.chunk_rows) if epoch == 0 else 1.0
+            kept[epoch] = order, _cuts(costs, first)
+        return kept[epoch]
+
+    @cached_property
+    def _epochs(self) -> dict[int, tuple[np.ndarray, list[int]]]:
+        return {}
+
+    @cached_property
+    def _costs(self) -> np.ndarray:
+        """How much of a chunk each part fills: by its rows, or by its bytes where rows are large."""
+        costs = np.empty(len(self._parts))
+        for i, part in enumerate(self._parts):
+            span = self.files[part.file].spans[part.span]
+            share = part.num_rows / max(1, span.num_rows)
+            costs[i] = max(part.num_rows / self.settings.chunk_rows, share * span.num_bytes / CHUNK_BYTES)
+        return costs
+
+
+def plan_stream(
+    files: Sequence[FileIndex],
+    sources: Sequence[DataSource],
+    formats: Sequence[str],
+    *,
+    data: DataSpec,
+    rendering: Rendering,
+    epochs: int,
+    seed: int,
+) -> StreamPlan:
+    """The stream over the indexed files of `sources`, whose rows have the given `formats` (see `inspect.preflight`)."""
+    settings = StreamSettings(
+        seed=seed,
+        max_length=data.max_length,
+        packing=data.packing,
+        truncation=data.truncation,
+        shuffle=data.shuffle,
+        chunk_rows=data.chunk_rows,
+        rendering=rendering,
+    )
+    return StreamPlan(tuple(files), tuple(sources), tuple(formats), settings, epochs)
+
+
+def _weighted(pieces: list[ChunkPart], weight: float) -> Iterator[ChunkPart]:
+    """Every piece `int(weight)` times, and once more with the fraction of its rows.
+
+    The fraction is rounded along the source, so an epoch has the same number of rows whatever the order.
+    """
+    copies, fraction = int(weight), weight - int(weight)
+    for _ in range(copies):
+        yield from pieces
+    before = 0
+    for piece in pieces:
+        after = before + piece.size
+        num_rows = int(after * fraction + 1e-9) - int(before * fraction + 1e-9)
+        if num_rows:
+            yield ChunkPart(piece.file, piece.span, piece.first, piece.size, num_rows)
+        before = after
+
+
+def _cuts(costs: np.ndarray, first: float) -> list[int]:
+    """Borders `[0, ..., len(costs)]` of chunks of even cost up to about 1; the first of several costs only `first`."""
+    ends = np.cumsum(costs)
+    if not len(costs):
+        return [0]
+    head = int(np.searchsorted(ends, first - 1e-9)) + 1 if first < 1 and ends[-1] > 1 else 0
+    rest, offset = costs[head:], (ends[head - 1] if head else 0.0)
+    cuts = {0, head, len(costs)}
+    if len(rest):
+        total = float(rest.sum())
+        num_chunks = int(np.ceil(total - 1e-9)) or 1
+        middles = ends[head:] - offset - rest / 2
+        chunk_of = np.minimum(middles * num_chunks / total, num_chunks - 1).astype(int)
+        cuts |= {head + int(i) + 1 for i in np.flatnonzero(np.diff(chunk_of))}
+    return sorted(cuts)

@@ -1,0 +1,105 @@
+"""The nouns of the data path: RowId -> Sample -> Example -> PackedBatch. No torch import, no Ray.
+
+Shape legend: B sequences in a micro-batch, T tokens in a sequence.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class RowId:
+    """Where a row came from. Unique within a run; `row` counts rows of the file from 0, `line` is its 1-based line."""
+
+    source: int
+    file: str
+    row: int
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line is not None else f"{self.file} row {self.row}"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `loss` overrides the method's mask for this message; None leaves it to the role."""
+
+    role: str
+    content: str
+    loss: bool | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row in one shape for all formats: a conversation (`messages`) or plain `text`; never both, never neither."""
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        assert bool(self.messages) != (self.text is not None), "a Sample is a conversation or a text"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenized row. `loss_mask[t]` is 1 where predicting `input_ids[t]` is trained; both have the same length."""
+
+    input_ids: list[int]
+    loss_mask: list[int]
+
+    def __post_init__(self) -> None:
+        assert len(self.input_ids) == len(self.loss_mask), "one mask value per token"
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be trained on, and why. Becomes one line of quarantine.jsonl."""
+
+    file: str
+    row: int
+    line: int | None
+    reason: str
+    content: str = ""
+
+    def to_json(self) -> str:
+        """One JSON object on one line."""
+        return json.dumps(self.__dict__, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A micro-batch. Invariant: a position never sees, and is never asked to predict, another document's token.
+
+    `input_ids_BT`, `position_ids_BT`, `targets_BT` are int64, `weights_BT` is float32. `position_ids_BT` restarts at 0
+    with every document, padding included. `targets_BT[b, t]` is the next token of the same document and
+    `weights_BT[b, t]` what predicting it counts; the weight is 0 on a document's last token and on padding.
+    """
+
+    input_ids_BT: torch.Tensor
+    position_ids_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    weights_BT: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One rank's share of one optimizer step. Empty once the rank's stream is exhausted.
+
+    `num_micro_batches` is the same on every rank; `num_tokens` excludes padding; `next_chunk`, `next_sequence` is the
+    stream position after the last sequence of this share, None when the share is not full (the stream has ended).
+    """
+
+    micro_batches: tuple[PackedBatch, ...]
+    num_sequences: int
+    num_tokens: int
+    num_rows: int
+    num_rows_visited: int
+    position: tuple[int, int] | None
+    bad_rows: tuple[BadRow, ...] = field(default=())

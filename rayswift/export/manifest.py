@@ -1,0 +1,144 @@
+"""The export manifest `rayswift.json`: where the weights come from, what was proved, and the sha256 of every file.
+
+Knows how a manifest is written last and when it can be trusted. Does not know how the files were made.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rayswift.errors import ExportError
+from rayswift.models.adapters import file_sha256
+from rayswift.models.staging import sync_folder
+
+MANIFEST = "rayswift.json"
+_PACKAGES = ("rayswift", "torch", "transformers", "tokenizers", "safetensors", "peft")
+
+
+class Record(BaseModel):
+    """Base of everything the manifest holds: frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(Record):
+    """Size in bytes and sha256 (hex) of one file."""
+
+    size: int
+    sha256: str
+
+
+class Difference(Record):
+    """Absolute differences of log-probabilities over all prompt positions and the whole vocabulary, and bounds."""
+
+    max_abs: float
+    mean_abs: float
+    bound_max_abs: float
+    bound_mean_abs: float
+
+    @property
+    def within(self) -> bool:
+        """Whether both figures are numbers within their bounds."""
+        return self.max_abs <= self.bound_max_abs and self.mean_abs <= self.bound_mean_abs
+
+
+class VerifyResult(Record):
+    """What was proved by reading the written folder back."""
+
+    num_prompts: int
+    num_positions: int
+    logprobs: Difference
+    top1_agreement: float
+    """The fraction of positions whose most likely next token is the same."""
+    tokenizer_equal: bool
+    chat_template_equal: bool
+
+
+class ExportManifest(Record):
+    """One export. Invariant: `files` were complete, and verified where `verify` is set, before this was written."""
+
+    base: str
+    """The model that was trained, or the exported folder itself."""
+    base_sha256: str
+    """Identity of the base's weights: sha256 over the names and contents of its safetensors files."""
+    method: str | None
+    """The training method; null for a folder that was not trained here."""
+    adapter: dict[str, Any] | None
+    """The settings of the adapter that was merged; null for full fine-tuning."""
+    quantizer: Literal["none"] = "none"
+    dtype: str
+    job_hash: str | None
+    checkpoint_step: int | None
+    versions: dict[str, str]
+    merge: Difference | None
+    """The merged model against base plus adapter, both in float32; null without an adapter."""
+    verify: VerifyResult | None
+    """Null when verification was switched off."""
+    files: dict[str, FileEntry]
+
+
+def describe_files(folder: Path) -> dict[str, FileEntry]:
+    """Every file below `folder` but the manifest, by its path with forward slashes."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
+        for path in files
+    }
+
+
+def current_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what the files mean."""
+    found = {"python": python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"  # rayswift itself, when run from a checkout
+    return found
+
+
+def write(manifest: ExportManifest, folder: Path) -> None:
+    """Write the manifest of a finished folder: flushed to disk beside its place, then renamed."""
+    temporary = folder / f".{MANIFEST}.{os.getpid()}"
+    temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    sync_folder(temporary)
+    os.replace(temporary, folder / MANIFEST)
+    sync_folder(folder)
+
+
+def read_valid(directory: str | os.PathLike[str]) -> ExportManifest:
+    """The manifest of an export whose files are all there with the recorded size and sha256.
+
+    Raises ExportError naming the file that is missing or changed, or when there is no manifest.
+    """
+    folder = Path(directory)
+    try:
+        manifest = ExportManifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ExportError(
+            f"has no {MANIFEST}: it is no finished export", path=str(folder), fix="export again"
+        ) from error
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ExportError(
+            f"has a {MANIFEST} that cannot be read: {reason}", path=str(folder), fix="export again"
+        ) from error
+    for name, entry in manifest.files.items():
+        _check_file(folder, name, entry)
+    return manifest
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
+    file = folder / name
+    if not file.is_file():
+        raise ExportError(f"lacks {name}", path=str(folder), fix="export again")
+    if (size := file.stat().st_size) != entry.size:
+        raise ExportError(f"has {name} with {size} bytes instead of {entry.size}", path=str(folder), fix="export again")
+    if file_sha256(file) != entry.sha256:
+        raise ExportError(f"has {name} with another sha256 than its manifest", path=str(folder), fix="export again")

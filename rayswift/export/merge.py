@@ -1,0 +1,90 @@
+"""Trained tensors become one model: written over the base, or, for an adapter, merged into it and measured.
+
+Everything here is float32 on the CPU: rounding to the dtype of the export comes last, in `export/pipeline.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rayswift.errors import ExportError
+from rayswift.export.manifest import Difference
+from rayswift.export.source import Source
+from rayswift.export.verify import MERGE_BOUNDS, difference, logprobs_of
+from rayswift.models.adapters import add_lora, attach_adapter, load_adapter_state, load_base
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One ordinary model, and how far merging moved it; `change` is None where nothing was merged."""
+
+    model: PreTrainedModel
+    change: Difference | None = None
+
+
+def build(source: Source, prompts: Sequence[list[int]]) -> Merged:
+    """The model of a source in float32. `prompts` are token ids on which a merge is measured.
+
+    Raises ExportError when the tensors are not those of the base, or when merging changed what the model computes.
+    """
+    model = load_base(source.base, dtype="float32")
+    if source.adapter_dir is not None:
+        return merge(attach_adapter(model, source.adapter_dir), prompts)
+    if source.checkpoint is None:
+        return Merged(model)
+    if source.adapter is None:
+        overwrite(model, source.weights())
+        return Merged(model)
+    adapted = add_lora(model, source.adapter, seed=0)
+    load_adapter_state(adapted, source.weights())
+    return merge(adapted, prompts)
+
+
+def merge(adapted: PeftModel, prompts: Sequence[list[int]]) -> Merged:
+    """The adapter merged into its base, and the measured difference. Raises ExportError when it is no rounding."""
+    before = logprobs_of(adapted, prompts)
+    try:
+        model = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ExportError(f"cannot be merged: {error}", path="adapter", fix="train again with a lower lr") from error
+    change = difference(logprobs_of(model, prompts), before, MERGE_BOUNDS)
+    if not change.within:
+        raise ExportError(
+            f"changed the model when it was merged: log-probabilities moved by up to {change.max_abs:.3g}",
+            path="adapter",
+            fix="report this with the model's architecture",
+        )
+    return Merged(model, change)
+
+
+def overwrite(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write trained tensors over the model's own. Raises ExportError unless every parameter is written exactly once.
+
+    Tied parameters count as one, whichever of their names the tensors come under.
+    """
+    import torch
+
+    own = model.state_dict(keep_vars=True)
+    unknown = sorted(set(weights) - set(own))
+    written = {own[name].data_ptr() for name in weights if name in own}
+    lacking = sorted(
+        name for name, p in own.items() if p.data_ptr() not in written and isinstance(p, torch.nn.Parameter)
+    )
+    wrong = sorted(name for name in weights if name in own and own[name].shape != weights[name].shape)
+    for names, rule in ((unknown, "are unknown to"), (lacking, "are missing for"), (wrong, "have another shape in")):
+        if names:
+            raise ExportError(
+                f"does not fit: {len(names)} tensors {rule} {type(model).__name__}, among them {names[0]}",
+                path="checkpoint",
+                fix="export with the base model the run was started from",
+            )
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)

@@ -1,0 +1,115 @@
+"""What there is to export: a run, one of its checkpoints, a saved adapter, or an ordinary Hugging Face folder.
+
+Knows how the four are told apart and where each keeps base, tensors and job. Does not know how they become one model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayswift.config.job import AdapterSpec, Job
+from rayswift.errors import ConfigError
+from rayswift.export import manifest as export_manifest
+from rayswift.models.adapters import ADAPTER_CONFIG, read_binding
+from rayswift.models.loading import local_folder, split_id
+
+if TYPE_CHECKING:
+    import torch
+
+    from rayswift.training.checkpoint import CheckpointManifest
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported. At most one of `checkpoint` (trained tensors) and `adapter_dir` (a peft folder) is set."""
+
+    base: str
+    checkpoint: str | None = None
+    adapter_dir: str | None = None
+    adapter: AdapterSpec | None = None
+    method: str | None = None
+    job_hash: str | None = None
+    step: int | None = None
+    base_sha256: str | None = None
+    """The identity of the base when it was trained, where that was recorded."""
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The trained tensors of the checkpoint, whole and on the CPU, under their Hugging Face or peft names."""
+        from rayswift.training.checkpoint import load_weights
+
+        assert self.checkpoint is not None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+            return load_weights(self.checkpoint)
+
+    def adapter_settings(self) -> dict[str, Any] | None:
+        """The adapter as plain data; None for full fine-tuning and for plain folders."""
+        if self.adapter is not None:
+            return self.adapter.model_dump(mode="json")
+        return {"name": "lora", "folder": self.adapter_dir} if self.adapter_dir else None
+
+
+def resolve(source: str) -> Source:
+    """What lies at `source`: a run directory or checkpoint (path or fsspec URL), an adapter folder, a model.
+
+    Raises ConfigError when it is none of them, CheckpointError when no checkpoint can be trusted, ExportError when it
+    is an earlier export that was changed.
+    """
+    from rayswift.training import checkpoint
+    from rayswift.training.run_dir import RunDir
+
+    if Path(source, ADAPTER_CONFIG).is_file():
+        return _of_adapter(source)
+    if Path(source, "config.json").is_file():
+        return _of_folder(source)
+    place = RunDir(source)
+    if place.exists(checkpoint.FOLDER) or place.exists("job.yaml"):
+        path = checkpoint.newest(source)  # passes over damaged ones
+        return _of_checkpoint(path, checkpoint.read_manifest(path))
+    if place.exists(checkpoint.MANIFEST):
+        return _of_checkpoint(source, checkpoint.check(source))
+    if not place.exists(""):
+        return _of_hub(source)
+    raise ConfigError(
+        "is neither a run, a checkpoint, an adapter nor a Hugging Face folder",
+        path="SOURCE",
+        value=source,
+        fix="give the run directory OUTPUT/NAME of a training job, or a folder with config.json",
+    )
+
+
+def _of_checkpoint(path: str, found: CheckpointManifest) -> Source:
+    job = Job.model_validate(found.job)
+    return Source(
+        base=job.model.path,
+        checkpoint=path,
+        adapter=job.adapter,
+        method=job.method.name,
+        job_hash=found.job_hash,
+        step=found.step,
+        base_sha256=getattr(found, "base_sha256", None),
+    )
+
+
+def _of_adapter(path: str) -> Source:
+    binding = read_binding(path)
+    return Source(base=binding["base"], adapter_dir=path, base_sha256=binding["base_sha256"])
+
+
+def _of_folder(path: str) -> Source:
+    if Path(path, export_manifest.MANIFEST).is_file():
+        export_manifest.read_valid(path)
+    return Source(base=path)
+
+
+def _of_hub(source: str) -> Source:
+    """A hub id; anything else that is not there is a mistake in the path."""
+    name, _ = split_id(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ConfigError("does not exist", path="SOURCE", value=source, fix="check the path")
+    local_folder(source, weights=False, field="SOURCE")
+    return Source(base=source)

@@ -1,0 +1,173 @@
+"""Proves that a written folder is the model that was trained: log-probabilities, token ids and rendered chat agree.
+
+The reference is probed in memory before anything is written or rounded; the folder is then read back as a stranger
+would. Both compute in float32 on the CPU, so that what differs is what was written, not how it is computed.
+
+Shape legend: T positions of a prompt, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayswift.errors import ExportError
+from rayswift.export.manifest import Difference, VerifyResult
+from rayswift.models.adapters import load_base
+from rayswift.models.loading import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPTS = (
+    "What does str.upper do?",
+    "The quick brown fox jumps over the lazy dog. 0123456789",
+    "def area(radius):\n    return 3.14159 * radius ** 2\n",
+    "Grüße aus Zürich: 東京, привет, 🙂\t\n\n  end",
+)
+CONVERSATION = ({"role": "user", "content": "Hello, who are you?"}, {"role": "assistant", "content": "A model. 42!"})
+_MAX_PROMPT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far log-probabilities may lie apart, at most and on average."""
+
+    max_abs: float
+    mean_abs: float
+
+
+DEFAULT_BOUNDS = {
+    "float32": Bounds(1e-3, 1e-4),
+    "float16": Bounds(0.1, 0.005),
+    "bfloat16": Bounds(0.5, 0.05),
+}
+"""Per dtype written. Float32 loses nothing but the order of sums; the others lose what rounding the
+weights costs: a trained model of 1.3M parameters moves by 0.008 at most and 0.0004 on average in float16, by 0.054 and
+0.004 in bfloat16, and larger models by more."""
+MERGE_BOUNDS = Bounds(5e-3, 5e-4)
+"""For merging an adapter in float32: rounding only, but of another product of matrices."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model and its tokenizer say: ids and float32 `logprobs_TV` per prompt, and rendered chats."""
+
+    prompts: tuple[str, ...]
+    ids: tuple[list[int], ...]
+    logprobs: tuple[torch.Tensor, ...]
+    chats: tuple[str | None, ...]
+
+
+def probe(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] = PROMPTS) -> Probe:
+    """What `model` and `tokenizer` say to the prompts and, where there is a template, to a rendered conversation."""
+    chats = render_chats(tokenizer)
+    texts = (*prompts, *(chat for chat in chats[:1] if chat))
+    ids = tuple(encode(tokenizer, text) for text in texts)
+    return Probe(texts, ids, logprobs_of(model, ids), chats)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of a prompt, as long as it is."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def render_chats(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, ...]:
+    """A conversation rendered as trained, as asked, and with a system message; None where the template refuses."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        return (None, None, None)
+    system = ({"role": "system", "content": "Be brief."}, *CONVERSATION)
+    rendered: list[str | None] = []
+    for messages, ask in ((CONVERSATION, False), (CONVERSATION[:1], True), (system, False)):
+        try:
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+            rendered.append(str(text))
+        except TemplateError:  # some templates have no system turn: then both sides must refuse
+            rendered.append(None)
+    return tuple(rendered)
+
+
+def logprobs_of(model: torch.nn.Module, ids: Sequence[list[int]]) -> tuple[torch.Tensor, ...]:
+    """Float32 `logprobs_TV` on the CPU for each prompt, cut to what the model takes. ExportError for ids it lacks."""
+    import torch
+
+    config: Any = model.config
+    limit = min(_MAX_PROMPT_TOKENS, getattr(config, "max_position_embeddings", None) or _MAX_PROMPT_TOKENS)
+    vocab_size = config.get_text_config().vocab_size
+    was_training = model.training
+    model.eval()
+    found = []
+    for prompt in ids:
+        if max(prompt) >= vocab_size:
+            raise ExportError(
+                f"is not a token of the model, which has {vocab_size}",
+                path="tokenizer",
+                value=max(prompt),
+                fix="use the tokenizer the model was trained with",
+            )
+        with torch.no_grad():
+            logits_TV = model(input_ids=torch.tensor([prompt[:limit]]), use_cache=False).logits[0]
+        found.append(torch.log_softmax(logits_TV.float(), dim=-1).cpu())
+    model.train(was_training)
+    return tuple(found)
+
+
+def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], bounds: Bounds) -> Difference:
+    """The differences over all positions and tokens. A value that is not a number counts as infinitely far."""
+    import torch
+
+    gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(one, other, strict=True)])
+    gaps = gaps.nan_to_num(nan=float("inf"))
+    return Difference(
+        max_abs=float(gaps.max()),
+        mean_abs=float(gaps.mean(dtype=torch.float64)),
+        bound_max_abs=bounds.max_abs,
+        bound_mean_abs=bounds.mean_abs,
+    )
+
+
+def compare(reference: Probe, folder: str | Path, bounds: Bounds) -> VerifyResult:
+    """What a folder, read back from disk, has in common with the reference. Raises ExportError when it differs."""
+    tokenizer = load_tokenizer(str(folder))
+    model: PreTrainedModel = load_base(str(folder), dtype="float32")
+    ids = tuple(encode(tokenizer, text) for text in reference.prompts)
+    logprobs = logprobs_of(model, reference.ids)
+    same = [bool(a == b) for x, y in zip(logprobs, reference.logprobs, strict=True)
+            for a, b in zip(x.argmax(-1), y.argmax(-1), strict=True)]  # fmt: skip
+    result = VerifyResult(
+        num_prompts=len(reference.prompts),
+        num_positions=len(same),
+        logprobs=difference(logprobs, reference.logprobs, bounds),
+        top1_agreement=sum(same) / len(same),
+        tokenizer_equal=ids == reference.ids,
+        chat_template_equal=render_chats(tokenizer) == reference.chats,
+    )
+    _demand(result, folder)
+    return result
+
+
+def _demand(result: VerifyResult, folder: str | Path) -> None:
+    """Raises ExportError unless everything was proved."""
+    found = result.logprobs
+    failed = [
+        text
+        for text, good in (
+            ("the tokenizer gives other ids than the trained one", result.tokenizer_equal),
+            ("the chat template renders another text than the trained one", result.chat_template_equal),
+            (
+                f"log-probabilities differ by up to {found.max_abs:.3g} (bound {found.bound_max_abs:.3g}) and "
+                f"{found.mean_abs:.3g} on average (bound {found.bound_mean_abs:.3g})",
+                found.within,
+            ),
+        )
+        if not good
+    ]
+    if failed:
+        raise ExportError(
+            f"did not verify: {'; '.join(failed)}", path="export", fix="export with another dtype, or report this"
+        )

@@ -1,0 +1,207 @@
+"""Low-rank adapters: added to a model, named in its state, saved, bound to their base, and merged into it.
+
+Knows peft and the hash that binds an adapter to the weights it was trained on. Does not know how it is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayswift.errors import ConfigError
+from rayswift.models.loading import load_model, local_folder, read_json, weight_files
+from rayswift.models.staging import staged_folder
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from rayswift.config.job import AdapterSpec
+
+BINDING = "rayswift_base.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ALL_LINEAR = "all-linear"
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """The sorted short names (`q_proj`) of the linear layers an adapter can go on; the output layer is not one."""
+    return sorted({name.rpartition(".")[2] for name in _linear_modules(model)})
+
+
+def add_lora(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> PeftModel:
+    """`model` frozen, with a fresh float32 adapter of `spec` on its targets: the same one for the same seed.
+
+    The adapter starts as zero: the model computes what it did before. Raises ConfigError for a target that is no
+    linear layer of the model.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    alpha: Any = spec.alpha  # peft annotates an int but only divides it by the rank: a fraction is fine
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=alpha,
+        lora_dropout=spec.dropout,
+        target_modules=_targets(model, spec),
+        fan_in_fan_out=_is_transposed(model),
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapted: PeftModel = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            assert "lora_" in name, name
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names of an `adapter_model.safetensors`, shared with the model."""
+    from peft import get_peft_model_state_dict
+
+    # The default would ask the hub whether the vocabulary was resized.
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def load_adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> None:
+    """Fill the adapter from tensors named as in `adapter_state`, or as in the model's own state dict.
+
+    Raises ConfigError when names or shapes are not those of this adapter: peft would leave the rest untrained.
+    """
+    import torch
+
+    own = adapter_state(model)
+    given = {name.replace(".default.", "."): tensor for name, tensor in state.items()}
+    wrong = sorted(set(own) ^ set(given)) or sorted(n for n in own if own[n].shape != given[n].shape)
+    if wrong:
+        raise ConfigError(
+            f"does not fit the saved tensors: {len(wrong)} differ, among them {wrong[0]}",
+            path="adapter",
+            fix="use the adapter settings it was trained with",
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(given[name])
+
+
+def save_adapter(model: PeftModel, directory: str | Path, *, base: str) -> None:
+    """Write the adapter as a peft folder that also says which base, by name and hash, it belongs to."""
+    from safetensors.torch import save_file
+
+    base_sha256 = weights_sha256(local_folder(base))
+    with staged_folder(directory) as stage:
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = base
+        config.save_pretrained(str(stage))
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
+        save_file(state, stage / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        binding = json.dumps({"base": base, "base_sha256": base_sha256}, indent=2)
+        (stage / BINDING).write_text(binding + "\n", encoding="utf-8")
+
+
+def merge_adapter(base_dir: str, adapter_dir: str) -> PreTrainedModel:
+    """The base with the adapter folder merged into its weights, in the base's dtype.
+
+    Raises ConfigError when the adapter was trained on other weights, or does not say on which.
+    """
+    check_binding(base_dir, adapter_dir)
+    merged: PreTrainedModel = attach_adapter(load_base(base_dir), adapter_dir).merge_and_unload(safe_merge=True)
+    return merged
+
+
+def attach_adapter(model: PreTrainedModel, adapter_dir: str) -> PeftModel:
+    """`model` with the adapter of a folder on it, not merged."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter_dir, is_trainable=False, local_files_only=True)
+
+
+def load_base(path: str, *, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    """The model of a folder or hub id, as `load_model` gives it, with the settings a job would have by default."""
+    from rayswift.config.job import ModelSpec
+
+    return load_model(ModelSpec(path=path), dtype=dtype)
+
+
+def check_binding(base_dir: str, adapter_dir: str) -> None:
+    """Raises ConfigError unless the adapter's recorded hash is that of the base's weights."""
+    binding = read_binding(adapter_dir)
+    found = weights_sha256(local_folder(base_dir))
+    if binding["base_sha256"] != found:
+        raise ConfigError(
+            f"was trained on other weights than those of {base_dir}",
+            path="adapter",
+            value=adapter_dir,
+            fix=f"merge it into {binding['base']} as it was then",
+        )
+
+
+def read_binding(adapter_dir: str) -> dict[str, Any]:
+    """`base` and `base_sha256` of an adapter folder. Raises ConfigError when it names none."""
+    if not (Path(adapter_dir) / BINDING).is_file():
+        raise ConfigError(
+            f"has no {BINDING}: which weights it was trained on is unknown",
+            path="adapter",
+            value=adapter_dir,
+            fix="use an adapter folder that RaySwift wrote",
+        )
+    binding = read_json(Path(adapter_dir) / BINDING, field="adapter")
+    if not {"base", "base_sha256"} <= binding.keys():
+        raise ConfigError(f"has a {BINDING} without base and base_sha256", path="adapter", value=adapter_dir)
+    return binding
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 (hex) over the names and contents of a folder's safetensors files: the identity of a base model."""
+    total = hashlib.sha256()
+    for name in weight_files(folder):
+        total.update(f"{name}:{file_sha256(folder / name)}\n".encode())
+    return total.hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """The sha256 (hex) of one file."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _linear_modules(model: PreTrainedModel) -> dict[str, Any]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+
+
+def _is_transposed(model: PreTrainedModel) -> bool:
+    """Whether weights are stored input first, as in gpt2's Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in _linear_modules(model).values())
+
+
+def _targets(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
+    """The targets as peft takes them. Raises ConfigError for a name that no linear layer ends in."""
+    if spec.targets == _ALL_LINEAR:
+        return linear_layers(model)  # peft's own `all-linear` also rewrites fused experts, which are no linear layers
+    names = [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
+    modules = _linear_modules(model)
+    for target in names:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            raise ConfigError(
+                f"is not a linear layer of {type(model).__name__}",
+                path="adapter.targets",
+                value=target,
+                fix=f"use all-linear or some of {', '.join(linear_layers(model))}",
+            )
+    if not names:
+        raise ConfigError(
+            "is empty", path="adapter.targets", fix=f"use all-linear or some of {', '.join(linear_layers(model))}"
+        )
+    return names

@@ -1,0 +1,204 @@
+"""Checkpoints that can be trusted: which directories are valid, what is in them, and reading them back.
+
+A checkpoint is `checkpoints/step-00000050/` with the files of torch.distributed.checkpoint and `manifest.json`,
+which is written last. A directory without a valid manifest was interrupted: it is never read, and removed
+before the next run starts. Writing is in `saver.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rayswift.data.ledger import Ledger
+from rayswift.errors import CheckpointError
+from rayswift.training.run_dir import RunDir
+
+MANIFEST = "manifest.json"
+FOLDER = "checkpoints"
+_BLOCK_BYTES = 1 << 20
+
+
+class FileEntry(BaseModel):
+    """Size in bytes and sha256 (hex) of one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int
+    sha256: str
+
+
+class CheckpointManifest(BaseModel):
+    """What a checkpoint holds. Invariant: every file of `files` was complete before this was written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    finished: bool
+    job_hash: str
+    job: dict[str, Any]
+    layout: dict[str, int]
+    engine: str
+    ledger: dict[str, Any]
+    seed: int
+    base_sha256: str | None = None
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+
+
+def folder_name(step: int) -> str:
+    """`checkpoints/step-00000050`, below the run directory."""
+    return f"{FOLDER}/step-{step:08d}"
+
+
+def newest(run_dir: str, *, verify: bool = True) -> str:
+    """The path of the newest valid checkpoint. Raises CheckpointError when there is none."""
+    found = find_newest(RunDir(run_dir), verify=verify)
+    if found is None:
+        raise CheckpointError("holds no valid checkpoint", path=run_dir, fix="train first: rayswift train JOB.yaml")
+    return f"{run_dir.rstrip('/')}/{folder_name(found.step)}"
+
+
+def find_newest(run_dir: RunDir, *, verify: bool = True) -> CheckpointManifest | None:
+    """The manifest of the newest valid checkpoint, or None. `verify` re-reads the files' contents, not sizes alone."""
+    for name in sorted(_folders(run_dir), reverse=True):
+        try:
+            return check(f"{run_dir.url}/{FOLDER}/{name}", verify=verify)
+        except CheckpointError:
+            continue  # the next older one may be whole; `clean` removes this one and says so
+    return None
+
+
+def read_manifest(checkpoint: str) -> CheckpointManifest:
+    """The manifest of a checkpoint. Raises CheckpointError when it is absent or not ours."""
+    folder = RunDir(checkpoint)
+    try:
+        return CheckpointManifest.model_validate_json(folder.read_text(MANIFEST))
+    except FileNotFoundError as error:
+        raise CheckpointError("has no manifest: it was never finished", path=checkpoint) from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"has a manifest that cannot be read: {error}", path=checkpoint) from error
+
+
+def check(checkpoint: str, *, verify: bool = True) -> CheckpointManifest:
+    """The manifest, after every file was found with its size and, with `verify`, its sha256.
+
+    Raises CheckpointError naming the file that is missing, cut off or changed.
+    """
+    manifest = read_manifest(checkpoint)
+    folder = RunDir(checkpoint)
+    for name, entry in manifest.files.items():
+        if not folder.exists(name):
+            raise CheckpointError(f"lacks {name}", path=checkpoint)
+        size = folder.fs.size(folder.path(name))
+        if size != entry.size:
+            raise CheckpointError(f"has {name} with {size} bytes instead of {entry.size}", path=checkpoint)
+    if verify:
+        with ThreadPoolExecutor(8) as pool:
+            digests = pool.map(lambda name: sha256(folder, name), manifest.files)
+            for name, digest in zip(manifest.files, digests, strict=True):
+                if digest != manifest.files[name].sha256:
+                    raise CheckpointError(f"has {name} with another sha256 than its manifest", path=checkpoint)
+    return manifest
+
+
+def clean(run_dir: RunDir) -> list[str]:
+    """The names of the directories removed because no valid manifest vouches for them."""
+    removed = []
+    for name in _folders(run_dir):
+        try:
+            check(f"{run_dir.url}/{FOLDER}/{name}", verify=False)
+        except CheckpointError:
+            run_dir.remove(f"{FOLDER}/{name}")
+            removed.append(name)
+    return removed
+
+
+def prune(run_dir: RunDir, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, manifest first, so that a crash in between trusts nothing."""
+    for name in sorted(_folders(run_dir))[:-keep]:
+        run_dir.remove(f"{FOLDER}/{name}/{MANIFEST}")
+        run_dir.remove(f"{FOLDER}/{name}")
+
+
+def ledger_of(manifest: CheckpointManifest) -> Ledger:
+    """The rows that had been consumed."""
+    return Ledger(**manifest.ledger)
+
+
+def load_state(checkpoint: str, state: dict[str, Any]) -> None:
+    """Fill an engine's `state()` from a checkpoint, in place; every rank reads its own shards."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.load(state, storage_reader=storage_reader(checkpoint))
+
+
+def load_weights(checkpoint: str) -> dict[str, torch.Tensor]:
+    """Every trained tensor, whole and on the CPU, under its Hugging Face (or peft) name. No process group needed."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata = storage_reader(checkpoint).read_metadata()
+    weights: dict[str, torch.Tensor] = {
+        key.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in metadata.state_dict_metadata.items()
+        if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load({"model": weights}, storage_reader=storage_reader(checkpoint), no_dist=True)
+    return weights
+
+
+def storage_reader(checkpoint: str) -> Any:
+    """A reader for a local folder or an fsspec URL."""
+    if RunDir(checkpoint).is_local:
+        from torch.distributed.checkpoint import FileSystemReader
+
+        return FileSystemReader(RunDir(checkpoint).root)
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+    return FsspecReader(checkpoint)
+
+
+def storage_writer(checkpoint: str) -> Any:
+    """A writer for a local folder (each file flushed to disk) or an fsspec URL."""
+    if RunDir(checkpoint).is_local:
+        from torch.distributed.checkpoint import FileSystemWriter
+
+        return FileSystemWriter(RunDir(checkpoint).root, sync_files=True)
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+    return FsspecWriter(checkpoint, sync_files=False)
+
+
+def sha256(folder: RunDir, name: str) -> str:
+    """The sha256 (hex) of one file."""
+    digest = hashlib.sha256()
+    with folder.fs.open(folder.path(name), "rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`train.lr: 0.1 -> 0.2` for each value in which two jobs' identities differ."""
+    lines: list[str] = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {json.dumps(before)} -> {json.dumps(after)}")
+    return lines
+
+
+def _folders(run_dir: RunDir) -> list[str]:
+    if not run_dir.exists(FOLDER):
+        return []
+    entries = run_dir.fs.ls(run_dir.path(FOLDER), detail=False)
+    return sorted(name for entry in entries if (name := str(entry).rstrip("/").rsplit("/", 1)[-1]).startswith("step-"))

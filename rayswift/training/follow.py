@@ -1,0 +1,82 @@
+"""Watches a run from outside: reads new lines of metrics.jsonl and events.jsonl and hands them on."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rayswift.training.metrics import EVENTS, METRICS
+from rayswift.training.run_dir import RunDir
+
+_LOCAL_POLL_S = 0.3
+_REMOTE_POLL_S = 5.0
+
+
+class Follower:
+    """A thread that reports each new record of a run once. A resumed run's old lines are not reported."""
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        *,
+        on_step: Callable[[dict[str, Any]], None],
+        on_event: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._run_dir = run_dir
+        self._tails = [_Tail(run_dir, METRICS, on_step), _Tail(run_dir, EVENTS, on_event)]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="follow-run", daemon=True)
+        self.first_step_at: float | None = None
+
+    def __enter__(self) -> Follower:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        pause = _LOCAL_POLL_S if self._run_dir.is_local else _REMOTE_POLL_S
+        while not self._stop.wait(pause):
+            self._poll()
+        self._poll()
+
+    def _poll(self) -> None:
+        steps, _events = [tail.poll() for tail in self._tails]
+        if steps and self.first_step_at is None:
+            self.first_step_at = time.perf_counter()
+
+
+class _Tail:
+    """New whole lines of one file. One that became shorter was cut back by a restart."""
+
+    def __init__(self, run_dir: RunDir, name: str, report: Callable[[dict[str, Any]], None]) -> None:
+        self._run_dir, self._name, self._report = run_dir, name, report
+        self._position = len(self._read(0))
+
+    def poll(self) -> int:
+        """The number of new lines reported."""
+        data = self._read(self._position)
+        whole = data[: data.rfind(b"\n") + 1]
+        self._position += len(whole)
+        lines = [line for line in whole.split(b"\n") if line]
+        for line in lines:
+            self._report(json.loads(line))
+        return len(lines)
+
+    def _read(self, start: int) -> bytes:
+        path = self._run_dir.path(self._name)
+        try:
+            self._run_dir.fs.invalidate_cache()
+            size = self._run_dir.fs.size(path)
+            if size < start:
+                self._position = start = size  # truncated to the checkpoint by a restarted worker
+            with self._run_dir.fs.open(path, "rb") as stream:
+                stream.seek(start)
+                return bytes(stream.read())
+        except FileNotFoundError:
+            return b""

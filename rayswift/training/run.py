@@ -1,0 +1,179 @@
+"""One rank's whole run: resume, build, loop, close. No Ray: how rows arrive is given by the caller.
+
+Ray Train's workers and the forked ranks of the tests run this same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+
+from rayswift.config.job import Job
+from rayswift.data.blocks import local_blocks, step_inputs
+from rayswift.data.ledger import Ledger
+from rayswift.data.quarantine import Quarantine
+from rayswift.data.stream import StreamPlan
+from rayswift.data.types import StepInput
+from rayswift.errors import CheckpointError
+from rayswift.methods import Method
+from rayswift.parallel.engine import Engine
+from rayswift.parallel.mesh import find_device
+from rayswift.planning.planner import Plan
+from rayswift.training import checkpoint
+from rayswift.training.build import broadcast, build_engine, build_method, refuse_leaking_packing
+from rayswift.training.checkpoint import CheckpointManifest
+from rayswift.training.evaluate import Evaluator
+from rayswift.training.hooks import RunHooks
+from rayswift.training.loop import train
+from rayswift.training.metrics import RunLog
+from rayswift.training.prefetch import Prefetched
+from rayswift.training.run_dir import RunDir
+from rayswift.training.saver import Saver
+from rayswift.training.state import Horizon, TrainState
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """Everything a worker needs, small enough to pickle."""
+
+    job: Job
+    plan: Plan
+    train_stream: StreamPlan
+    eval_stream: StreamPlan | None
+
+
+OpenBlocks = Callable[[WorkOrder, Ledger], Callable[[], Iterable[pa.Table]]]
+"""Given the ledger to continue from, called by all ranks: how this rank opens its blocks."""
+
+
+def run_rank(order: WorkOrder, rank: int, local_rank: int, open_blocks: OpenBlocks) -> TrainState:
+    """The state after training to the end. The process group is up, with gloo on the host."""
+    job, plan = order.job, order.plan
+    device = find_device(plan.device, local_rank)
+    torch.manual_seed(job.train.seed)
+    run_dir = RunDir(job.run_dir)
+    manifest = _agree_on_checkpoint(run_dir, rank)
+    state = _initial_state(order, manifest)
+    read = open_blocks(order, state.ledger)
+    steps = Prefetched(lambda: _step_inputs(order, read()))
+    method = build_method(job)
+    engine = build_engine(job, plan, device, rank)
+    if manifest is not None:
+        _load(engine, f"{job.run_dir}/{checkpoint.folder_name(manifest.step)}")
+    if job.data.packing:
+        refuse_leaking_packing(engine, job)
+    log = RunLog(run_dir, job, up_to_step=state.step) if rank == 0 else None
+    if log is not None:
+        log.event("start", state.step, world_size=plan.layout.world_size, device=str(device))
+    saver = Saver(job.run_dir, job.train.keep_checkpoints)
+    horizon = Horizon(job.train, order.train_stream.num_rows_total)
+    hooks = RunHooks(
+        job=job,
+        plan=plan,
+        engine=engine,
+        horizon=horizon,
+        device=device,
+        saver=saver,
+        log=log,
+        evaluator=_evaluator(order, engine, method),
+        quarantine=_quarantine(order, run_dir) if rank == 0 else None,
+    )
+    try:
+        hooks.before_first_step(state)
+        state = train(engine, method, steps, state, horizon, hooks)
+        hooks.after_last_step(state)
+    finally:
+        steps.close()
+        if log is not None:
+            log.close()
+    saver.close()
+    return state
+
+
+def local_open(order: WorkOrder, ledger: Ledger) -> Callable[[], Iterable[pa.Table]]:
+    """This rank's blocks prepared in its own process, without Ray: for tests and benches."""
+    from rayswift.models.loading import load_tokenizer
+
+    rank = order.plan.layout.data_rank(dist.get_rank())
+    tokenizer = load_tokenizer(order.job.model.path)
+    return lambda: local_blocks(
+        order.train_stream,
+        tokenizer,
+        data_rank=rank,
+        data_size=order.plan.layout.data_size,
+        global_batch_size=order.job.train.global_batch_size,
+        ledger=ledger,
+    )
+
+
+def _agree_on_checkpoint(run_dir: RunDir, rank: int) -> CheckpointManifest | None:
+    """The newest valid checkpoint, as rank 0 sees it; what is not valid is removed."""
+    found: CheckpointManifest | None = None
+    if rank == 0:
+        checkpoint.clean(run_dir)
+        found = checkpoint.find_newest(run_dir)
+    agreed = broadcast(found.model_dump() if found else None)
+    return CheckpointManifest.model_validate(agreed) if agreed else None
+
+
+def _initial_state(order: WorkOrder, manifest: CheckpointManifest | None) -> TrainState:
+    if manifest is None:
+        return TrainState(0, Ledger.start(order.train_stream.fingerprint))
+    ledger = checkpoint.ledger_of(manifest)
+    if ledger.fingerprint != order.train_stream.fingerprint:
+        raise CheckpointError(
+            "was made with other rows: a data file has changed since",
+            path=f"{order.job.run_dir}/{checkpoint.folder_name(manifest.step)}",
+            fix="restore the files, or give the run another name",
+        )
+    return TrainState(manifest.step, ledger)
+
+
+def _quarantine(order: WorkOrder, run_dir: RunDir) -> Quarantine:
+    return Quarantine(
+        f"{run_dir.url}/quarantine.jsonl", order.train_stream.rows_per_epoch, order.job.data.max_bad_fraction
+    )
+
+
+def _load(engine: Engine, url: str) -> None:
+    state = engine.state()
+    checkpoint.load_state(url, state)
+    engine.load_state(state)
+
+
+def _step_inputs(order: WorkOrder, blocks: Iterable[pa.Table]) -> Iterator[StepInput]:
+    train = order.job.train
+    return step_inputs(
+        blocks,
+        sequences_per_step=train.global_batch_size // order.plan.layout.data_size,
+        micro_batch_size=train.micro_batch_size,
+        pad_id=0,
+    )
+
+
+def _evaluator(order: WorkOrder, engine: Engine, method: Method) -> Evaluator | None:
+    """Held-out rows are prepared by each data rank for itself: few, read once, and kept."""
+    stream = order.eval_stream
+    if stream is None:
+        return None
+
+    def read() -> Iterator[StepInput]:
+        from rayswift.models.loading import load_tokenizer
+
+        blocks = local_blocks(
+            stream,
+            load_tokenizer(order.job.model.path),
+            data_rank=engine.data_rank,
+            data_size=engine.data_size,
+            global_batch_size=order.job.train.global_batch_size,
+            ledger=Ledger.start(stream.fingerprint),
+        )
+        shares = _step_inputs(order, blocks)
+        while engine.sum_over_data([(share := next(shares)).num_sequences])[0]:
+            yield share
+
+    return Evaluator(engine, method, read)
