@@ -15,6 +15,7 @@ import yaml
 from rayswift import plugins
 from rayswift.config.job import DataSource, Job
 from rayswift.data.inspect import preflight
+from rayswift.data.rendering import Rendering
 from rayswift.data.sources import index_sources
 from rayswift.data.stream import StreamPlan, plan_stream
 from rayswift.errors import ConfigError, PlanError
@@ -80,7 +81,7 @@ def _absolute_path(path: str) -> str:
     return path if "://" in path or "::" in path else os.path.abspath(path)
 
 
-def _stream(job: Job, sources: tuple[DataSource, ...], path: str, rendering: str, *, epochs: int) -> StreamPlan:
+def _stream(job: Job, sources: tuple[DataSource, ...], path: str, rendering: Rendering, *, epochs: int) -> StreamPlan:
     files = index_sources(sources, path=path)
     formats = preflight(sources, files, path=path)
     held_out = path == "data.eval"

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray
 
@@ -27,8 +26,9 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # CPU tasks keep seeing the machine's GPUs, as Ray will do by default
     "RAY_DISABLE_IMPORT_WARNING": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
+_SET_BY_USER = frozenset(os.environ)
 _OBJECT_STORE_BYTES = 2 * 10**9
 _LOCAL_OBJECT_STORE_FRACTION = 0.2
 _ACCELERATORS = {"GPU": "cuda", "NPU": "npu"}
@@ -38,7 +38,8 @@ def configure(scheduling_timeout_s: float = 300) -> None:
     """Set what Ray reads from the environment, before it is first imported where possible. User settings win."""
     timeout = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{scheduling_timeout_s:g}"}
     for name, value in {**_ENVIRONMENT, **timeout}.items():
-        os.environ.setdefault(name, value)
+        if name not in _SET_BY_USER:
+            os.environ[name] = value
 
 
 @contextmanager
@@ -89,10 +90,17 @@ def cluster_spec(device: str) -> ClusterSpec:
     )
 
 
-def worker_environment(num_workers: int, cpus_per_worker: float) -> dict[str, Any]:
-    """The runtime environment of training workers: threads that fit their share of the cores."""
-    threads = max(1, int(cpus_per_worker))
-    return {"env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}}
+def process_environment(cpus_per_process: float) -> dict[str, str]:
+    """Variables of Ray processes: threads that fit their share of the cores, and what Ray Train hands on.
+
+    On one core each this is the environment of every process of a local session: Ray can then give a process
+    that has loaded torch and transformers for one purpose (`warm_up`) to the next one that needs them.
+    """
+    handed_on = {
+        name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_") or name in _ENVIRONMENT
+    }
+    threads = str(max(1, int(cpus_per_process)))
+    return {**handed_on, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _join(address: str) -> None:
@@ -110,6 +118,8 @@ def _join(address: str) -> None:
 
 def _start_local() -> str:
     """Start a cluster of this machine's cores and accelerators; its temp folder is private and short for sockets."""
+    # Nothing drains a node of one machine's own cluster: its watcher would only cost a process.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     folder = tempfile.mkdtemp(prefix="rayswift-", dir=os.environ.get("RAYSWIFT_TMPDIR"))
     free = shutil.disk_usage("/dev/shm").free if sys.platform == "linux" else _OBJECT_STORE_BYTES
     ray.init(
@@ -120,6 +130,7 @@ def _start_local() -> str:
         logging_level=logging.ERROR,
         log_to_driver=False,
         _temp_dir=folder,
+        runtime_env={"env_vars": process_environment(1)},
     )
     return folder
 

@@ -7,13 +7,15 @@ from typing import Any, cast
 
 import ray.train
 from ray.train import ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
 from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from rayswift.cluster.session import configure, worker_environment
+from rayswift.cluster.session import configure, process_environment
 from rayswift.cluster.worker import work
 from rayswift.config.job import Job
 from rayswift.errors import PlanError, RaySwiftError, WorkerError
@@ -33,7 +35,7 @@ def fit(order: WorkOrder) -> None:
     configure(job.cluster.scheduling_timeout_s)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     placement = plan.placement
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         work,
         train_loop_config={"order": order},
         scaling_config=ScalingConfig(
@@ -48,9 +50,7 @@ def fit(order: WorkOrder) -> None:
             RunConfig(
                 name=_RAY_FOLDER,
                 failure_config=FailureConfig(max_failures=job.cluster.max_failures, controller_failure_limit=0),
-                worker_runtime_env=worker_environment(
-                    placement.num_workers, placement.resources_per_worker.get("CPU", 1.0)
-                ),
+                worker_runtime_env={"env_vars": process_environment(placement.resources_per_worker.get("CPU", 1.0))},
                 callbacks=cast(Any, [_StopOnUserError()]),
                 **_storage(job.run_dir),
             ),
@@ -62,6 +62,14 @@ def fit(order: WorkOrder) -> None:
         raise _translate(error, job) from error
     finally:
         RunDir(job.run_dir).remove(_RAY_FOLDER)
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer without the actor that would split datasets: the stream is split by the workers."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
 
 class _StopOnUserError(WorkerGroupCallback):

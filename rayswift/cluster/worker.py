@@ -1,11 +1,12 @@
 """The function every Ray Train worker runs. Rank 0 opens the row stream, splits it by data rank and hands it out.
 
 The stream is opened here and not by the driver, because after a restart it begins where the newest checkpoint
-stands, which only the workers know.
+stands, which only the workers know. While Ray Data's processes start, each rank prepares the first few rows itself.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,13 +27,35 @@ def work(config: dict[str, Any]) -> None:
 
 
 def _open_blocks(order: WorkOrder, ledger: Ledger) -> Callable[[], Iterable[pa.Table]]:
-    """How this data rank reads its share of the stream that rank 0 split."""
+    """How this data rank reads its share of the stream: a head start of its own, then what rank 0 split."""
+    import torch.distributed as dist
+
+    from rayswift.data.blocks import head_start
+    from rayswift.models.loading import load_tokenizer
+    from rayswift.training.prefetch import Prefetched
+
+    layout = order.plan.layout
+    data_rank = layout.data_rank(dist.get_rank())
+    head, rest = head_start(
+        order.train_stream,
+        load_tokenizer(order.job.model.path),
+        data_rank=data_rank,
+        data_size=layout.data_size,
+        global_batch_size=order.job.train.global_batch_size,
+        ledger=ledger,
+    )
+    group = dist.new_group(backend="gloo")  # the stream is handed out in a thread, beside the model's collectives
+    stream = Prefetched(lambda: _split_blocks(order, rest, data_rank, group))
+    return lambda: itertools.chain(head, stream)
+
+
+def _split_blocks(order: WorkOrder, ledger: Ledger, data_rank: int, group: Any) -> Iterable[pa.Table]:
+    """This rank's blocks from `ledger` on, as Ray Data prepares them."""
     import torch.distributed as dist
 
     from rayswift.data.pipeline import split_stream
     from rayswift.training.build import broadcast
 
-    layout = order.plan.layout
     splits = None
     if dist.get_rank() == 0:
         splits = split_stream(
@@ -40,8 +63,9 @@ def _open_blocks(order: WorkOrder, ledger: Ledger) -> Callable[[], Iterable[pa.T
             order.job.model.path,
             ledger=ledger,
             global_batch_size=order.job.train.global_batch_size,
-            data_size=layout.data_size,
+            data_size=order.plan.layout.data_size,
             num_workers=order.job.data.num_workers,
         )
-    mine = broadcast(splits)[layout.data_rank(dist.get_rank())]
-    return lambda: mine.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    mine = broadcast(splits, group)[data_rank]
+    blocks: Iterable[pa.Table] = mine.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    return blocks

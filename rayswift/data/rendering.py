@@ -211,10 +211,8 @@ def _tool_names(sample: Sample, chat: list[dict[str, Any]]) -> Iterator[str]:
             yield str(call["function"]["name"])
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    return _special_tokens_of(tuple(tokenizer.all_special_tokens), tuple(tokenizer.added_tokens_decoder.values()))
-
-
 @lru_cache(maxsize=8)
-def _special_tokens_of(named: tuple[str, ...], added: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple({*named, *(token.content for token in added if token.special)})
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Kept per tokenizer object: listing the 256 added tokens of Llama 3 costs more than rendering a row."""
+    added = tokenizer.added_tokens_decoder.values()
+    return tuple({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)})

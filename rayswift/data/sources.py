@@ -90,8 +90,6 @@ def resolve(source: DataSource, index: int, *, path: str = "data.train") -> list
     try:
         filesystem, name = _filesystem(source.path)
         found = _matches(filesystem, name)
-    except RecursionError:
-        raise
     except Exception as error:  # every fsspec backend raises its own types; none may reach the user as a traceback
         raise ConfigError(
             f"cannot be opened: {_one_line(error)}", path=place, value=source.path, fix=_install_hint(error)
@@ -134,9 +132,12 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
-    """Bytes `start` to `stop` of a file, in one request. Raises DataError when the file has become shorter."""
+    """Bytes `start` to `stop` of a file, in one request. Raises DataError when the file is gone or shorter."""
     filesystem, name = _filesystem(path)
-    data = cast(bytes, filesystem.cat_file(name, start=start, end=stop))
+    try:
+        data = cast(bytes, filesystem.cat_file(name, start=start, end=stop))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} was removed after it was indexed; put it back and resume the run") from error
     if len(data) > stop - start:  # a web server that ignores the Range header sends the whole file
         data = data[start:stop]
     if len(data) != stop - start:

@@ -5,6 +5,7 @@ Dense figures, not the sparse ones that are often quoted. Source: vendor data sh
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 GB = 10**9
@@ -48,6 +49,6 @@ class ClusterSpec:
 
 def find_gpu(device_name: str, memory_bytes: int) -> GpuSpec | None:
     """The spec of a device as torch names it ("NVIDIA A100-SXM4-80GB"), told apart by memory; None if unknown."""
-    plain = device_name.replace(" ", "").lower()
-    candidates = [g for g in GPUS if g.name.split("-")[0].replace(" ", "").lower() in plain]
+    families = ((gpu, gpu.name.split("-")[0]) for gpu in GPUS)
+    candidates = [gpu for gpu, family in families if re.search(rf"{family}(?!\d)", device_name)]  # an A100 is no A10
     return min(candidates, key=lambda g: abs(g.memory_bytes - memory_bytes), default=None)

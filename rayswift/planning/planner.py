@@ -6,7 +6,7 @@ for a name. What it rejects, it keeps with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -94,7 +94,7 @@ def plan(
     engine, rejected = _engine(job, layout, engines, needs)
     placement = place(workers, cluster)
     _check_batch(job, layout)
-    capacity = cluster.device_memory_bytes or cluster.memory_bytes // workers
+    capacity = _capacity(cluster, workers)
     memory = estimate(shape, job, layout)
     if memory.total > _USABLE * capacity:
         raise PlanError(
@@ -102,7 +102,7 @@ def plan(
             f"but a worker has {format_bytes(_USABLE * capacity)}",
             path="model.path",
             value=job.model.path,
-            fix=_smaller(shape, job, layout, _USABLE * capacity),
+            fix=_smaller(job, shape, layout, cluster),
         )
     return Plan(
         engine=engine,
@@ -187,20 +187,27 @@ def _check_batch(job: Job, layout: Layout) -> None:
         )
 
 
-def _smaller(shape: ModelShape, job: Job, layout: Layout, capacity: float) -> str:
-    """Settings that would fit, found by estimating each of them."""
+def _smaller(job: Job, shape: ModelShape, layout: Layout, cluster: ClusterSpec) -> str:
+    """Overrides that would fit, each found by estimating it with the memory its workers would have."""
+    for overrides, candidate, other in _alternatives(job, layout, cluster):
+        if estimate(shape, candidate, other).total <= _USABLE * _capacity(cluster, other.world_size):
+            return f"{overrides} would fit"
+    return "use a smaller model, an adapter, or a larger device"
+
+
+def _alternatives(job: Job, layout: Layout, cluster: ClusterSpec) -> Iterator[tuple[str, Job, Layout]]:
+    """(overrides, job, layout) from the cheapest change on. Devices are added, CPU workers taken away: they share."""
     one = job.model_copy(update={"train": job.train.model_copy(update={"micro_batch_size": 1})})
     recompute = one.model_copy(update={"model": job.model.model_copy(update={"activation_checkpointing": True})})
-    choices = [
-        ("train.micro_batch_size=1", one, layout),
-        ("train.micro_batch_size=1 model.activation_checkpointing=true", recompute, layout),
-    ]
-    choices += [
-        (f"cluster.workers={layout.world_size * n} with activation checkpointing", recompute,
-         replace(layout, dp_shard=layout.dp_shard * n))
-        for n in (2, 4, 8, 16, 32, 64)
-    ]  # fmt: skip
-    for text, candidate, wider in choices:
-        if estimate(shape, candidate, wider).total <= capacity:
-            return f"{text} would fit"
-    return "use a smaller model, an adapter, or a larger device"
+    smallest = "train.micro_batch_size=1 model.activation_checkpointing=true"
+    yield "train.micro_batch_size=1", one, layout
+    yield smallest, recompute, layout
+    shards = [layout.dp_shard * n for n in (2, 4, 8, 16, 32, 64)] if cluster.device != "cpu" else [1]
+    for other in (replace(layout, dp_shard=n) for n in shards):
+        if job.train.global_batch_size % other.data_size == 0:
+            yield f"cluster.workers={other.world_size} parallel.dp_shard=auto {smallest}", recompute, other
+
+
+def _capacity(cluster: ClusterSpec, workers: int) -> int:
+    """Bytes of one worker: of its device, or its share of the memory that CPU workers have together."""
+    return cluster.device_memory_bytes or cluster.memory_bytes // workers

@@ -109,11 +109,17 @@ def check(checkpoint: str, *, verify: bool = True) -> CheckpointManifest:
 
 
 def clean(run_dir: RunDir) -> list[str]:
-    """The names of the directories removed because no valid manifest vouches for them."""
-    removed = []
-    for name in _folders(run_dir):
+    """The names of the directories removed because no valid manifest vouches for them, newest first.
+
+    Contents are read from the newest on until one is whole. A damaged one that is newer must go too: it would
+    outlive, in `prune`, the checkpoints of the run that continues from the older one.
+    """
+    removed: list[str] = []
+    trusted = False
+    for name in sorted(_folders(run_dir), reverse=True):
         try:
-            check(f"{run_dir.url}/{FOLDER}/{name}", verify=False)
+            check(f"{run_dir.url}/{FOLDER}/{name}", verify=not trusted)
+            trusted = True
         except CheckpointError:
             run_dir.remove(f"{FOLDER}/{name}")
             removed.append(name)

@@ -53,7 +53,8 @@ class RunLog:
     """The metrics and events of a run, continued after the step a resumed run starts from."""
 
     def __init__(self, run_dir: RunDir, job: Job, *, up_to_step: int) -> None:
-        self._metrics = JsonlLog(run_dir, METRICS, up_to_step=up_to_step)
+        # A run that starts from nothing evaluates step 0 again, so even that line goes.
+        self._metrics = JsonlLog(run_dir, METRICS, up_to_step=up_to_step or -1)
         self._events = JsonlLog(run_dir, EVENTS, up_to_step=sys.maxsize)
         self._flushed = time.monotonic()
         self._trackers = [

@@ -5,6 +5,7 @@ Ray Train's workers and the forked ranks of the tests run this same function.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -68,8 +69,8 @@ def run_rank(order: WorkOrder, rank: int, local_rank: int, open_blocks: OpenBloc
         refuse_leaking_packing(engine, job)
     log = RunLog(run_dir, job, up_to_step=state.step) if rank == 0 else None
     if log is not None:
-        log.event("start", state.step, world_size=plan.layout.world_size, device=str(device))
-    saver = Saver(job.run_dir, job.train.keep_checkpoints)
+        log.event("start", state.step, world_size=plan.layout.world_size, device=str(device), pid=os.getpid())
+    saver = Saver(job.run_dir, job.train.keep_checkpoints, saved_step=manifest.step if manifest else None)
     horizon = Horizon(job.train, order.train_stream.num_rows_total)
     hooks = RunHooks(
         job=job,
@@ -115,7 +116,7 @@ def _agree_on_checkpoint(run_dir: RunDir, rank: int) -> CheckpointManifest | Non
     found: CheckpointManifest | None = None
     if rank == 0:
         checkpoint.clean(run_dir)
-        found = checkpoint.find_newest(run_dir)
+        found = checkpoint.find_newest(run_dir, verify=False)  # `clean` has just read its contents
     agreed = broadcast(found.model_dump() if found else None)
     return CheckpointManifest.model_validate(agreed) if agreed else None
 

@@ -1,0 +1,45 @@
+# The two commands of a new user are `make quickstart` and `make test`; both build .venv once through `make setup`.
+# Only relative paths are used, so that a checkout in a path with a space works.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-unit check format bench clean
+
+PY := .venv/bin/python
+STAMP := .venv/.rayswift-stamp
+QUICKSTART_DIR ?= quickstart
+export OMP_NUM_THREADS ?= 1
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## build .venv once (again when pyproject.toml or constraints.txt change)
+
+$(STAMP): pyproject.toml constraints.txt .ci/setup
+	@bash .ci/setup
+	@touch $(STAMP)
+
+quickstart: $(STAMP)  ## pretrain, fine-tune, export, serve and ask a small model on this machine
+	@$(PY) -m rayswift.cli quickstart text --output "$(QUICKSTART_DIR)" --force
+
+test: $(STAMP)  ## every suite, with the slowest tests listed
+	@$(PY) -m pytest --durations=25
+
+test-unit: $(STAMP)  ## unit and property tests only
+	@$(PY) -m pytest tests/unit tests/property --durations=10
+
+check: $(STAMP)  ## formatting, lint, strict types, unit tests
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+	@$(PY) -m pytest tests/unit tests/property -q
+
+format: $(STAMP)  ## format and fix what ruff can fix
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix .
+
+bench: $(STAMP)  ## every measurement under bench/, each printing its own result
+	@for file in bench/*.py; do echo "== $$file"; $(PY) "$$file"; done
+
+clean:  ## remove what the targets above made
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis rayswift.egg-info "$(QUICKSTART_DIR)"

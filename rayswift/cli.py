@@ -1,0 +1,333 @@
+"""The command line: parse, call the library, print. Knows no rule of training, data or serving.
+
+Everything heavy is imported inside the command that needs it, so that `--help` answers at once.
+Results go to stdout, progress and messages to stderr. Exit codes are those of `rayswift.errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+import rayswift
+from rayswift.errors import ConfigError, RaySwiftError
+
+app = typer.Typer(
+    name="rayswift",
+    help="One Ray cluster as a fine-tuning service: train, export, serve.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+model_app = typer.Typer(help="Base models.", no_args_is_help=True)
+data_app = typer.Typer(help="Training data.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+app.add_typer(data_app, name="data")
+
+JobFile = Annotated[str, typer.Argument(metavar="JOB", help="The job: a YAML file, or a Python file that defines job.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file: train.lr=2e-5.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command and exits with its code: the entry point `rayswift`."""
+    sys.exit(run(lambda: app(args=None if args is None else list(args), prog_name="rayswift", standalone_mode=False)))
+
+
+def script(command: str, *options: str) -> NoReturn:
+    """Runs one command on the arguments of this process: what the files in jobs/ are made of."""
+    main([command, *options, *sys.argv[1:]])
+
+
+def run(command: Callable[[], Any]) -> int:
+    """The exit code of a command; what it raises becomes one message on stderr, never a traceback.
+
+    RAYSWIFT_DEBUG=1 shows the traceback.
+    """
+    try:
+        result = command()
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _told("interrupted", 130)
+    except TyperException as error:
+        return _told(f"error: {error.format_message()}\nSee `rayswift --help`.", 2)
+    except RaySwiftError as error:
+        return _told(f"error: {error}", error.exit_code)
+    except Exception as error:
+        text = " ".join(str(error).split()) or "no message"
+        return _told(
+            f"error: unexpected {type(error).__name__}: {text[:500]}\n"
+            "This is a bug of RaySwift or of this machine; run it again with RAYSWIFT_DEBUG=1 for the traceback.", 1
+        )  # fmt: skip
+
+
+def _told(message: str, code: int) -> int:
+    if os.environ.get("RAYSWIFT_DEBUG") == "1" and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    return code
+
+
+def _print(plain: Any, text: str, as_json: bool) -> None:
+    print(json.dumps(plain, indent=1, default=str) if as_json else text)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"rayswift {rayswift.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """One Ray cluster as a fine-tuning service: train, export, serve."""
+
+
+@app.command()
+def quickstart(
+    kind: Annotated[str, typer.Argument(help="What to show: text.")] = "text",
+    output: Annotated[str, typer.Option(help="Folder for everything it makes.")] = "quickstart",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Pretrains, fine-tunes, exports, serves and asks a small model on this machine, in a few minutes.
+
+    Example: rayswift quickstart text --output quickstart
+    """
+    from rayswift.quickstart import run_quickstart
+
+    result = run_quickstart(kind, output, force=force)
+    _print(result.to_plain(), result.summary(), as_json)
+    if not result.succeeded:
+        raise typer.Exit(1)
+
+
+@model_app.command("init")
+def model_init(
+    directory: Annotated[str, typer.Argument(help="Folder to make.")],
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE]...", help="More files for --train-tokenizer.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="Architecture of transformers, such as qwen3 or llama.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of blocks.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(min=1, help="Width of the residual stream.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Number of attention heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Number of key/value heads.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(min=1, help="Width of the MLP.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Number of tokens.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest sequence in tokens.")] = None,
+    train_tokenizer: Annotated[
+        list[str] | None, typer.Option(help="Text file for a BPE tokenizer; repeatable.")
+    ] = None,
+    like: Annotated[str | None, typer.Option(help="Take the shape of this folder or hub id.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Makes a base model with random weights: an ordinary Hugging Face folder.
+
+    Example: rayswift model init models/tiny --arch qwen3 --layers 4 --hidden-size 128 --heads 4 --kv-heads 2
+    --vocab-size 4096 --train-tokenizer corpus.txt --seed 0
+    """
+    from dataclasses import asdict
+
+    if files and not train_tokenizer:
+        raise ConfigError("is not expected", path="argument", value=files[0], fix="write --train-tokenizer before it")
+    from rayswift.models.init import init_model
+
+    report = init_model(
+        directory, arch=arch, layers=layers, hidden_size=hidden_size, heads=heads, kv_heads=kv_heads,
+        intermediate_size=intermediate_size, vocab_size=vocab_size, max_length=max_length,
+        train_tokenizer_files=[*(train_tokenizer or ()), *(files or ())], like=like, seed=seed,
+    )  # fmt: skip
+    lines = [f"{report.directory}: {report.arch}, {report.num_params:,} parameters, {report.vocab_size} tokens"]
+    _print(asdict(report), "\n".join([*lines, *(f"note: {note}" for note in report.notes)]), as_json)
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    overrides: Overrides = None,
+    show_config: Annotated[bool, typer.Option(help="Print every setting and where it was written.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Says what a job would do: layout, placement, memory, speed, and what was rejected. Trains nothing.
+
+    Example: rayswift plan examples/sft.yaml cluster.workers=2
+    """
+    from rayswift.config.load import load_job
+
+    loaded = load_job(job, overrides or ())
+    if show_config:
+        settings = {key: {"value": loaded.value(key), "from": origin} for key, origin in loaded.origins.items()}
+        lines = [f"{key} = {entry['value']}  ({entry['from']})" for key, entry in settings.items()]
+        _print(settings, "\n".join(lines), as_json)
+        return
+    from rayswift.api import plan as make_plan
+
+    made = make_plan(loaded.job)
+    _print(made.to_plain(), made.summary(), as_json)
+
+
+@app.command()
+def train(
+    job: JobFile,
+    overrides: Overrides = None,
+    method: Annotated[str | None, typer.Option(hidden=True, help="Refuse a job of another method.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Trains a job. The same command continues a run that was stopped.
+
+    Example: rayswift train examples/sft.yaml train.lr=2e-5 data.train.0.path=mine.jsonl
+    """
+    from rayswift.config.load import load_job
+    from rayswift.progress import open_progress
+
+    loaded = load_job(job, overrides or (), method=method)
+    progress = open_progress()
+    try:
+        from rayswift import api
+
+        report = api.run(loaded.job, progress=progress)
+    finally:
+        progress.close()
+    _print(report.model_dump(mode="json"), report.summary(), as_json)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="A run directory, a checkpoint, or a Hugging Face folder.")],
+    output: Annotated[str, typer.Argument(help="Folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="Type of the written weights; default: as trained.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Writes a trained model as a verified Hugging Face folder: adapter merged, reloaded, compared.
+
+    Example: rayswift export runs/sft-demo exports/sft-demo
+    """
+    from rayswift import api
+
+    manifest = api.export(source, output, dtype=dtype, force=force)
+    text = f"{output}: {len(manifest.files)} files, verified; manifest {os.path.join(output, 'rayswift.json')}"
+    _print(manifest.model_dump(mode="json"), text, as_json)
+
+
+@app.command()
+def serve(
+    models: Annotated[list[str], typer.Argument(metavar="[NAME=]FOLDER...", help="Exports, or one YAML serve spec.")],
+    host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.  [default: 8000]")] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="File with the keys clients may send.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Serving engine.  [default: local]")] = None,
+) -> None:
+    """Serves exports behind an OpenAI-compatible endpoint until Ctrl-C.
+
+    Keys are read from --api-key-file or RAYSWIFT_API_KEY. Without one only this machine can ask.
+
+    Example: rayswift serve exports/sft-demo --port 8000
+    """
+    from rayswift.serving.app import run as serve_until_stopped
+    from rayswift.serving.spec import parse
+
+    given = {"host": host, "port": port, "api_key_file": api_key_file, "engine": engine}
+    serve_until_stopped(parse({**_served(models), **{k: v for k, v in given.items() if v is not None}}))
+
+
+def _served(models: list[str]) -> dict[str, Any]:
+    """What is to be served: the settings of a spec file, or folders under their own or a given name."""
+    from rayswift.serving.spec import load
+
+    if len(models) == 1 and "=" not in models[0]:
+        return load(models[0]).model_dump(mode="json", exclude_unset=True)
+    named: dict[str, str] = {}
+    for model in models:
+        name, folder = model.split("=", 1) if "=" in model else (os.path.basename(os.path.abspath(model)), model)
+        if not name or not folder:
+            raise ConfigError("is not NAME=FOLDER", path="models", value=model, fix="write chat=exports/sft-demo")
+        if name in named:
+            raise ConfigError(f"is named twice: {named[name]} and {folder}", path="models", value=name,
+                              fix="give one of them another name: other=FOLDER")  # fmt: skip
+        named[name] = folder
+    return {"models": named}
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="The cluster's dashboard URL; default: RAY_ADDRESS.")] = None,
+    working_dir: Annotated[str, typer.Option(help="Folder that is sent along; .gitignore is respected.")] = ".",
+    wait: Annotated[bool, typer.Option(help="Follow the log and exit with the job's code.")] = True,
+) -> None:
+    """Runs `rayswift train` on a Ray cluster, with this folder as its working directory.
+
+    Example: rayswift submit examples/sft.yaml --address URL train.max_steps=10
+    """
+    from rayswift.cluster.submit import submit as submit_job
+    from rayswift.config.load import load_job
+
+    load_job(job, overrides or ())  # a wrong job is told here, before anything is uploaded
+    code = submit_job(job, overrides or (), address=address, working_dir=working_dir, wait=wait)
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor(
+    ray: Annotated[bool, typer.Option(help="Also start a small Ray cluster and stop it again.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Says what this machine can do, and how to mend what is missing. Exit code 1 when training cannot work.
+
+    Example: rayswift doctor --json
+    """
+    from rayswift.doctor import examine
+
+    checkup = examine(start_ray=ray)
+    _print(checkup.to_plain(), checkup.summary(), as_json)
+    if not checkup.healthy:
+        raise typer.Exit(1)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    job: JobFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to show of each source.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Shows rows as the model sees them: what is trained on in green, token counts, how full sequences get.
+
+    Example: rayswift data inspect examples/sft.yaml --rows 3
+    """
+    from rayswift.config.load import load_job
+    from rayswift.preview import preview
+
+    seen = preview(load_job(job, overrides or ()).job, num_rows=rows)
+    _print(seen.to_plain(), seen.text(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Prints the JSON Schema of a job file, for editors.
+
+    Example: rayswift schema > job.schema.json
+    """
+    from rayswift.config.load import job_schema
+
+    print(json.dumps(job_schema(), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The first five minutes: a model made, trained, exported, served and asked on this machine, from nothing.
+
+One module per kind (`text`); everything it makes is an ordinary job file, run directory or export.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayswift.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rayswift.quickstart.result import QuickstartResult
+
+KINDS = ("text",)
+MARKER = ".rayswift-quickstart"
+
+
+def run_quickstart(kind: str, output: str, *, force: bool = False) -> QuickstartResult:
+    """What was reached, everything made lying below `output`. `force` replaces the folder of an earlier quickstart.
+
+    Raises ConfigError for an unknown kind or a folder that is in use.
+    """
+    if kind not in KINDS:
+        close = difflib.get_close_matches(kind, KINDS, n=1)
+        raise ConfigError("is not a quickstart of this version", path="kind", value=kind,
+                          fix=f"did you mean {close[0]}?" if close else f"use {', '.join(KINDS)}")  # fmt: skip
+    folder = Path(output)
+    _claim(folder, force)
+    from rayswift.quickstart.text import run
+
+    return run(folder)
+
+
+def _claim(folder: Path, force: bool) -> None:
+    """Makes an empty folder. Only what an earlier quickstart made is ever removed."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not (folder / MARKER).is_file():
+            raise ConfigError("exists and is not the folder of a quickstart", path="output", value=str(folder),
+                              fix="name another folder with --output")  # fmt: skip
+        if not force:
+            raise ConfigError("holds an earlier quickstart", path="output", value=str(folder),
+                              fix="replace it with --force, or name another folder with --output")  # fmt: skip
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text("Everything in this folder was made by `rayswift quickstart` and may be deleted.\n")
