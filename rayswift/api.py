@@ -128,8 +128,7 @@ def _show_event(event: dict[str, Any], progress: Progress) -> None:
 def _report(prepared: Prepared, made: Plan, clock: _Phases, resumed_from: int) -> RunReport:
     """Draw the report from what the workers left in the run directory."""
     from rayswift.training import checkpoint, report
-    from rayswift.training.metrics import EVENTS, METRICS
-    from rayswift.training.run_dir import RunDir
+    from rayswift.training.run_dir import EVENTS, METRICS, RunDir
 
     job = prepared.job
     run_dir = RunDir(job.run_dir)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from rayswift.errors import ConfigError, WorkerError
+
+_AGENT_TIMEOUT_S, _AGENT_POLL_S = 60.0, 1.0
 
 
 def submit(job: str, overrides: Sequence[str], *, address: str | None, working_dir: str, wait: bool) -> int:
@@ -17,7 +20,8 @@ def submit(job: str, overrides: Sequence[str], *, address: str | None, working_d
     `address` is the dashboard's URL. Raises ConfigError when no dashboard answers there.
     """
     client = _connect(address)
-    submission = client.submit_job(
+    submission = _send(
+        client,
         entrypoint=shlex.join(["python", "-m", "rayswift.cli", "train", job, *overrides]),
         runtime_env={"working_dir": working_dir},
         metadata={"rayswift_job": job},
@@ -42,6 +46,19 @@ def _connect(address: str | None) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"does not answer: {reason}", path="address", value=address,
                           fix="check that the cluster runs and was started with a dashboard") from error  # fmt: skip
+
+
+def _send(client: Any, **job: Any) -> str:
+    """The id of the submitted job. A cluster that has just started is given time for its first agent."""
+    deadline = time.monotonic() + _AGENT_TIMEOUT_S
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise WorkerError(f"was not accepted: {str(error).strip().splitlines()[-1]}", path="job",
+                                  value=job["entrypoint"], fix="check the cluster's dashboard") from error  # fmt: skip
+            time.sleep(_AGENT_POLL_S)
 
 
 async def _follow(client: Any, submission: str) -> None:

@@ -6,14 +6,13 @@ import logging
 from typing import Any, cast
 
 import ray.train
-from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
-from ray.train.v2.api.config import FailureConfig, RunConfig
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from rayswift.cluster.session import configure, process_environment
 from rayswift.cluster.worker import work

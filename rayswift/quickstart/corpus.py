@@ -26,7 +26,7 @@ _MODULES = (
     "re", "time", "heapq", "bisect", "random", "shutil", "os", "glob", "inspect", "fnmatch", "difflib", "base64",
     "calendar", "tempfile", "cmath", "socket", "threading", "zlib", "gzip", "locale", "platform",
 )  # fmt: skip
-_SIGNATURE = re.compile(r"^[\w.]+\([^)]*\)\s*(?:(?:->|--)\s*[\w.\[\], ]*?(?:--|:))?\s*")
+_SIGNATURE = re.compile(r"^[\w.]+\([^)]*\)\s*(?:->\s*[\w.\[\], ]+?\s*(?:--|:|$))?(?:--)?\s*")
 _RULE_LINE = re.compile(r"^\s*[^\w\s]{3,}\s*$", re.MULTILINE)
 
 

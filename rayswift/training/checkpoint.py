@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rayswift.data.ledger import Ledger
 from rayswift.errors import CheckpointError
 from rayswift.training.run_dir import RunDir
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
@@ -147,6 +150,7 @@ def load_state(checkpoint: str, state: dict[str, Any]) -> None:
 
 def load_weights(checkpoint: str) -> dict[str, torch.Tensor]:
     """Every trained tensor, whole and on the CPU, under its Hugging Face (or peft) name. No process group needed."""
+    import torch
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -156,7 +160,10 @@ def load_weights(checkpoint: str) -> dict[str, torch.Tensor]:
         for key, entry in metadata.state_dict_metadata.items()
         if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load({"model": weights}, storage_reader=storage_reader(checkpoint), no_dist=True)
+    with warnings.catch_warnings():
+        # torch warns of the very thing it was told by `no_dist`.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load({"model": weights}, storage_reader=storage_reader(checkpoint), no_dist=True)
     return weights
 
 

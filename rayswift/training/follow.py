@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rayswift.training.metrics import EVENTS, METRICS
-from rayswift.training.run_dir import RunDir
+from rayswift.training.run_dir import EVENTS, METRICS, RunDir
 
 _LOCAL_POLL_S = 0.3
 _REMOTE_POLL_S = 5.0

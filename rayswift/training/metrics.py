@@ -12,12 +12,10 @@ import torch
 from rayswift import plugins
 from rayswift.config.job import Job
 from rayswift.training.loop import StepRecord
-from rayswift.training.run_dir import JsonlLog, RunDir
+from rayswift.training.run_dir import EVENTS, METRICS, JsonlLog, RunDir
 from rayswift.training.state import Horizon, TrainState
 from rayswift.training.trackers import Detached
 
-METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
 _FLUSH_EVERY_S = 10.0
 
 

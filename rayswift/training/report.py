@@ -7,8 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from rayswift.training.metrics import METRICS
-from rayswift.training.run_dir import RunDir
+from rayswift.training.run_dir import METRICS, RunDir
 from rayswift.units import format_bytes, format_count, format_seconds
 
 

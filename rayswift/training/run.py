@@ -57,6 +57,7 @@ def run_rank(order: WorkOrder, rank: int, local_rank: int, open_blocks: OpenBloc
     device = find_device(plan.device, local_rank)
     torch.manual_seed(job.train.seed)
     run_dir = RunDir(job.run_dir)
+    removed = checkpoint.clean(run_dir) if rank == 0 else []
     manifest = _agree_on_checkpoint(run_dir, rank)
     state = _initial_state(order, manifest)
     read = open_blocks(order, state.ledger)
@@ -70,6 +71,8 @@ def run_rank(order: WorkOrder, rank: int, local_rank: int, open_blocks: OpenBloc
     log = RunLog(run_dir, job, up_to_step=state.step) if rank == 0 else None
     if log is not None:
         log.event("start", state.step, world_size=plan.layout.world_size, device=str(device), pid=os.getpid())
+        if removed:
+            log.event("removed", state.step, checkpoints=removed, reason="not whole")
     saver = Saver(job.run_dir, job.train.keep_checkpoints, saved_step=manifest.step if manifest else None)
     horizon = Horizon(job.train, order.train_stream.num_rows_total)
     hooks = RunHooks(
@@ -112,11 +115,8 @@ def local_open(order: WorkOrder, ledger: Ledger) -> Callable[[], Iterable[pa.Tab
 
 
 def _agree_on_checkpoint(run_dir: RunDir, rank: int) -> CheckpointManifest | None:
-    """The newest valid checkpoint, as rank 0 sees it; what is not valid is removed."""
-    found: CheckpointManifest | None = None
-    if rank == 0:
-        checkpoint.clean(run_dir)
-        found = checkpoint.find_newest(run_dir, verify=False)  # `clean` has just read its contents
+    """The newest valid checkpoint, as rank 0 sees it. Called after `clean`, which has just read its contents."""
+    found = checkpoint.find_newest(run_dir, verify=False) if rank == 0 else None
     agreed = broadcast(found.model_dump() if found else None)
     return CheckpointManifest.model_validate(agreed) if agreed else None
 

@@ -11,6 +11,9 @@ import fsspec
 
 from rayswift.errors import ConfigError
 
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+
 
 class RunDir:
     """Files of one run by name, on a local disk or any fsspec file system."""

@@ -1,0 +1,58 @@
+"""What a client is told when it does not get an answer: OpenAI error bodies with their HTTP status.
+
+Knows status codes and words; knows no HTTP library, and never repeats what a client sent beyond a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rayswift.errors import ServeError
+
+
+class ApiError(ServeError):
+    """An error a client is told, with the HTTP status and the four fields of an OpenAI error body."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def too_long(what: str, room: int) -> ApiError:
+    """The 400 for a conversation that does not fit into the model's context."""
+    message = f"This model's maximum context length is {room} tokens: {what}"
+    return ApiError(message, param="messages", code="context_length_exceeded")
+
+
+def unknown_model(name: str) -> ApiError:
+    """The 404 for a model nobody serves here."""
+    shown = name if len(name) <= 80 else name[:79] + "…"
+    message = f"The model `{shown}` does not exist; GET /v1/models lists those that do"
+    return ApiError(message, status=404, param="model", code="model_not_found")
+
+
+def overloaded(retry_after_s: int) -> ApiError:
+    """The 429 of a full queue. Clients of the official library wait as told and ask again."""
+    return ApiError(
+        "the server is at its limit of waiting requests; try again shortly",
+        status=429,
+        code="rate_limit_exceeded",
+        kind="rate_limit_error",
+        headers={"Retry-After": str(retry_after_s)},
+    )

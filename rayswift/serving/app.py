@@ -1,0 +1,252 @@
+"""The endpoint inside Ray Serve: builds, deploys, waits until it answers, and takes it down again.
+
+Knows Ray Serve and processes. What is answered is decided in `serving/http.py`, which this only hosts.
+
+One deployment, not an ingress before model deployments: a token then crosses one process boundary on its way to the
+client instead of two, the bounded queue counts exactly because it lives where the requests run, and a client that goes
+away is noticed in the process that generates for it. An engine that needs a Python environment of its own can still be
+an actor behind the engine protocol.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.schema import ApplicationStatus
+
+from rayswift import plugins
+from rayswift.cluster.session import session
+from rayswift.errors import ServeError
+from rayswift.models.loading import check_folder
+from rayswift.serving import auth, process
+from rayswift.serving.admission import Admission
+from rayswift.serving.engine import Engine, EngineOptions
+from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.spec import ServeSpec
+
+APP_NAME = "rayswift"
+_SPARE_REQUESTS = 128
+"""Requests Serve lets in beyond the engine's places, so that refusals are answered by us and at once."""
+_POLL_S, _STOP_TIMEOUT_S = 0.1, 30.0
+
+
+class EndpointReplica:
+    """One replica: an engine per model, and the ASGI app over them."""
+
+    async def __init__(self, spec: ServeSpec) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        self._spec, self._models = spec, dict[str, ServedModel]()
+        for name, folder in spec.models.items():
+            self._models[name] = await open_model(spec, folder)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return build_asgi(self._spec, self._models)
+
+    async def check_health(self) -> None:
+        """Raises when an engine cannot answer any more; Serve then replaces this replica."""
+        for model in self._models.values():
+            model.engine.check()
+
+
+async def open_model(spec: ServeSpec, folder: str) -> ServedModel:
+    """A started engine with its tokenizer and its places. Raises ConfigError or ServeError when it cannot load."""
+    from rayswift.models.loading import load_tokenizer
+
+    options = EngineOptions(spec.max_concurrency, spec.max_model_len, spec.dtype, spec.device)
+    engine: Engine = plugins.load("serving.engines", spec.engine, path="engine")(folder, options)
+    await engine.start()
+    return ServedModel(engine, PromptBuilder(load_tokenizer(folder)), Admission(spec.max_concurrency, spec.max_queued))
+
+
+def build_app(spec: ServeSpec) -> serve.Application:
+    """The Ray Serve application of a spec whose folders and keys have been checked.
+
+    Raises ConfigError for a folder that cannot be served, ExportError for an export that has changed since it was
+    verified, ServeError for an endpoint that would be open to the network.
+    """
+    plugins.load("serving.engines", spec.engine, path="engine")
+    spec = _with_checked_models(auth.secured(spec))
+    places = len(spec.models) * (spec.max_concurrency + spec.max_queued)
+    threads = str(max(1, int(spec.cpus_per_replica)))
+    deployment: Any = serve.deployment(
+        name="endpoint",
+        num_replicas=spec.num_replicas,
+        max_ongoing_requests=places + _SPARE_REQUESTS,
+        ray_actor_options={
+            "num_cpus": spec.cpus_per_replica,
+            "num_gpus": spec.gpus_per_replica,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
+        },
+        max_constructor_retry_count=1,  # a model that does not load does not load the second time either
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=10,
+    )(serve.ingress()(EndpointReplica))
+    application: serve.Application = deployment.bind(spec)
+    return application
+
+
+class RunningEndpoint:
+    """A served spec. `close` takes it down; as a context it does so at the end."""
+
+    def __init__(self, spec: ServeSpec, resources: ExitStack) -> None:
+        self.spec, self.url, self._resources = spec, spec.url, resources
+
+    def close(self) -> None:
+        """Stop serving, and the Ray cluster too if it was started for this. May be called twice."""
+        self._resources.close()
+
+    def __enter__(self) -> RunningEndpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def serve_in_background(spec: ServeSpec, *, address: str | None = None) -> RunningEndpoint:
+    """The endpoint once every model has generated its first token, on the caller's Ray connection if there is one.
+
+    Raises ConfigError, ExportError or ServeError; then nothing is left running.
+    """
+    process.check_port(spec.host, spec.port)
+    application = build_app(spec)
+    with ExitStack() as resources:
+        resources.enter_context(session(address))
+        resources.enter_context(_serving(spec))
+        serve.run_many(
+            [serve.RunTarget(application, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False
+        )
+        _wait_until_ready(spec)
+        return RunningEndpoint(spec, resources.pop_all())
+
+
+def run(
+    spec: ServeSpec,
+    *,
+    address: str | None = None,
+    blocking: bool = True,
+    on_ready: Callable[[RunningEndpoint], None] | None = None,
+) -> RunningEndpoint:
+    """Serve until Ctrl-C or SIGTERM; the endpoint, closed again. Not blocking: the running endpoint.
+
+    `on_ready` is told when it answers; without one the URL and two ways to ask are printed. Errors as
+    `serve_in_background`.
+    """
+    endpoint = serve_in_background(spec, address=address)
+    try:
+        if on_ready is None:
+            print(process.ready_text(spec), flush=True)
+        else:
+            on_ready(endpoint)
+        if blocking:
+            process.wait_for_stop_signal()
+    except BaseException:
+        endpoint.close()
+        raise
+    if blocking:
+        endpoint.close()
+    return endpoint
+
+
+def _with_checked_models(spec: ServeSpec) -> ServeSpec:
+    """The spec with absolute folders, each complete and, if it is an export, unchanged since it was verified."""
+    models = {}
+    for name, folder in spec.models.items():
+        check_folder(folder, field=f"models.{name}")
+        models[name] = str(Path(folder).resolve()) if os.path.isdir(folder) else folder
+        _check_export(name, folder)
+    return spec.model_copy(update={"models": models})
+
+
+def _check_export(name: str, folder: str) -> None:
+    from rayswift.export.manifest import MANIFEST, read_valid
+
+    if (Path(folder) / MANIFEST).is_file():
+        read_valid(folder)
+    else:
+        print(f"models.{name}={folder} has no {MANIFEST}: it is served as it is, unverified", file=sys.stderr)
+
+
+@contextmanager
+def _serving(spec: ServeSpec) -> Iterator[None]:
+    """Ray Serve with its proxy on the spec's address for the duration. Raises ServeError when it already runs."""
+    if _serve_controller() is not None:
+        raise ServeError(
+            "Ray Serve already runs on this cluster with an address of its own",
+            fix="deploy beside it with `serve run serve.app:app`, or stop it with `serve shutdown`",
+        )
+    # Serve tells the driver's terminal about its inner life at INFO; warnings still get through.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(
+                host=spec.host.strip("[]"),
+                port=spec.port,
+                # Ends what our own deadline cannot: a client that stopped reading.
+                request_timeout_s=spec.request_timeout_s + 30,
+            ),
+        )
+        yield
+    finally:
+        _stop_serve()
+
+
+def _stop_serve() -> None:
+    """Take all of Ray Serve down. A controller that does not end in time is told again by Serve's own shutdown.
+
+    That one waits on the controller inside a call that dies with it, which Ray reports as a failed task on stdout,
+    where a program's answer belongs. So the controller is told without waiting, and watched. (ray 2.60)
+    """
+    if (controller := _serve_controller()) is not None:
+        ray.get(controller.graceful_shutdown.remote(wait=False))
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        while _serve_controller() is not None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+    serve.shutdown()  # also makes this process forget the controller
+
+
+def _serve_controller() -> Any:
+    """The handle of the cluster's Serve controller, or None where Serve does not run."""
+    try:
+        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return None
+
+
+def _wait_until_ready(spec: ServeSpec) -> None:
+    """Returns when the endpoint answers over HTTP. Raises ServeError when it failed or took too long."""
+    deadline = time.monotonic() + spec.start_timeout_s
+    while time.monotonic() < deadline:
+        application = serve.status().applications.get(APP_NAME)
+        if application is not None and application.status in (
+            ApplicationStatus.DEPLOY_FAILED,
+            ApplicationStatus.UNHEALTHY,
+        ):
+            raise ServeError(f"the endpoint could not start: {_reason(application)}")
+        if application is not None and application.status == ApplicationStatus.RUNNING and process.answers(spec):
+            return
+        time.sleep(_POLL_S)
+    needs = f"{spec.num_replicas} x {spec.cpus_per_replica:g} CPU, {spec.gpus_per_replica:g} GPU"
+    raise ServeError(
+        f"the endpoint was not ready after {spec.start_timeout_s:g} s",
+        fix=f"check that the cluster has {needs} free, or raise start_timeout_s",
+    )
+
+
+def _reason(application: Any) -> str:
+    """The last line of what Serve reports, which is the exception a replica ended with."""
+    messages = [deployment.message for deployment in application.deployments.values()] + [application.message]
+    text = next((message for message in messages if message.strip()), "no reason was given")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line.split(":")[0]]
+    return (errors or lines)[-1].removeprefix("rayswift.errors.")

@@ -1,0 +1,144 @@
+"""What the endpoint asks of an engine: token ids in, a stream of text deltas out. And a fake one for tests.
+
+Knows no model, no HTTP and no Ray. The protocol is that of vLLM's AsyncLLM: `generate` is an async generator per
+answer, closing it aborts the answer, and how many run in one batch is the engine's own business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from rayswift.errors import ServeError
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen and when to stop. `temperature` 0 is greedy; `stop` strings are not returned."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+    """How many alternatives are reported beside each chosen token; None reports nothing."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to generate. Invariant: `prompt_ids` is not empty and leaves room for `sampling.max_new_tokens`."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token with its log-probability before temperature, and the likeliest (text, log-probability) pairs."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What was generated since the last delta. `text` never ends inside a character; the last delta has the reason.
+
+    `num_tokens` counts the new tokens, an end-of-turn token included, and not only those whose text is out already.
+    """
+
+    text: str
+    num_tokens: int
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+    def __add__(self, later: Delta) -> Delta:
+        """This delta and the one that follows it as one."""
+        return Delta(
+            self.text + later.text,
+            self.num_tokens + later.num_tokens,
+            later.finish_reason,
+            self.logprobs + later.logprobs,
+        )
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is built with. `dtype` and `device` may be `auto`; `max_model_len` None is the model's own."""
+
+    max_concurrency: int = 16
+    max_model_len: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+class Engine(Protocol):
+    """One loaded model. Made as `Engine(folder, options)`; nothing is loaded before `start`."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its answer together. Valid after `start`."""
+
+    async def start(self) -> None:
+        """Load the model and generate one token. Raises ConfigError or ServeError; once it returns, it is ready."""
+
+    def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """The deltas of one answer. Closing the generator frees its place at once. Raises ServeError on failure."""
+
+    def check(self) -> None:
+        """Raises ServeError when the engine cannot answer any more."""
+
+    async def close(self) -> None:
+        """Stop what runs and free what is held. May be called twice."""
+
+
+@dataclass
+class FakeEngine:
+    """Answers every prompt with the same pieces, one token each, and counts who is running. `gate` holds it back."""
+
+    pieces: Sequence[str] = ("Hello", ", ", "wörld", "!")
+    max_model_len: int = 64
+    gate: asyncio.Event | None = None
+    failure: str | None = None
+    running: int = 0
+    seen: list[Request] = field(default_factory=list)
+
+    async def start(self) -> None:
+        return None
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        self.seen.append(request)
+        self.running += 1
+        try:
+            pieces = self.pieces[: request.sampling.max_new_tokens]
+            for number, piece in enumerate(pieces, start=1):
+                if self.gate is not None and number > 1:
+                    await self.gate.wait()
+                if self.failure is not None:
+                    raise ServeError(self.failure)
+                await asyncio.sleep(0)
+                reason: FinishReason = "length" if len(pieces) < len(self.pieces) else "stop"
+                yield Delta(piece, 1, reason if number == len(pieces) else None, self._logprobs(request, piece))
+        finally:
+            self.running -= 1
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise ServeError(self.failure)
+
+    async def close(self) -> None:
+        return None
+
+    @staticmethod
+    def _logprobs(request: Request, piece: str) -> tuple[TokenLogprob, ...]:
+        wanted = request.sampling.logprobs
+        if wanted is None:
+            return ()
+        return (TokenLogprob(piece, -0.5, ((piece, -0.5), ("other", -1.5))[:wanted]),)

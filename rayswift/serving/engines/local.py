@@ -1,0 +1,146 @@
+"""The `local` engine: transformers on this replica's own device, with continuous batching in one thread.
+
+Knows how a model folder becomes a running decode loop, and how asyncio callers get at what its thread generates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any, cast
+
+from rayswift.config.job import ModelSpec
+from rayswift.errors import ConfigError, RaySwiftError, ServeError
+from rayswift.models.loading import load_model, load_tokenizer
+from rayswift.serving.engine import Delta, EngineOptions, Request, Sampling
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rayswift.serving.local.loop import DecodeLoop, Vocabulary
+
+_log = logging.getLogger("rayswift.serving")
+_UNBOUNDED_MODEL_LEN = 4096
+"""The length of a model whose config names none."""
+
+
+class Local:
+    """An `Engine`: see the protocol."""
+
+    def __init__(self, folder: str, options: EngineOptions) -> None:
+        self._folder, self._options = folder, options
+        self._loop: DecodeLoop | None = None
+        self._max_model_len = 0
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self._load)
+        warm_up = Request("warm-up", (0,), Sampling(max_new_tokens=1, temperature=0))
+        async for _ in self.generate(warm_up):
+            pass
+        _log.info("engine local is ready: %s, %d tokens", self._folder, self._max_model_len)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Delta | RaySwiftError]()
+
+        def emit(event: Delta | RaySwiftError) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        decode_loop = self._started()
+        ticket = decode_loop.submit(request, emit)
+        try:
+            while True:
+                delta = _merged(await events.get(), events)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            decode_loop.abort(ticket)
+
+    def check(self) -> None:
+        if not self._started().is_alive:
+            raise ServeError("the decode thread has ended", path="engine", value="local", fix="restart the replica")
+
+    async def close(self) -> None:
+        if self._loop is not None:
+            await asyncio.to_thread(self._loop.close)
+
+    def _started(self) -> DecodeLoop:
+        if self._loop is None:
+            raise ServeError("the engine was not started", path="engine", value="local", fix="await start() first")
+        return self._loop
+
+    def _load(self) -> None:
+        import torch
+
+        from rayswift.serving.local.loop import DecodeLoop
+
+        dtype = None if self._options.dtype == "auto" else getattr(torch, self._options.dtype)
+        tokenizer = load_tokenizer(self._folder)
+        model = load_model(ModelSpec(path=self._folder), dtype=dtype)
+        # `to` of transformers is wrapped in a way that loses its signature
+        model = cast("Any", model).to(_device(self._options.device)).eval()
+        self._max_model_len = _model_len(model, self._options.max_model_len)
+        self._loop = DecodeLoop(model, _vocabulary(model, tokenizer), self._options.max_concurrency)
+        self._loop.start()
+
+
+def _merged(first: Delta | RaySwiftError, events: asyncio.Queue[Delta | RaySwiftError]) -> Delta:
+    """The first event and all that already wait behind it as one delta, so that a slow reader gets fewer, larger ones.
+
+    An error is raised; an error behind deltas is left for the next call.
+    """
+    if isinstance(first, RaySwiftError):
+        raise first
+    merged = first
+    while not events.empty():
+        event = events.get_nowait()
+        if isinstance(event, RaySwiftError):
+            events.put_nowait(event)  # the loop sends nothing after an error, so it stays the last one
+            break
+        merged = merged + event
+    return merged
+
+
+def _device(wanted: str) -> torch.device:
+    import torch
+
+    if wanted == "cpu":
+        return torch.device("cpu")
+    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if wanted == "auto":
+        return current or torch.device("cpu")
+    if current is None or current.type != wanted:
+        found = "none" if current is None else current.type
+        raise ConfigError(f"is not on this machine (found: {found})", path="device", value=wanted, fix="use auto")
+    return current
+
+
+def _model_len(model: PreTrainedModel, wanted: int | None) -> int:
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    built_for = next((int(value) for name in names if (value := getattr(config, name, None))), None)
+    if wanted is not None and built_for is not None and wanted > built_for:
+        raise ConfigError(
+            f"is more than the model was built for, {built_for}", path="max_model_len", value=wanted, fix="lower it"
+        )
+    return wanted or built_for or _UNBOUNDED_MODEL_LEN
+
+
+def _vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    from rayswift.serving.local.loop import Vocabulary
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    generation = getattr(model.generation_config, "eos_token_id", None)
+    eos_ids: set[int] = set()
+    for found in (generation, model.config.get_text_config().eos_token_id, tokenizer.eos_token_id):
+        eos_ids.update(found if isinstance(found, list) else [] if found is None else [found])
+    return Vocabulary(decode, frozenset(eos_ids))

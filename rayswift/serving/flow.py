@@ -1,0 +1,106 @@
+"""Running the answers of one request: all choices as one stream, under a deadline, for as long as somebody listens.
+
+Knows asyncio, the engine protocol and how a request's body and disconnect arrive. Knows no route and no reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from typing import TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from rayswift.serving.api_errors import ApiError
+from rayswift.serving.engine import Delta, Engine, Request
+
+T = TypeVar("T")
+
+
+async def read_json(http: HttpRequest, max_bytes: int) -> bytes:
+    """The body of a JSON request. ApiError: 415 for another type, 413 beyond `max_bytes`, told before it is read."""
+    media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        # Also what keeps web pages out: a browser asks before it sends JSON to another origin, and is not answered.
+        raise ApiError("Content-Type must be application/json", status=415, code="unsupported_media_type")
+    announced = http.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise _too_large(max_bytes)
+    parts, size = [], 0
+    async for part in http.stream():
+        size += len(part)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(f"the body is larger than {max_bytes} bytes", status=413, code="request_too_large")
+
+
+async def choice_deltas(
+    engine: Engine, requests: Sequence[Request], deadline: float
+) -> AsyncGenerator[tuple[int, Delta], None]:
+    """(choice, delta) of all choices as they come. Closing it stops every answer."""
+    queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        for index, request in enumerate(requests):
+            tasks.append(asyncio.create_task(_pump(index, engine, request, queue)))
+        running = len(tasks)
+        while running:
+            item = await _before(deadline, queue.get())
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(
+    index: int, engine: Engine, request: Request, queue: asyncio.Queue[tuple[int, Delta] | BaseException | None]
+) -> None:
+    """Moves one answer into the queue, then None, or what went wrong."""
+    deltas = engine.generate(request)
+    try:
+        async for delta in deltas:
+            queue.put_nowait((index, delta))
+        queue.put_nowait(None)
+    except Exception as error:  # carried to the request's own task, which answers for it
+        queue.put_nowait(error)
+    finally:
+        await deltas.aclose()
+
+
+async def _before(deadline: float, awaitable: Awaitable[T]) -> T:
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await awaitable
+    except TimeoutError:
+        raise ApiError("the answer took longer than this server allows", status=503, code="timeout") from None
+
+
+async def unless_gone(http: HttpRequest, awaitable: Awaitable[T]) -> T:
+    """The result, given up as soon as the client closes the connection: nobody would read it."""
+    work = asyncio.ensure_future(awaitable)
+    gone = asyncio.create_task(_disconnected(http))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ApiError("the client closed the connection", status=499)
+        return work.result()
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,232 @@
+"""The OpenAI-compatible endpoint as an ASGI app over engines: routes, streaming, disconnects and timeouts.
+
+Knows Starlette and the engine protocol. Knows neither Ray nor torch, so that every answer to a bad request can be
+tested with a fake engine in milliseconds; `serving/app.py` runs this very app inside Ray Serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from rayswift.errors import ServeError
+from rayswift.serving import flow, gate, openai, replies
+from rayswift.serving.admission import Admission, Places
+from rayswift.serving.api_errors import ApiError, unknown_model
+from rayswift.serving.engine import Delta, Engine, Request
+from rayswift.serving.openai import AnyRequest, ChatRequest, TextRequest
+from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.replies import Answer, Reply
+from rayswift.serving.spec import ServeSpec
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One started engine with the tokenizer that makes its prompts and the places it has."""
+
+    engine: Engine
+    prompts: PromptBuilder
+    admission: Admission
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request that may run: what the engine is to generate, in the order of the reply's choices."""
+
+    requests: tuple[Request, ...]
+    num_prompt_tokens: int
+    deadline: float
+
+
+def build_asgi(spec: ServeSpec, models: Mapping[str, ServedModel]) -> Starlette:
+    """The ASGI app that answers for these models. No CORS, no documentation pages, no route besides the five."""
+    endpoint = Endpoint(spec, models)
+    return Starlette(
+        routes=[
+            Route("/health", endpoint.health, methods=["GET"]),
+            Route("/v1/models", endpoint.list_models, methods=["GET"]),
+            Route("/v1/models/{name:path}", endpoint.show_model, methods=["GET"]),
+            Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
+            Route("/v1/completions", endpoint.complete, methods=["POST"]),
+        ],
+        middleware=[Middleware(gate.Gate, key_hashes=spec.api_key_sha256)],
+        exception_handlers={ApiError: gate.on_api_error, 404: gate.on_http_error, 405: gate.on_http_error},
+    )
+
+
+class Endpoint:
+    """The routes. One method per route; what they share lies below them as functions."""
+
+    def __init__(self, spec: ServeSpec, models: Mapping[str, ServedModel]) -> None:
+        self._spec, self._models, self._created = spec, dict(models), int(time.time())
+
+    async def health(self, _: HttpRequest) -> Response:
+        """200 while every engine can answer, 503 otherwise."""
+        try:
+            for model in self._models.values():
+                model.engine.check()
+        except ServeError:
+            raise ApiError("an engine has failed", status=503, headers={"Retry-After": "10"}) from None
+        return JSONResponse({"status": "ok"})
+
+    async def list_models(self, _: HttpRequest) -> Response:
+        """The models served here."""
+        cards = [replies.model_card(name, self._created) for name in self._models]
+        return JSONResponse({"object": "list", "data": cards})
+
+    async def show_model(self, request: HttpRequest) -> Response:
+        """One model."""
+        name = request.path_params["name"]
+        self._find(name)
+        return JSONResponse(replies.model_card(name, self._created))
+
+    async def chat(self, request: HttpRequest) -> Response:
+        """A chat completion, whole or streamed."""
+        return await self._guarded(request, ChatRequest)
+
+    async def complete(self, request: HttpRequest) -> Response:
+        """A text completion, whole or streamed."""
+        return await self._guarded(request, TextRequest)
+
+    async def _guarded(self, http: HttpRequest, kind: type[AnyRequest]) -> Response:
+        """The reply, or an error body; no exception leaves, whatever went wrong."""
+        try:
+            return await self._answer(http, kind)
+        except ApiError:
+            raise
+        except Exception as error:
+            raise _told(error) from error
+
+    async def _answer(self, http: HttpRequest, kind: type[AnyRequest]) -> Response:
+        deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
+        body = await flow.read_json(http, self._spec.max_body_bytes)
+        request = openai.parse(kind, body)
+        model = self._find(request.model)
+        work = await self._plan(request, model, deadline)
+        reply = Reply(request.model, chat=kind is ChatRequest)
+        deltas = flow.choice_deltas(model.engine, work.requests, work.deadline)
+        answers = [Answer(index) for index in range(len(work.requests))]
+        places = model.admission.enter(len(work.requests))
+        if not request.stream:
+            with places:
+                await flow.unless_gone(http, _collect(deltas, answers))
+            return JSONResponse(reply.body(answers, replies.usage(answers, work.num_prompt_tokens)))
+        events = _events(deltas, answers, reply, work.num_prompt_tokens if request.include_usage else None)
+        try:
+            # The first event is awaited here, so that what fails before it still gets an HTTP status of its own.
+            first = await flow.unless_gone(http, anext(events))
+        except BaseException:
+            places.release()
+            raise
+        return _EventStream(first, events, places)
+
+    async def _plan(self, request: ChatRequest | TextRequest, model: ServedModel, deadline: float) -> Work:
+        """Prompts and sampling of every choice. Raises ApiError for what this model cannot do."""
+        if request.num_choices > self._spec.max_choices:
+            raise ApiError(
+                f"n: {request.num_choices} answers in one request are more than {self._spec.max_choices}",
+                param="n",
+                code="invalid_value",
+            )
+        prompts = await asyncio.to_thread(_prompt_ids, request, model.prompts)
+        unique, requests = uuid.uuid4().hex, list[Request]()
+        for ids in prompts:
+            sampling = openai.sampling(
+                request,
+                num_prompt_tokens=len(ids),
+                room=model.engine.max_model_len,
+                max_new_tokens=self._spec.max_new_tokens,
+            )
+            for choice in range(request.n):
+                one = openai.for_choice(sampling, choice)
+                requests.append(Request(f"{unique}-{len(requests)}", tuple(ids), one))
+        return Work(tuple(requests), sum(map(len, prompts)), deadline)
+
+    def _find(self, name: str) -> ServedModel:
+        if name not in self._models:
+            raise unknown_model(name)
+        return self._models[name]
+
+
+def _prompt_ids(request: ChatRequest | TextRequest, prompts: PromptBuilder) -> list[list[int]]:
+    if isinstance(request, ChatRequest):
+        return [prompts.chat(request.messages)]
+    return [prompts.text(prompt) for prompt in request.prompt]
+
+
+async def _collect(deltas: AsyncGenerator[tuple[int, Delta], None], answers: Sequence[Answer]) -> None:
+    try:
+        async for index, delta in deltas:
+            answers[index].add(delta)
+    finally:
+        await deltas.aclose()
+
+
+async def _events(
+    deltas: AsyncGenerator[tuple[int, Delta], None],
+    answers: Sequence[Answer],
+    reply: Reply,
+    usage_tokens: int | None,
+) -> AsyncGenerator[bytes, None]:
+    """The stream as server-sent events. An error after the first one becomes an error event, as in OpenAI's API."""
+    opened: set[int] = set()
+    try:
+        async for index, delta in deltas:
+            answer = answers[index]
+            answer.add(delta)
+            if not delta.text and delta.finish_reason is None and not delta.logprobs:
+                continue
+            parts = [] if index in opened else [reply.opening(index)]
+            parts.append(reply.chunk(answer, delta))
+            opened.add(index)
+            yield b"".join(replies.event(part) for part in parts if part is not None)
+        if usage_tokens is not None:
+            yield replies.event(reply.closing(replies.usage(answers, usage_tokens)))
+        yield replies.DONE
+    except Exception as error:
+        if not opened:
+            raise
+        yield replies.event(_told(error).body())
+    finally:
+        await deltas.aclose()
+
+
+def _told(error: Exception) -> ApiError:
+    """What a client is told of an error: its own text where it was meant for clients, else a bare 500 or 503."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ServeError):
+        gate.internal_error(error)
+        return ApiError("the model could not finish this answer", status=503, headers={"Retry-After": "1"})
+    return gate.internal_error(error)
+
+
+class _EventStream(StreamingResponse):
+    """A stream of events whose first one is known. Closes its source and frees its places however sending ends."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], places: Places) -> None:
+        super().__init__(_chain(first, rest), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._source, self._places = rest, places
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._places:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                await self._source.aclose()
+
+
+async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    yield first
+    async for event in rest:
+        yield event

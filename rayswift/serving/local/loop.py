@@ -1,0 +1,198 @@
+"""The decode loop: one thread that owns the model and runs whatever answers there are, a token per step each.
+
+A step admits waiting answers, moves one prompt a chunk further, and decodes one token of every running answer; so
+answers join and leave between steps. Knows nothing of asyncio: what it generates goes to a callback.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from rayswift.errors import RaySwiftError, ServeError
+from rayswift.serving.engine import Delta, FinishReason, Request, TokenLogprob
+from rayswift.serving.local.batch import Batch, Prefill, SoloBatch, open_batch
+from rayswift.serving.local.sampling import Sampler, likeliest
+from rayswift.serving.local.text import Decode, TextStream
+
+PREFILL_CHUNK_TOKENS = 512
+"""How much of a prompt is read between two tokens of the running answers."""
+_log = logging.getLogger("rayswift.serving")
+
+
+class Ticket:
+    """One answer on its way through the loop. Its thread calls `emit` with deltas; an error is the last call."""
+
+    def __init__(self, request: Request, emit: Callable[[Delta | RaySwiftError], None], decode: Decode) -> None:
+        self.request, self.emit = request, emit
+        self.sampler = Sampler(request.sampling)
+        self.text = TextStream(decode, request.sampling.stop)
+        self.num_tokens, self.last_token = 0, -1
+        self.aborted = False  # written by the asking side, read by the loop; a step late is early enough
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the loop must know of the tokenizer."""
+
+    decode: Decode
+    eos_ids: frozenset[int]
+
+
+class DecodeLoop:
+    """Generates answers until closed. A failing step fails the answers in it, and the loop goes on without them."""
+
+    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, max_concurrency: int) -> None:
+        self._model, self._vocabulary, self._max_concurrency = model, vocabulary, max_concurrency
+        self._batch: Batch = open_batch(model)
+        self._waiting: deque[Ticket] = deque()
+        self._prefilling: deque[tuple[Ticket, Prefill]] = deque()
+        self._running: list[Ticket] = []
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="rayswift-decode", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, request: Request, emit: Callable[[Delta | RaySwiftError], None]) -> Ticket:
+        """The ticket of an answer that will start when there is a place. Raises ServeError once closed."""
+        ticket = Ticket(request, emit, self._vocabulary.decode)
+        with self._wake:
+            if not self.is_alive:
+                raise ServeError("the engine has stopped")
+            self._waiting.append(ticket)
+            self._wake.notify()
+        return ticket
+
+    def abort(self, ticket: Ticket) -> None:
+        """Drop an answer nobody waits for any more; nothing happens to one that has ended."""
+        with self._wake:
+            ticket.aborted = True
+            self._wake.notify()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether answers can be generated."""
+        return self._thread.is_alive() and not self._closed
+
+    def close(self, timeout_s: float = 10) -> None:
+        """Stop after the current step; answers that were not finished get an error."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._wait_for_work():
+                try:
+                    self._step()
+                except Exception as error:
+                    # Whatever a model can raise, out of memory included, ends these answers and not the thread.
+                    _log.error("a decode step failed", exc_info=error)
+                    self._fail_all(ServeError("the engine failed while generating"), keep_waiting=True)
+        self._fail_all(ServeError("the engine was stopped"), keep_waiting=False)
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or self._waiting or self._prefilling or self._running)
+            return not self._closed
+
+    def _step(self) -> None:
+        self._drop_aborted()
+        self._admit()
+        self._prefill_one()
+        self._decode_all()
+
+    def _drop_aborted(self) -> None:
+        with self._wake:
+            self._waiting = deque(ticket for ticket in self._waiting if not ticket.aborted)
+        self._prefilling = deque(item for item in self._prefilling if not item[0].aborted)
+        for row in reversed(range(len(self._running))):
+            if self._running[row].aborted:
+                self._leave(row)
+
+    def _admit(self) -> None:
+        # A recurrent model may not be able to continue a prompt in a second chunk, so it gets it whole.
+        chunk_tokens = None if isinstance(self._batch, SoloBatch) else PREFILL_CHUNK_TOKENS
+        with self._wake:
+            while self._waiting and len(self._running) + len(self._prefilling) < self._max_concurrency:
+                ticket = self._waiting.popleft()
+                self._prefilling.append((ticket, Prefill(self._model, ticket.request.prompt_ids, chunk_tokens)))
+
+    def _prefill_one(self) -> None:
+        if not self._prefilling:
+            return
+        ticket, prefill = self._prefilling[0]
+        logits_V = prefill.advance()
+        if logits_V is None:
+            return
+        self._prefilling.popleft()
+        if not self._advance(ticket, logits_V):
+            self._batch.join(prefill.cache)
+            self._running.append(ticket)
+
+    def _decode_all(self) -> None:
+        if not self._running:
+            return
+        logits_BV = self._batch.decode([ticket.last_token for ticket in self._running])
+        for row in reversed(range(len(self._running))):  # from the end, so that a leaving row moves no unseen one
+            if self._advance(self._running[row], logits_BV[row]):
+                self._leave(row)
+
+    def _leave(self, row: int) -> None:
+        self._batch.leave(row)
+        self._running[row] = self._running[-1]
+        self._running.pop()
+
+    def _advance(self, ticket: Ticket, logits_V: torch.Tensor) -> bool:
+        """Choose the next token of an answer and tell it; True when the answer has ended."""
+        try:
+            token = ticket.sampler(logits_V)
+        except RaySwiftError as error:
+            ticket.emit(error)
+            return True
+        ticket.num_tokens, ticket.last_token = ticket.num_tokens + 1, token
+        text, reason = self._text_of(ticket, token)
+        logprobs = self._logprobs(ticket, token, logits_V)
+        ticket.emit(Delta(text, 1, reason, logprobs))
+        return reason is not None
+
+    def _text_of(self, ticket: Ticket, token: int) -> tuple[str, FinishReason | None]:
+        if token in self._vocabulary.eos_ids:
+            return ticket.text.finish()[0], "stop"
+        text, stopped = ticket.text.push(token)
+        if stopped:
+            return text, "stop"
+        if ticket.num_tokens < ticket.request.sampling.max_new_tokens:
+            return text, None
+        rest, stopped = ticket.text.finish()
+        return text + rest, "stop" if stopped else "length"
+
+    def _logprobs(self, ticket: Ticket, token: int, logits_V: torch.Tensor) -> tuple[TokenLogprob, ...]:
+        wanted = ticket.request.sampling.logprobs
+        if wanted is None or token in self._vocabulary.eos_ids:
+            return ()
+        logprob, top = likeliest(logits_V, token, wanted)
+        decode = self._vocabulary.decode
+        return (TokenLogprob(decode([token]), logprob, tuple((decode([i]), value) for i, value in top)),)
+
+    def _fail_all(self, error: ServeError, *, keep_waiting: bool) -> None:
+        tickets = [*self._running, *(ticket for ticket, _ in self._prefilling)]
+        self._running, self._batch = [], open_batch(self._model)
+        self._prefilling.clear()
+        if not keep_waiting:
+            with self._wake:
+                tickets += self._waiting
+                self._waiting.clear()
+        for ticket in tickets:
+            ticket.emit(error)

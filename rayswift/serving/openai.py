@@ -1,0 +1,273 @@
+"""What a client may ask: the chat and text completion requests of the OpenAI API.
+
+Pure functions and pydantic models. A field that would change the answer and cannot be honoured is refused, never
+ignored. Knows no model and no HTTP library; how answers are written is known by `serving/replies.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, from_json
+
+from rayswift.serving.api_errors import ApiError, too_long
+from rayswift.serving.engine import Sampling
+
+MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_LOGPROBS = 4, 256, 20
+DEFAULT_TEXT_TOKENS = 16
+"""What /v1/completions generates when the client names no number; the API's own default."""
+
+# Labels for the client's own bookkeeping: they change nothing in an answer.
+_LABELS = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user"})
+# Options this server lacks, with the values that ask for nothing. Anything else is refused.
+_ABSENT_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "audio": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+def _text(value: Any) -> Any:
+    """Message content as one string; a list of text parts is joined."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise PydanticCustomError("content_part", "every content part must be an object with a type")
+        if part["type"] != "text":
+            raise PydanticCustomError(
+                "content_part", "only text parts are supported, not {type}", {"type": part["type"]}
+            )
+        if not isinstance(part.get("text"), str):
+            raise PydanticCustomError("content_part", "a text part must have a text that is a string")
+    return "".join(part["text"] for part in value)
+
+
+def _stop_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _prompt_list(value: Any) -> Any:
+    """One or several prompts, each a string or a list of token ids, as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value and all(_is_id(item) for item in value):
+        return [value]
+    kinds = (str, list)
+    if not isinstance(value, list) or not value or not all(isinstance(item, kinds) for item in value):
+        raise PydanticCustomError("prompt", "must be a string, a list of strings, or token ids")
+    if not all(isinstance(item, str) or (item and all(_is_id(token) for token in item)) for item in value):
+        raise PydanticCustomError("prompt", "a list of token ids must hold whole numbers from 0 on, and not be empty")
+    return value
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Message(_Strict):
+    """One turn of a conversation. `developer` is the API's newer word for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_text)]
+    name: str | None = None
+
+
+class StreamOptions(_Strict):
+    """`include_usage` asks for a last chunk with the token counts."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _CommonRequest(_Strict):
+    model: Annotated[str, Field(min_length=1, max_length=200)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    n: Annotated[int, Field(ge=1)] = 1
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+        BeforeValidator(_stop_list),
+        Field(max_length=MAX_STOP_STRINGS),
+    ] = []
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> _CommonRequest:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options needs stream to be true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(_CommonRequest):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs to be true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise PydanticCustomError("max_tokens", "max_tokens and max_completion_tokens differ; give only one")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers are asked for."""
+        return self.n
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """The longest answer the client wants; None leaves it to the server."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives per token to report; None reports no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TextRequest(_CommonRequest):
+    """The body of /v1/completions."""
+
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompt_list)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers are asked for, over all prompts."""
+        return self.n * len(self.prompt)
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """The longest answer the client wants."""
+        return self.max_tokens or DEFAULT_TEXT_TOKENS
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives per token to report; None reports no log-probabilities."""
+        return self.logprobs
+
+
+AnyRequest = TypeVar("AnyRequest", ChatRequest, TextRequest)
+
+
+def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
+    """The request in a JSON body. Raises ApiError (400) naming the first field that is wrong."""
+    try:
+        raw = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(raw, dict):
+        raise ApiError("the body must be a JSON object", code="invalid_json")
+    try:
+        return kind.model_validate(_known_fields(kind, raw))
+    except ValidationError as error:
+        raise _first_problem(error) from None
+
+
+def sampling(request: ChatRequest | TextRequest, *, num_prompt_tokens: int, room: int, max_new_tokens: int) -> Sampling:
+    """How one prompt is answered; `room` is the model's length. Raises ApiError for what does not fit.
+
+    Without a wish of the client's the answer may take what room is left, up to the server's `max_new_tokens`.
+    """
+    wanted, left = request.wanted_tokens, room - num_prompt_tokens
+    if left < 1:
+        raise too_long(f"the prompt has {num_prompt_tokens} tokens, which leaves no room for an answer", room)
+    explicit = request.max_tokens or getattr(request, "max_completion_tokens", None)
+    if explicit is not None and explicit > max_new_tokens:
+        raise ApiError(
+            f"max_tokens: {explicit} is more than this server generates, {max_new_tokens}",
+            param="max_tokens",
+            code="invalid_value",
+        )
+    if explicit is not None and explicit > left:
+        raise too_long(f"the prompt has {num_prompt_tokens} tokens and the answer may have {explicit}", room)
+    return Sampling(
+        max_new_tokens=min(wanted or max_new_tokens, max_new_tokens, left),
+        temperature=request.temperature,
+        top_p=request.top_p,
+        stop=tuple(request.stop),
+        seed=request.seed,
+        logprobs=request.num_logprobs,
+    )
+
+
+def for_choice(sampling: Sampling, choice: int) -> Sampling:
+    """The sampling of one of a prompt's `n` answers: a seed is counted up, so that the answers differ."""
+    return sampling if sampling.seed is None or choice == 0 else replace(sampling, seed=sampling.seed + choice)
+
+
+def _known_fields(kind: type[BaseModel], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the request without nulls, labels and options that ask for nothing. ApiError for the others."""
+    given = {key: value for key, value in raw.items() if value is not None and key not in _LABELS}
+    for key, value in list(given.items()):
+        if key in kind.model_fields:
+            continue
+        if key not in _ABSENT_OPTIONS:
+            close = difflib.get_close_matches(key, list(kind.model_fields), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ApiError(f"Unrecognized request argument: {key[:80]}{hint}", param=key[:80], code="unknown_parameter")
+        if not any(value == neutral and type(value) in _kin(neutral) for neutral in _ABSENT_OPTIONS[key]):
+            raise ApiError(f"{key} is not supported by this server", param=key, code="unsupported_parameter")
+        del given[key]
+    return given
+
+
+def _kin(neutral: Any) -> tuple[type, ...]:
+    """The JSON types a neutral value may come as: `0` and `0.0` are the same number, `false` is none."""
+    return (int, float) if type(neutral) is int else (type(neutral),)
+
+
+def _first_problem(error: ValidationError) -> ApiError:
+    details = error.errors(include_url=False, include_input=False)[0]
+    kind, message = details["type"], str(details["msg"])
+    param = _param(details["loc"]) or (kind if kind in ("stream_options", "top_logprobs", "max_tokens") else None)
+    if kind == "missing":
+        return ApiError(f"Missing required parameter: {param}", param=param, code="missing_required_parameter")
+    if kind == "extra_forbidden":
+        return ApiError(f"{param} is not supported by this server", param=param, code="unsupported_parameter")
+    text = message[:1].lower() + message[1:]
+    return ApiError(f"{param}: {text}" if param else text, param=param, code="invalid_value")
+
+
+def _param(loc: tuple[str | int, ...]) -> str | None:
+    """`messages[0].role` for a place in the body."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return text.removeprefix(".") or None

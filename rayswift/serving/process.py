@@ -1,0 +1,79 @@
+"""What the process that serves does beside serving: looks at its port, says how to ask, waits to be stopped.
+
+Knows sockets, signals and a ServeSpec; knows no Ray and no model.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import urllib.error
+import urllib.request
+from types import FrameType
+
+from rayswift.errors import ServeError
+from rayswift.serving import auth
+from rayswift.serving.spec import ServeSpec
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ServeError when nothing can listen on the port of this machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: a port just left is free
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError as error:
+            rule = f"cannot be listened on ({error.strerror or error})"
+            fix = f"stop the program that uses it (ss -ltnp 'sport = :{port}') or give another --port"
+            raise ServeError(rule, path="port", value=port, fix=fix) from error
+
+
+def ready_text(spec: ServeSpec) -> str:
+    """What is printed when the endpoint answers: its URL, and a question in curl and in Python."""
+    name, keyed = next(iter(spec.models)), bool(spec.api_key_file or spec.api_key_sha256 or auth.VARIABLE in os.environ)
+    header = f' \\\n    -H "Authorization: Bearer ${auth.VARIABLE}"' if keyed else ""
+    key = f'os.environ["{auth.VARIABLE}"]' if keyed else '"none"'
+    question = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return f"""\
+Serving {", ".join(spec.models)} at {spec.url}  (Ctrl-C stops)
+
+  curl {spec.url}/chat/completions{header} \\
+    -H "Content-Type: application/json" \\
+    -d '{question}'
+
+  {"import os; " if keyed else ""}from openai import OpenAI
+  client = OpenAI(base_url="{spec.url}", api_key={key})
+  reply = client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])
+  print(reply.choices[0].message.content)
+"""
+
+
+def answers(spec: ServeSpec) -> bool:
+    """Whether the endpoint says over HTTP that it is well."""
+    request = urllib.request.Request(spec.url.removesuffix("/v1") + "/health")
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def wait_for_stop_signal() -> None:
+    """Returns on Ctrl-C or SIGTERM. Off the main thread, where no signal arrives, only the process's end ends it."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, stop) if in_main else None
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("stopping", file=sys.stderr)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,143 @@
+"""How answers are written: the bodies and stream chunks of the two completion routes, and server-sent events.
+
+Pure functions over what engines return. Knows nothing of requests, models or HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayswift.serving.engine import Delta, TokenLogprob
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass
+class Answer:
+    """One choice as it grows. `delta` is the sum of what the engine has sent so far."""
+
+    index: int
+    delta: Delta = field(default_factory=lambda: Delta("", 0))
+
+    def add(self, delta: Delta) -> None:
+        """Take in what was generated next."""
+        self.delta = self.delta + delta
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The identity all parts of one reply share, and how they are written. `chat` picks the route's shape."""
+
+    model: str
+    chat: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+    unique: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def id(self) -> str:
+        """The reply's id, as clients quote it."""
+        return f"{'chatcmpl' if self.chat else 'cmpl'}-{self.unique}"
+
+    def body(self, answers: Sequence[Answer], usage: dict[str, int]) -> dict[str, Any]:
+        """The whole reply, for a request without a stream."""
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._head(kind), "choices": [self._choice(answer) for answer in answers], "usage": usage}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The first chunk of a choice, which names the role; text completions have none."""
+        return (
+            self._chunk([_chat_choice(index, {"role": "assistant", "content": ""}, None, None)]) if self.chat else None
+        )
+
+    def chunk(self, answer: Answer, delta: Delta) -> dict[str, Any]:
+        """The chunk for what `answer` has just got, `delta` being counted in already."""
+        if not self.chat:
+            offset = len(answer.delta.text) - len(delta.text)
+            return self._chunk([_text_choice(answer.index, delta, offset)])
+        return self._chunk(
+            [_chat_choice(answer.index, {"content": delta.text}, delta.finish_reason, _chat_logprobs(delta))]
+        )
+
+    def closing(self, usage: dict[str, int]) -> dict[str, Any]:
+        """The last chunk, with the token counts and no choice."""
+        return {**self._chunk([]), "usage": usage}
+
+    def _choice(self, answer: Answer) -> dict[str, Any]:
+        delta = answer.delta
+        if not self.chat:
+            return _text_choice(answer.index, delta, 0)
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        choice = _chat_choice(answer.index, {}, delta.finish_reason, _chat_logprobs(delta))
+        del choice["delta"]
+        return {**choice, "message": message}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": choices}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+def usage(answers: Sequence[Answer], num_prompt_tokens: int) -> dict[str, int]:
+    """Token counts of a reply; a prompt with several answers is counted once."""
+    completion = sum(answer.delta.num_tokens for answer in answers)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": num_prompt_tokens + completion,
+    }
+
+
+def event(document: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def model_card(name: str, created: int) -> dict[str, Any]:
+    """One entry of /v1/models."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "rayswift"}
+
+
+def _chat_choice(
+    index: int, delta: dict[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _text_choice(index: int, delta: Delta, offset: int) -> dict[str, Any]:
+    logprobs = _text_logprobs(delta.logprobs, offset) if delta.logprobs else None
+    return {"index": index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+
+
+def _chat_logprobs(delta: Delta) -> dict[str, Any] | None:
+    if not delta.logprobs:
+        return None
+    content = [
+        {**_scored(item.token, item.logprob), "top_logprobs": [_scored(token, value) for token, value in item.top]}
+        for item in delta.logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _scored(token: str, logprob: float) -> dict[str, Any]:
+    # A token that is part of a character has no text of its own, so its bytes are not known here.
+    known = None if "\ufffd" in token else list(token.encode())
+    return {"token": token, "logprob": logprob, "bytes": known}
+
+
+def _text_logprobs(items: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+    offsets = []
+    for item in items:
+        offsets.append(offset)
+        offset += len(item.token)
+    return {
+        "tokens": [item.token for item in items],
+        "token_logprobs": [item.logprob for item in items],
+        "top_logprobs": [dict(item.top) for item in items],
+        "text_offset": offsets,
+    }

@@ -1,0 +1,88 @@
+"""Shared fixtures: real data, a tiny model, a private Ray folder, and a process that talks to nobody.
+
+What a suite needs alone (a cluster, a served model) lives in that suite's own conftest or module.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch or ray: one thread per process on a small box, no usage reports, no model hub,
+# and no token file in the home of whoever runs the tests (Ray's local token auth is on by default).
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    RAY_AUTH_MODE="disabled",
+    RAY_USAGE_STATS_ENABLED="0",
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    MPLBACKEND="Agg",
+)
+os.environ.pop("RAY_ADDRESS", None)  # a test must never join somebody's cluster
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout; skips with the reason where it is absent."""
+    folder = Path(os.environ.get("RAYSWIFT_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set RAYSWIFT_SHARED_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of a few thousand English words, enough to train a tokenizer of 512 tokens on."""
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n".join(topics[name] for name in sorted(topics)[:12]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path:
+    """A Qwen3 of about 80k random parameters with a trained BPE tokenizer and a chat template. Treat as read-only."""
+    from rayswift.models.init import init_model
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    init_model(
+        str(folder), arch="qwen3", layers=2, hidden_size=32, heads=4, kv_heads=2, vocab_size=512,
+        train_tokenizer_files=[str(tiny_text)], seed=0,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_temp_dir() -> Iterator[str]:
+    """A private folder for Ray sessions, short because Unix socket paths end at 107 characters."""
+    folder = tempfile.mkdtemp(prefix="rayswift-test-", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def ray_local(ray_temp_dir: str) -> Iterator[None]:
+    """A private two-CPU Ray cluster in this process, shut down after the test."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=2, _temp_dir=ray_temp_dir, include_dashboard=False, log_to_driver=False,
+        configure_logging=False,
+    )  # fmt: skip
+    yield
+    ray.shutdown()

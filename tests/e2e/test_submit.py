@@ -1,0 +1,79 @@
+"""A job sent to a cluster's dashboard: Ray's own client with jobs/sft.py, and `rayswift submit`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray]
+
+Rayswift = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def dashboard(ray_temp_dir: str) -> Iterator[str]:
+    """The dashboard URL of a private two-CPU cluster whose nodes find this environment's python first."""
+    import ray
+
+    path = os.environ["PATH"]
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"
+    try:
+        context = ray.init(
+            address="local", num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=0,
+            _temp_dir=ray_temp_dir, log_to_driver=False,
+        )  # fmt: skip
+        url = f"http://{context.dashboard_url}"
+        wait_for_an_agent(url)
+        yield url
+    finally:
+        ray.shutdown()
+        os.environ["PATH"] = path
+
+
+def wait_for_an_agent(url: str, timeout_s: float = 90) -> None:
+    """Ray accepts jobs only some seconds after its dashboard answers."""
+    from rayswift.cluster.submit import _connect, _send
+
+    deadline = time.monotonic() + timeout_s
+    client = _connect(url)
+    submission = _send(client, entrypoint="true")
+    while client.get_job_status(submission) != "SUCCEEDED":
+        assert time.monotonic() < deadline, client.get_job_info(submission)
+        time.sleep(0.2)
+
+
+def settings(model: Path, output: Path) -> list[str]:
+    return [f"model.path={model}", f"output={output}", "train.max_steps=3", "cluster.address=auto"]
+
+
+def test_ray_job_submit_runs_a_job_script(dashboard: str, root: Path, example_model: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", dashboard, "--working-dir", ".",
+            "--", "python", "jobs/sft.py", "examples/sft.yaml", *settings(example_model, tmp_path),
+        ],
+        cwd=root, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "sft-demo" / "report.json").read_text())
+    assert report["steps"] == 3
+    assert len((tmp_path / "sft-demo" / "metrics.jsonl").read_text().splitlines()) >= 3
+
+
+def test_rayswift_submit_passes_the_exit_code_on(
+    dashboard: str, rayswift: Rayswift, example_model: Path, tmp_path: Path
+) -> None:
+    made = settings(example_model, tmp_path)
+    done = rayswift("submit", "examples/sft.yaml", "--address", dashboard, *made, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "sft-demo" / "report.json").is_file()
+    failed = rayswift("submit", "examples/sft.yaml", "--address", dashboard, *made, "data.train.0.path=absent.jsonl")
+    assert failed.returncode == 2
+    assert "absent.jsonl" in failed.stdout

@@ -1,0 +1,240 @@
+"""The endpoint on real Ray Serve with the `local` engine, asked by the official OpenAI client."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from rayswift.errors import ConfigError, ServeError
+from rayswift.serving.app import RunningEndpoint, build_app, serve_in_background
+from rayswift.serving.auth import fingerprint
+from rayswift.serving.process import check_port
+from rayswift.serving.spec import ServeSpec
+
+pytestmark = pytest.mark.ray
+_KEY = "ray-test-key-5b1f0c"
+_SECRET_PROMPT = "zanzibar-prompt-marker"
+_MESSAGES: Any = [{"role": "user", "content": f"What does str.upper do? {_SECRET_PROMPT}"}]
+_NUM_PLACES = 10
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def endpoint(tiny_model_dir: Path, ray_temp_dir: str) -> Iterator[RunningEndpoint]:
+    import ray
+
+    ray.init(
+        address="local", num_cpus=2, _temp_dir=ray_temp_dir, include_dashboard=False, log_to_driver=False,
+        configure_logging=False, object_store_memory=100 * 2**20,
+    )  # fmt: skip
+    spec = ServeSpec(
+        models={"tiny": str(tiny_model_dir)}, port=_free_port(), api_key_sha256=(fingerprint(_KEY),),
+        max_concurrency=8, max_queued=_NUM_PLACES - 8, max_model_len=1024, device="cpu",
+    )  # fmt: skip
+    try:
+        with serve_in_background(spec) as running:
+            yield running
+        assert ray.is_initialized()  # the caller's own cluster is left alone
+        check_port(spec.host, spec.port)  # and the port is free again
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture
+def client(endpoint: RunningEndpoint) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=endpoint.url, api_key=_KEY, max_retries=0, timeout=60) as made:
+        yield made
+
+
+def _raw(endpoint: RunningEndpoint, method: str, path: str, body: bytes | None = None, **headers: str) -> Any:
+    """(status, parsed body) of one request, which must be answered within a second."""
+    with closing(http.client.HTTPConnection(endpoint.spec.host, endpoint.spec.port, timeout=20)) as connection:
+        start = time.monotonic()
+        connection.request(method, path, body, {"Authorization": f"Bearer {_KEY}", **headers})
+        response = connection.getresponse()
+        parsed = json.loads(response.read())
+        assert time.monotonic() - start < 1
+        return response.status, parsed
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_chat_and_completions(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(model="tiny", messages=_MESSAGES, max_tokens=12, temperature=0)
+    assert reply.choices[0].finish_reason in ("stop", "length")
+    assert reply.usage is not None
+    assert 0 < reply.usage.completion_tokens <= 12
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+    text = client.completions.create(model="tiny", prompt=["import os", "def"], n=2, max_tokens=4, logprobs=2)
+    assert [choice.index for choice in text.choices] == [0, 1, 2, 3]
+    assert text.choices[0].logprobs is not None
+
+
+def _streamed(client: openai.OpenAI, messages: Any, max_tokens: int) -> str:
+    stream = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=max_tokens, temperature=0, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    text, usage = "", None
+    for chunk in stream:
+        text += "".join(choice.delta.content or "" for choice in chunk.choices)
+        usage = chunk.usage or usage
+    assert usage is not None
+    assert 0 < usage.completion_tokens <= max_tokens
+    return text
+
+
+def test_a_stream_gives_the_text_of_a_whole_reply(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="tiny", messages=_MESSAGES, max_tokens=20, temperature=0)
+    assert _streamed(client, _MESSAGES, 20) == whole.choices[0].message.content
+
+
+def test_concurrent_streams_give_the_text_of_one_after_the_other(client: openai.OpenAI) -> None:
+    cases = [([{"role": "user", "content": "why " * (1 + 11 * i)}], 10 + 5 * i) for i in range(8)]
+    serial = [_streamed(client, *case) for case in cases]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda case: _streamed(client, *case), cases))
+    assert together == serial
+    assert len(set(serial)) > 4
+
+
+def test_errors_are_those_of_the_openai_client(client: openai.OpenAI, endpoint: RunningEndpoint) -> None:
+    with openai.OpenAI(base_url=endpoint.url, api_key="wrong-key-000", max_retries=0) as stranger:
+        with pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
+        with pytest.raises(openai.AuthenticationError):
+            stranger.chat.completions.create(model="tiny", messages=_MESSAGES)
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.chat.completions.create(model="nope", messages=_MESSAGES)
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="tiny", prompt="word " * 3000, max_tokens=4, stream=stream)
+        assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.chat.completions.create(model="tiny", messages=_MESSAGES, max_tokens=10**6)
+
+
+def test_bad_requests_answer_at_once_and_the_next_good_one_passes(
+    client: openai.OpenAI, endpoint: RunningEndpoint
+) -> None:
+    sent = {"Content-Type": "application/json"}
+    cases = [
+        (("POST", "/v1/chat/completions", b"{bad"), sent, 400),
+        (("POST", "/v1/chat/completions", b"{}"), {"Content-Type": "text/plain"}, 415),
+        (("POST", "/v1/chat/completions", b" " * (3 * 2**20)), sent, 413),
+        (("GET", "/v1/chat/completions"), {}, 405),
+        (("GET", "/v1/nothing"), {}, 404),
+        (("GET", "/docs"), {}, 404),
+    ]
+    for request, headers, status in cases:
+        found, body = _raw(endpoint, *request, **headers)
+        assert found == status, request
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        good = client.completions.create(model="tiny", prompt="x", max_tokens=1)
+        assert good.usage is not None
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_places(
+    client: openai.OpenAI, endpoint: RunningEndpoint, stream: bool
+) -> None:
+    """Answers that take all places are abandoned: the places are free long before the answers would have ended."""
+    # "seed" makes the answers, and so the time they take, the same both times
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1000, "n": _NUM_PLACES, "seed": 1, "stream": stream}
+    start = time.monotonic()
+    with closing(_begin(endpoint, body)) as connection:
+        assert connection.getresponse().read()
+    whole_s = time.monotonic() - start
+    connection = _begin(endpoint, body)
+    response = connection.getresponse() if stream else None
+    if response is not None:
+        assert response.read(10).startswith(b"data: ")
+    _until(lambda: _is_full(client))
+    start = time.monotonic()
+    connection.close()
+    if response is not None:
+        response.close()
+    _until(lambda: not _is_full(client))
+    assert time.monotonic() - start < whole_s / 3
+
+
+def _begin(endpoint: RunningEndpoint, body: dict[str, Any]) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection(endpoint.spec.host, endpoint.spec.port, timeout=60)
+    headers = {"Authorization": f"Bearer {_KEY}", "Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    return connection
+
+
+def _is_full(client: openai.OpenAI) -> bool:
+    """Whether a request is refused for want of a place."""
+    try:
+        client.completions.create(model="tiny", prompt="x", max_tokens=1)
+    except openai.RateLimitError as error:
+        return int(error.response.headers["retry-after"]) >= 1
+    return False
+
+
+def _until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        threading.Event().wait(0.02)
+
+
+def test_logs_hold_neither_keys_nor_prompts(
+    client: openai.OpenAI, endpoint: RunningEndpoint, ray_temp_dir: str
+) -> None:
+    client.chat.completions.create(model="tiny", messages=_MESSAGES, max_tokens=2)
+    _raw(endpoint, "POST", "/v1/chat/completions", f'{{"{_SECRET_PROMPT}": '.encode())
+    logs = [path for path in Path(ray_temp_dir).rglob("*") if path.is_file() and "logs" in path.parts]
+    assert any(path.name.startswith("replica_") for path in logs)
+    for path in logs:
+        content = path.read_bytes()
+        assert _KEY.encode() not in content, path
+        assert _SECRET_PROMPT.encode() not in content, path
+
+
+def test_a_port_in_use_is_told_before_anything_starts(endpoint: RunningEndpoint) -> None:
+    with pytest.raises(ServeError, match=rf"port={endpoint.spec.port} cannot be listened on .*--port"):
+        serve_in_background(endpoint.spec)
+
+
+def test_a_second_endpoint_on_the_same_cluster_is_refused(endpoint: RunningEndpoint) -> None:
+    with pytest.raises(ServeError, match="Ray Serve already runs"):
+        serve_in_background(endpoint.spec.model_copy(update={"port": _free_port()}))
+    assert endpoint.url  # and the first one was not taken down:
+    assert _raw(endpoint, "GET", "/health") == (200, {"status": "ok"})
+
+
+def test_what_cannot_be_served_is_refused_without_a_cluster(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match=r"host=0\.0\.0\.0 .*--api-key-file"):
+        build_app(ServeSpec(models={"m": str(tiny_model_dir)}, host="0.0.0.0"))
+    with pytest.raises(ConfigError, match=r"models\.m=.*is not a folder"):
+        build_app(ServeSpec(models={"m": str(tmp_path / "absent")}))
+    with pytest.raises(ConfigError, match="did you mean local"):
+        build_app(ServeSpec(models={"m": str(tiny_model_dir)}, engine="locale"))
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model_dir, broken)
+    (broken / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ConfigError, match=r"broken model\.safetensors"):
+        build_app(ServeSpec(models={"m": str(broken)}))

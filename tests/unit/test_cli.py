@@ -1,0 +1,176 @@
+"""The command line without a cluster: help, exit codes, messages, and what goes to stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from rayswift import cli
+from rayswift.errors import ConfigError, DataError, ExportError, PlanError, RaySwiftError
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB = """\
+name: demo
+model: {path: nowhere/base}
+data: {train: [{path: nowhere/a.jsonl}]}
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> str:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB)
+    return str(path)
+
+
+def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command run in this process."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(args)
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+def commands() -> list[list[str]]:
+    found = []
+    for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found += [[name, one] for one in inner] if inner else [[name]]
+    return found
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    code, out, _ = call(capsys, *command, "--help")
+    assert code == 0
+    assert f"Example: rayswift {' '.join(command)}" in " ".join(out.split())
+
+
+def test_help_is_fast() -> None:
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-m", "rayswift.cli", "--help"], cwd=ROOT, check=True, capture_output=True)
+    assert time.monotonic() - started < 3  # 0.2 s on an idle machine; torch alone would take longer
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "--version")[:2] == (0, "rayswift 0.1.0\n")
+
+
+def test_the_schema_is_json_and_knows_every_section(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "schema")
+    schema = json.loads(out)
+    assert code == 0
+    assert set(schema["required"]) == {"name", "model", "data"}
+    assert schema["$defs"]["TrainSpec"]["properties"]["lr"]["description"] == "The peak learning rate."
+    assert schema["$defs"]["MethodSpec"]["properties"]["name"]["enum"] == ["pretrain", "sft"]
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        (["trian"], "Did you mean 'train'"),
+        (["train"], "Missing argument 'JOB'"),
+        (["train", "JOB", "--jsn"], "No such option"),
+        (["train", "JOB", "train.lr=abc"], "train.lr=abc is not a number"),
+        (["train", "JOB", "learning_rate=1"], "did you mean train.lr?"),
+        (["train", "absent.yaml"], "job=absent.yaml does not exist"),
+        (["plan", "JOB", "lr"], "is not KEY=VALUE"),
+        (["train", "JOB", "--method", "pretrain", "method.name=sft"], "is not the method of this script"),
+        (["quickstart", "txt"], "did you mean text?"),
+        (["quickstart", "text", "--output", "."], "is not the folder of a quickstart"),
+        (["model", "init", "x", "more.txt"], "write --train-tokenizer before it"),
+        (["submit", "JOB"], "is no dashboard URL"),
+        (["train", "JOB"], "nowhere/base"),
+        (["export", "nowhere", "out"], "nowhere"),
+        (["serve", "nowhere"], "nowhere"),
+        (["data", "inspect", "JOB"], "nowhere"),
+    ],
+)
+def test_a_bad_command_ends_with_code_2_and_one_message(
+    capsys: pytest.CaptureFixture[str],
+    job: str,
+    args: list[str],
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, out, err = call(capsys, *[job if arg == "JOB" else arg for arg in args])
+    assert (code, out) == (2, "")
+    assert "\nerror: " in f"\n{err}"  # after progress lines, where the command got that far
+    assert part in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (RaySwiftError("went wrong"), 1, "error: went wrong"),
+        (ConfigError("is bad", path="a.b", value=1, fix="use 2"), 2, "error: a.b=1 is bad; use 2"),
+        (PlanError("too big"), 3, "error: too big"),
+        (DataError("bad rows"), 4, "error: bad rows"),
+        (ExportError("differs"), 5, "error: differs"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("a\nb"), 1, "error: unexpected ZeroDivisionError: a b"),
+    ],
+)
+def test_exit_codes(capsys: pytest.CaptureFixture[str], raised: BaseException, code: int, message: str) -> None:
+    def command() -> None:
+        raise raised
+
+    assert cli.run(command) == code
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSWIFT_DEBUG", "1")
+
+    def command() -> None:
+        raise PlanError("too big")
+
+    assert cli.run(command) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_show_config_says_where_a_value_was_written(capsys: pytest.CaptureFixture[str], job: str) -> None:
+    code, out, _ = call(capsys, "plan", job, "train.lr=2e-5", "--show-config", "--json")
+    settings = json.loads(out)
+    assert code == 0
+    assert settings["train.lr"] == {"value": 2e-5, "from": "command line"}
+    assert settings["name"]["from"] == f"{job} line 1"
+    assert settings["train.epochs"] == {"value": 1, "from": "default"}
+
+
+def test_a_closed_pipe_is_not_complained_about() -> None:
+    script = f"{sys.executable!r} -m rayswift.cli schema | head -c 10"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("script", ["sft", "pt", "export", "serve"])
+def test_a_job_script_is_the_command(script: str, job: str) -> None:
+    done = subprocess.run(
+        [sys.executable, f"jobs/{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "Usage: rayswift" in done.stdout
+
+
+def test_a_job_script_refuses_another_method(job: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "jobs/pt.py", job, "method.name=sft"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: method.name=sft is not the method of this script, pretrain;")

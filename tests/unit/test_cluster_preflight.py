@@ -1,0 +1,179 @@
+"""Bad input ends at once: before a cluster is started, before a file is written, with path, value, rule and fix."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from rayswift import api
+from rayswift.cluster.preflight import prepare
+from rayswift.config.job import Job
+from rayswift.errors import ConfigError, DataError, PlanError, RaySwiftError
+
+Spoil = Callable[[Path, dict[str, Any]], None]
+
+
+@pytest.fixture
+def plain(tmp_path: Path, tiny_model_dir: Path) -> dict[str, Any]:
+    """A job that is right, as plain data."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"query": f"q{i}", "response": f"r{i}"}) + "\n" for i in range(20)))
+    return {
+        "name": "run",
+        "output": str(tmp_path / "runs"),
+        "model": {"path": str(tiny_model_dir)},
+        "data": {"train": [{"path": str(rows)}]},
+    }
+
+
+def missing_file(folder: Path, job: dict[str, Any]) -> None:
+    job["data"]["train"][0]["path"] = str(folder / "row.jsonl")
+
+
+def empty_dataset(folder: Path, job: dict[str, Any]) -> None:
+    (folder / "rows.jsonl").write_text("\n\n")
+
+
+def no_json(folder: Path, job: dict[str, Any]) -> None:
+    (folder / "rows.jsonl").write_text('{"query": "q"\nhello\n')
+
+
+def rows_without_messages(folder: Path, job: dict[str, Any]) -> None:
+    (folder / "rows.jsonl").write_text('{"messages": []}\n{"messages": null}\n')
+
+
+def unknown_columns(folder: Path, job: dict[str, Any]) -> None:
+    (folder / "rows.jsonl").write_text('{"zig": "a", "zag": "b"}\n')
+
+
+def missing_eval_file(folder: Path, job: dict[str, Any]) -> None:
+    job["data"]["eval"] = [{"path": str(folder / "held_out.jsonl")}]
+
+
+def no_model(folder: Path, job: dict[str, Any]) -> None:
+    job["model"]["path"] = str(folder / "nowhere")
+
+
+def no_tokenizer(folder: Path, job: dict[str, Any]) -> None:
+    _copy_model(folder, job)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "model" / name).unlink()
+
+
+def no_chat_template(folder: Path, job: dict[str, Any]) -> None:
+    _copy_model(folder, job)
+    (folder / "model" / "chat_template.jinja").unlink()
+
+
+def cut_off_weights(folder: Path, job: dict[str, Any]) -> None:
+    _copy_model(folder, job)
+    weights = folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def unknown_method(folder: Path, job: dict[str, Any]) -> None:
+    job["method"] = {"name": "stf"}
+
+
+def nothing_to_continue(folder: Path, job: dict[str, Any]) -> None:
+    job["train"] = {"resume": "must"}
+
+
+def output_is_a_file(folder: Path, job: dict[str, Any]) -> None:
+    (folder / "runs").write_text("not a folder")
+
+
+def _copy_model(folder: Path, job: dict[str, Any]) -> None:
+    shutil.copytree(job["model"]["path"], folder / "model")
+    job["model"]["path"] = str(folder / "model")
+
+
+BAD_INPUT: list[tuple[Spoil, type[RaySwiftError], str]] = [
+    (missing_file, ConfigError, r"data\.train\.0\.path=.*row\.jsonl .*rows\.jsonl"),
+    (missing_eval_file, ConfigError, r"data\.eval\.0\.path=.*held_out\.jsonl"),
+    (empty_dataset, ConfigError, r"data\.train\.0\.path=.*rows\.jsonl has no rows"),
+    (no_json, DataError, r"rows\.jsonl:1: is not JSON.*rows\.jsonl:2: is not JSON"),
+    (rows_without_messages, DataError, r"rows\.jsonl:1: .*messages.*rows\.jsonl:2: "),
+    (unknown_columns, ConfigError, r"zag.*zig"),
+    (no_model, ConfigError, r"model\.path=.*nowhere"),
+    (no_tokenizer, ConfigError, r"model\.path=.*model has no tokenizer"),
+    (no_chat_template, ConfigError, r"model\.path=.*model .*chat template"),
+    (cut_off_weights, ConfigError, r"model\.path=.*model\.safetensors"),
+    (unknown_method, ConfigError, r"method\.name=stf .*did you mean sft\?"),
+    (nothing_to_continue, ConfigError, r"train\.resume=must .*no valid checkpoint"),
+    (output_is_a_file, ConfigError, r"output=.*runs cannot be written to"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), BAD_INPUT, ids=[case[0].__name__ for case in BAD_INPUT])
+def test_bad_input_ends_at_once_with_one_message(
+    tmp_path: Path, plain: dict[str, Any], spoil: Spoil, error: type[RaySwiftError], message: str
+) -> None:
+    spoil(tmp_path, plain)
+    with pytest.raises(error, match=message) as raised:
+        api.run(Job.model_validate(plain))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "runs" / "run").exists(), "nothing is left behind"
+    assert not ray.is_initialized(), "no cluster was started"
+
+
+def test_a_run_of_another_job_is_refused_with_the_difference(tmp_path: Path, plain: dict[str, Any]) -> None:
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    (run_dir / "job.yaml").write_text(Job.model_validate(plain).model_dump_json())
+    plain["train"] = {"lr": 0.5}
+    with pytest.raises(ConfigError, match=r"runs/run is a run of a different job \(train\.lr: 0\.0001 -> 0\.5\)"):
+        api.run(Job.model_validate(plain))
+    assert [path.name for path in run_dir.iterdir()] == ["job.yaml"]
+
+
+def test_what_does_not_change_losses_may_change_between_sessions(tmp_path: Path, plain: dict[str, Any]) -> None:
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    (run_dir / "job.yaml").write_text(Job.model_validate(plain).model_dump_json())
+    moved = tmp_path / "elsewhere" / "rows.jsonl"
+    moved.parent.mkdir()
+    shutil.copy(tmp_path / "rows.jsonl", moved)
+    plain["data"]["train"][0]["path"] = str(moved)
+    plain["train"] = {"max_steps": 7, "save_every": 3}
+    plain["cluster"] = {"workers": 2}
+    assert prepare(Job.model_validate(plain)).checkpoint is None
+
+
+def test_an_existing_run_is_refused_when_asked_to(tmp_path: Path, plain: dict[str, Any]) -> None:
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    plain["train"] = {"resume": "never"}
+    (run_dir / "job.yaml").write_text(Job.model_validate(plain).model_dump_json())
+    with pytest.raises(ConfigError, match="exists already; give the job another name"):
+        prepare(Job.model_validate(plain))
+
+
+def test_a_full_disk_is_found_before_anything_starts(
+    tmp_path: Path, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(PlanError, match=r"output=.*runs has 1000 B free, but 2 checkpoints"):
+        prepare(Job.model_validate(plain))
+
+
+def test_the_driver_checks_a_job_without_loading_torch_or_ray(tmp_path: Path, plain: dict[str, Any]) -> None:
+    import subprocess
+    import sys
+
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(plain))
+    code = (
+        "import json, sys; from rayswift.config.job import Job; from rayswift.cluster.preflight import prepare;"
+        f"prepare(Job.model_validate(json.load(open({str(job)!r}))));"
+        "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

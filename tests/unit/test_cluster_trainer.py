@@ -1,0 +1,135 @@
+"""What Ray wraps is unwrapped to the user's error, and what the user set in the environment stays. No cluster here."""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+import pytest
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from rayswift.cluster import session, trainer
+from rayswift.cluster.trainer import find_user_error
+from rayswift.errors import CheckpointError, DataError, PlanError, WorkerError
+from tests.job_cases import make_job
+
+MINE = DataError("3 of 9 rows are bad", path="data.max_bad_fraction", value=0.01)
+
+
+def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
+    """The error as it looks after being raised from its cause."""
+    try:
+        raise error from cause
+    except BaseException as caught:
+        return caught
+
+
+def in_context(error: BaseException, context: BaseException) -> BaseException:
+    try:
+        try:
+            raise context
+        except BaseException:
+            raise error  # noqa: B904 - the implicit context is what is tested
+    except BaseException as caught:
+        return caught
+
+
+class Holder(Exception):
+    """As Ray's errors do, keeps the original in an attribute."""
+
+    def __init__(self, **attributes: object) -> None:
+        super().__init__("wrapped")
+        self.__dict__.update(attributes)
+
+
+def cycle() -> BaseException:
+    one, two = Holder(), Holder()
+    one.__cause__, two.__cause__ = two, one
+    return one
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MINE,
+        raised(RuntimeError("x"), raised(ValueError("y"), MINE)),
+        in_context(RuntimeError("x"), MINE),
+        WorkerGroupError("workers failed", {0: RuntimeError("other"), 1: raised(RuntimeError("x"), MINE)}),
+        raised(RuntimeError("controller"), WorkerGroupError("workers failed", {1: MINE})),
+        Holder(cause=Holder(_base_exc=MINE)),
+        Holder(controller_failure=raised(RuntimeError("x"), MINE)),
+    ],
+    ids=["itself", "cause of cause", "context", "worker", "workers behind a cause", "attributes", "controller"],
+)
+def test_the_users_error_is_found_behind_what_ray_wrapped(error: BaseException) -> None:
+    assert find_user_error(error) is MINE
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("x"), cycle(), WorkerGroupError("w", {0: OSError("gone")})])
+def test_other_errors_are_not_the_users(error: BaseException | None) -> None:
+    assert find_user_error(error) is None
+
+
+def test_a_users_error_in_a_worker_ends_the_run_at_once() -> None:
+    status = mock.Mock(errors={0: RuntimeError("other"), 1: raised(RuntimeError("x"), MINE)})
+    with pytest.raises(DataError) as caught:
+        trainer._StopOnUserError().after_worker_group_poll_status(status)
+    assert caught.value is MINE
+    trainer._StopOnUserError().after_worker_group_poll_status(mock.Mock(errors={0: RuntimeError("node lost")}))
+
+
+class Failed(TrainingFailedError):
+    """Ray's error with a text of our choice."""
+
+    def __init__(self, text: str) -> None:
+        Exception.__init__(self, text)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def test_dead_workers_become_one_line_that_says_how_to_go_on() -> None:
+    found = trainer._translate(Failed("Traceback ...\n  File x\nOSError: node lost\n"), make_job())
+    assert type(found) is WorkerError
+    assert str(found).startswith("run=runs/demo training stopped after 3 restarts: OSError: node lost; run the same")
+    assert "\n" not in str(found)
+
+
+def test_workers_that_cannot_be_placed_are_a_plan_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.ray, "available_resources", lambda: {"CPU": 1.0})
+    found = trainer._translate(Failed("the worker group startup timed out after 5 s"), make_job())
+    assert type(found) is PlanError
+    assert "cluster.scheduling_timeout_s=300" in str(found)
+
+
+def test_the_users_error_wins_over_rays() -> None:
+    error = Failed("WorkerGroupStartupFailed")
+    error.__cause__ = CheckpointError("is broken", path="runs/demo")
+    assert trainer._translate(error, make_job()) is error.__cause__
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl"), ("npu", "cpu:gloo,npu:hccl"), ("mps", "gloo")],
+)
+def test_the_host_always_has_gloo(device: str, backend: str) -> None:
+    assert trainer._backend(device) == backend
+
+
+@pytest.mark.parametrize("by_user", [True, False])
+def test_configure_sets_what_the_user_has_not_set(by_user: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+    monkeypatch.setattr(session, "_SET_BY_USER", frozenset({name} if by_user else ()))
+    with mock.patch.dict(os.environ, {name: "7"}, clear=True):
+        session.configure(42.0)
+        assert (os.environ[name] == "7") == by_user
+        assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "42"
+        assert os.environ["RAY_TRAIN_V2_ENABLED"] == "1"
+        assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+        session.configure(43.0)  # the next job of this process asks for another deadline
+        assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "43"
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(0.25, "1"), (1.0, "1"), (6.0, "6")])
+def test_workers_get_threads_for_their_share_of_the_cores(cpus: float, threads: str) -> None:
+    assert session.process_environment(cpus)["OMP_NUM_THREADS"] == threads

@@ -1,0 +1,47 @@
+"""The error budget, and a quarantine file that survives a crash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rayswift.data.quarantine import Quarantine, check
+from rayswift.data.types import BadRow
+from rayswift.errors import DataError
+
+
+def bad(row: int, line: int | None = None) -> BadRow:
+    return BadRow("a.jsonl", row, line, "has no `messages`", "é")
+
+
+def test_the_budget_is_a_fraction_of_an_epoch() -> None:
+    check([bad(0)], 100, 0.01)
+    check([], 0, 0.0)
+    with pytest.raises(DataError) as caught:
+        check([bad(i, i + 1) for i in range(5)], 100, 0.01)
+    assert str(caught.value) == (
+        "5 of 100 rows are bad, more than data.max_bad_fraction=0.01 allows: a.jsonl:1: has no `messages`; "
+        "a.jsonl:2: has no `messages`; a.jsonl:3: has no `messages`; and 2 more; "
+        "repair them, or raise data.max_bad_fraction"
+    )
+    assert caught.value.exit_code == 4
+
+
+def test_every_row_is_kept_once_and_the_file_is_continued(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "quarantine.jsonl"
+    first = Quarantine(str(path), 100, 0.02)
+    first.add([])
+    assert not path.exists()
+    first.add([bad(3, 4), bad(3, 4)])
+    first.add([bad(3, 4)])
+    with path.open("a") as stream:
+        stream.write('{"file": "a.js')
+    second = Quarantine(str(path), 100, 0.02)
+    assert second.rows == (bad(3, 4),)
+    second.add([bad(7)])
+    assert [BadRow(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] == [bad(3, 4), bad(7)]
+    with pytest.raises(DataError, match=r"3 of 100 .*a\.jsonl row 7"):
+        second.add([bad(8)])
+    assert len(path.read_text().splitlines()) == 3, "the rows that broke the budget can be looked at"

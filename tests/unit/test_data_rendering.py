@@ -1,0 +1,215 @@
+"""Loss only where it belongs, proved by decoding: the trained tokens spell the answers and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from rayswift.config.job import DataSource
+from rayswift.data.detect import normalise
+from rayswift.data.formats import RowError
+from rayswift.data.rendering import render
+from rayswift.data.sources import index_sources, read_rows
+from rayswift.data.tokenize import encode
+from rayswift.data.types import Example, Message, Sample
+from rayswift.errors import ConfigError
+from tests.data_cases import CHATML, LLAMA2, LLAMA3, MARKED, PLAIN, THINKING, TOOLS, UNMARKED, make_tokenizer
+
+CHAT = Sample(
+    (
+        Message("system", "be brief"),
+        Message("user", "hi"),
+        Message("assistant", "yo there"),
+        Message("user", "more"),
+        Message("assistant", "no"),
+    )
+)
+
+
+def examples(sample: Sample, tokenizer: PreTrainedTokenizerFast, rendering: str = "chat") -> list[Example]:
+    (found,) = encode([sample], tokenizer, max_length=4096, rendering=rendering)  # type: ignore[arg-type]
+    assert not isinstance(found, RowError), found
+    return found
+
+
+def trained_runs(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The decoded text of each unbroken run of trained tokens."""
+    runs: list[list[int]] = []
+    before = 0
+    for token, mask in zip(example.input_ids, example.loss_mask, strict=True):
+        if mask and not before:
+            runs.append([])
+        if mask:
+            runs[-1].append(token)
+        before = mask
+    return [str(tokenizer.decode(run)) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "expected"),
+    [
+        (CHATML, "<|im_end|>", ["yo there<|im_end|>", "no<|im_end|>"]),
+        (LLAMA2, "</s>", [" yo there </s>", " no </s>"]),
+        (LLAMA3, "<|eot_id|>", ["yo there<|eot_id|>", "no<|eot_id|>"]),
+        (PLAIN, "</s>", ["assistant: yo there\n", "assistant: no</s>"]),
+        (MARKED, "</s>", ["no</s>"]),
+        (TOOLS, "<|im_end|>", ["yo there<|im_end|>", "no<|im_end|>"]),
+    ],
+    ids=["chatml", "llama2", "llama3", "plain", "marked", "tools"],
+)
+def test_the_trained_tokens_decode_to_the_answers(template: str, eos: str, expected: list[str]) -> None:
+    tokenizer = make_tokenizer(template, eos=eos)
+    found = examples(CHAT, tokenizer)
+    assert trained_runs(found[-1], tokenizer) == expected
+    whole = str(tokenizer.apply_chat_template([vars_of(m) for m in CHAT.messages], tokenize=False)).rstrip()
+    assert str(tokenizer.decode(found[-1].input_ids)).rstrip() == whole.removesuffix(eos) + eos
+
+
+def vars_of(message: Message) -> dict[str, str]:
+    return {"role": message.role, "content": message.content}
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, THINKING, TOOLS])
+def test_the_ids_before_a_trained_turn_are_those_the_server_feeds(template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    for example in examples(CHAT, tokenizer):
+        start = len(example.loss_mask) - 1 - example.loss_mask[::-1].index(1)
+        while example.loss_mask[start - 1]:
+            start -= 1
+        turn = 4 if "more" in tokenizer.decode(example.input_ids) else 2
+        prompt = tokenizer.apply_chat_template(
+            [vars_of(m) for m in CHAT.messages[:turn]], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        assert example.input_ids[:start] == prompt
+
+
+def test_a_template_that_rewrites_the_past_is_trained_turn_by_turn() -> None:
+    tokenizer = make_tokenizer(THINKING)
+    first, second = examples(CHAT, tokenizer)
+    assert trained_runs(first, tokenizer) == ["<think>\n\n</think>\n\nyo there<|im_end|>"]
+    assert trained_runs(second, tokenizer) == ["<think>\n\n</think>\n\nno<|im_end|>"]
+    assert "<think>" not in str(tokenizer.decode(second.input_ids)).split("more")[0]
+
+
+def test_a_template_without_prefix_and_marks_is_refused() -> None:
+    with pytest.raises(RowError, match="neither extends the text of the turns before nor marks answers"):
+        render(CHAT, make_tokenizer(UNMARKED, eos="</s>"), "chat")
+
+
+def test_loss_per_message_overrides_the_role() -> None:
+    tokenizer = make_tokenizer()
+    turns = (
+        Message("user", "hi", True),
+        Message("assistant", "yo", False),
+        Message("user", "a"),
+        Message("assistant", "b"),
+    )
+    (example,) = examples(Sample(turns), tokenizer)
+    assert trained_runs(example, tokenizer) == ["user\nhi<|im_end|>", "b<|im_end|>"]
+    with pytest.raises(RowError, match="every `loss` is false"):
+        render(Sample((Message("user", "hi"), Message("assistant", "yo", False))), tokenizer, "chat")
+
+
+def test_text_is_trained_to_its_eos_and_begins_with_one_bos() -> None:
+    tokenizer = make_tokenizer()
+    (example,) = examples(Sample(text="the class statement"), tokenizer)
+    assert example.input_ids[-1] == tokenizer.eos_token_id
+    assert example.loss_mask == [0] + [1] * (len(example.input_ids) - 1)
+    assert tokenizer.decode(example.input_ids) == "the class statement<|im_end|>"
+
+    from tokenizers.processors import TemplateProcessing
+
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    (example,) = examples(Sample(text="the class statement"), tokenizer)
+    assert [i for i, token in enumerate(example.input_ids) if token == bos] == [0]
+    tokenizer.chat_template = LLAMA2
+    (example,) = examples(CHAT, tokenizer)
+    assert [i for i, token in enumerate(example.input_ids) if token == bos] == [0]
+
+
+def test_a_conversation_pretrained_as_text_is_trained_everywhere() -> None:
+    tokenizer = make_tokenizer()
+    (example,) = examples(CHAT, tokenizer, "text")
+    assert example.loss_mask == [0] + [1] * (len(example.input_ids) - 1)
+
+
+def test_no_template_names_the_model_and_the_fix() -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.path=.* has a tokenizer without a chat template; .*method\.name=pretrain"
+    ):
+        render(CHAT, make_tokenizer(None), "chat")
+
+
+def test_a_template_that_refuses_a_row_costs_that_row() -> None:
+    tokenizer = make_tokenizer("{{ raise_exception('no system here') }}")
+    (found,) = encode([CHAT], tokenizer, max_length=64, rendering="chat")
+    assert isinstance(found, RowError)
+    assert "is refused by the chat template: no system here" in str(found)
+
+
+def test_tools_are_rendered_or_refused() -> None:
+    sample = Sample(
+        (
+            Message("user", "hi"),
+            Message("tool_call", '{"name": "f", "arguments": {"x": 1}}'),
+            Message("tool", "2"),
+            Message("assistant", "b"),
+        ),
+        tools=({"type": "function", "function": {"name": "f"}},),
+    )
+    tokenizer = make_tokenizer(TOOLS)
+    (example,) = examples(sample, tokenizer)
+    call, answer = trained_runs(example, tokenizer)
+    assert call.startswith("<tool_call>{")
+    assert '"f"' in call
+    assert answer == "b<|im_end|>"
+    with pytest.raises(RowError, match="the tool 'f', which the tokenizer's chat template does not render"):
+        render(sample, make_tokenizer(CHATML), "chat")
+
+
+def test_real_conversations_with_tools(shared_data: Path) -> None:
+    source = DataSource(path=str(shared_data / "llamafactory_demo" / "glaive_toolcall_en_demo.json"), limit=40)
+    (file,) = index_sources([source])
+    tokenizer = make_tokenizer(TOOLS)
+    for _, _, row in (raw for span in file.spans for raw in read_rows(file, span)):
+        sample = normalise(row, "sharegpt", source)  # type: ignore[arg-type]
+        (example,) = examples(sample, tokenizer)
+        said = [message for message in sample.messages if message.role in ("assistant", "tool_call")]
+        runs = trained_runs(example, tokenizer)
+        assert len(runs) == len(said)
+        for run, message in zip(runs, said, strict=True):
+            assert message.role == "tool_call" or run == message.content + "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("truncation", "lengths"),
+    [("right", [16]), ("left", [16]), ("split", [16, 16, 16, 12])],
+    ids=["right", "left", "split"],
+)
+def test_truncation(truncation: str, lengths: list[int]) -> None:
+    tokenizer = make_tokenizer()
+    text = " ".join(["zq"] * 20)
+    (whole,) = examples(Sample(text=text), tokenizer)
+    assert len(whole.input_ids) == 60
+    (pieces,) = encode([Sample(text=text)], tokenizer, max_length=16, rendering="text", truncation=truncation)  # type: ignore[arg-type]
+    assert isinstance(pieces, list)
+    assert [len(piece.input_ids) for piece in pieces] == lengths
+    assert all(piece.loss_mask[0] == 0 for piece in pieces)
+    kept = [token for piece in pieces for token in piece.input_ids]
+    assert kept == {"right": whole.input_ids[:16], "left": whole.input_ids[-16:], "split": whole.input_ids}[truncation]
+
+
+def test_what_cannot_be_trained_is_a_bad_row_and_the_others_are_not() -> None:
+    tokenizer = make_tokenizer()
+    long = Sample((Message("user", "word " * 50), Message("assistant", "yo")))
+    good = Sample((Message("user", "a"), Message("assistant", "b")))
+    half = Sample((Message("user", "a"), Message("assistant", "b\ud800")))
+    results = encode([long, good, half], tokenizer, max_length=32, rendering="chat")
+    assert "no token left to train on: its" in str(results[0])
+    assert isinstance(results[1], list)
+    assert "half a surrogate pair" in str(results[2])
+    (deleted,) = encode([long], tokenizer, max_length=32, rendering="chat", truncation="delete")
+    assert "over data.max_length=32" in str(deleted)

@@ -1,0 +1,212 @@
+"""The `local` engine on a tiny model: what it generates alone is what it generates in any company."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rayswift.config.job import ModelSpec
+from rayswift.errors import ConfigError, ServeError
+from rayswift.models.init import random_model
+from rayswift.models.loading import load_model
+from rayswift.serving.engine import Delta, EngineOptions, Request, Sampling
+from rayswift.serving.engines.local import Local
+from rayswift.serving.local.batch import Prefill, SlotBatch, SoloBatch, open_batch
+
+torch.set_num_threads(1)
+_GREEDY = Sampling(max_new_tokens=24, temperature=0)
+
+
+class _Runner:
+    """A started engine on an event loop of its own, so that tests stay plain functions."""
+
+    def __init__(self, folder: str, options: EngineOptions) -> None:
+        self._runner = asyncio.Runner()
+        self.engine = Local(folder, options)
+        self.run(self.engine.start())
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self._runner.run(work)
+
+    def answer(self, prompt_ids: list[int], sampling: Sampling) -> Delta:
+        return self.run(_answer(self.engine, prompt_ids, sampling))
+
+    def close(self) -> None:
+        self.run(self.engine.close())
+        self._runner.close()
+
+
+async def _answer(engine: Local, prompt_ids: list[int], sampling: Sampling) -> Delta:
+    total = Delta("", 0)
+    async for delta in engine.generate(Request("r", tuple(prompt_ids), sampling)):
+        total = total + delta
+    return total
+
+
+@pytest.fixture(scope="module")
+def runner(tiny_model_dir: Path):
+    started = _Runner(str(tiny_model_dir), EngineOptions(max_concurrency=5, device="cpu"))
+    yield started
+    started.close()
+
+
+def _prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of 1 to 300 ids, so that rows differ in length by more than a slot's first columns."""
+    chance = random.Random(seed)
+    return [[chance.randrange(3, 500) for _ in range(chance.choice([1, 2, 7, 40, 130, 300]))] for _ in range(count)]
+
+
+def test_greedy_text_is_that_of_transformers_generate(runner: _Runner, tiny_model_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = load_model(ModelSpec(path=str(tiny_model_dir)))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    for prompt in _prompts(4):
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, use_cache=True
+        )
+        expected = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).rstrip("\ufffd")
+        assert runner.answer(prompt, _GREEDY).text == expected
+
+
+def test_mixed_concurrent_load_gives_the_text_of_one_at_a_time(runner: _Runner) -> None:
+    prompts = _prompts(16, seed=1)
+    samplings = [
+        Sampling(max_new_tokens=5 + 3 * i, temperature=0 if i % 2 else 0.8, seed=i, top_p=0.9) for i in range(16)
+    ]
+    alone = [runner.answer(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+
+    async def together() -> list[Delta]:
+        tasks = []
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            tasks.append(asyncio.create_task(_answer(runner.engine, prompt, sampling)))
+            await asyncio.sleep(0)
+        return await asyncio.gather(*tasks)
+
+    assert runner.run(together()) == alone
+    assert len({delta.text for delta in alone}) > 8  # a constant answer would prove nothing
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "llama", "gpt2"])
+def test_slot_batch_equals_solo_batch_while_rows_join_and_leave(arch: str) -> None:
+    model = _model(arch)
+    slots, solo = open_batch(model), SoloBatch(model)
+    assert isinstance(slots, SlotBatch)
+    chance, rows = random.Random(0), 0
+    with torch.inference_mode():
+        for _ in range(40):
+            if rows and chance.random() < 0.25:
+                row = chance.randrange(rows)
+                slots.leave(row)
+                solo.leave(row)
+                rows -= 1
+            if rows < 6 and chance.random() < 0.5:
+                prompt = tuple(chance.randrange(64) for _ in range(chance.choice([1, 3, 20, 150])))
+                for batch in (slots, solo):
+                    prefill = Prefill(model, prompt, 64)
+                    while prefill.advance() is None:
+                        pass
+                    batch.join(prefill.cache)
+                rows += 1
+            if rows:
+                tokens = [chance.randrange(64) for _ in range(rows)]
+                torch.testing.assert_close(slots.decode(tokens), solo.decode(tokens), atol=2e-5, rtol=1e-5)
+
+
+def test_a_model_without_plain_caches_is_run_row_by_row() -> None:
+    assert isinstance(open_batch(_model("mistral", sliding_window=8)), SoloBatch)
+
+
+def _model(arch: str, **extra: Any) -> Any:
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    if arch == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
+    else:
+        sizes |= {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8}
+    config = AutoConfig.for_model(arch, **sizes, **extra)
+    return random_model(config, seed=0).eval()
+
+
+def test_a_seed_repeats_and_other_seeds_differ(runner: _Runner) -> None:
+    prompt = _prompts(1)[0]
+    texts = [runner.answer(prompt, Sampling(12, temperature=1.0, seed=seed)).text for seed in (7, 7, 8, None)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+
+
+def test_stop_string_ends_the_answer_before_itself(runner: _Runner) -> None:
+    prompt = _prompts(3)[2]
+    whole = runner.answer(prompt, _GREEDY).text
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    cut = runner.answer(prompt, Sampling(24, temperature=0, stop=(stop, "never-there")))
+    assert cut.text == whole[: whole.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.num_tokens < 24
+
+
+def test_length_and_token_count(runner: _Runner) -> None:
+    delta = runner.answer([5, 6], Sampling(3, temperature=0))
+    assert (delta.num_tokens, delta.finish_reason) == (3, "length")
+
+
+def test_logprobs_are_of_the_chosen_tokens(runner: _Runner) -> None:
+    delta = runner.answer([5, 6], Sampling(4, temperature=0, logprobs=3))
+    assert len(delta.logprobs) == 4
+    for item in delta.logprobs:
+        assert item.logprob <= 0
+        assert item.top[0] == (item.token, item.logprob)  # greedy takes the likeliest
+        assert [value for _, value in item.top] == sorted((value for _, value in item.top), reverse=True)
+
+
+def test_closing_the_generator_frees_the_place(runner: _Runner) -> None:
+    async def scenario() -> Delta:
+        long = Sampling(max_new_tokens=1500, temperature=1.0, seed=0)
+        streams: list[AsyncIterator[Delta]] = [runner.engine.generate(Request(str(i), (5, 6), long)) for i in range(5)]
+        for stream in streams:  # every place of the batch is taken
+            await anext(stream)
+        waiting = asyncio.create_task(_answer(runner.engine, [5, 6], Sampling(2, temperature=0)))
+        await streams[-1].aclose()  # type: ignore[attr-defined]
+        answered = await asyncio.wait_for(waiting, 20)
+        # The five are the same answer and the first began first: it has not ended, so the place is the closed one's.
+        assert (await anext(streams[0])).finish_reason is None
+        for stream in streams[:-1]:
+            await stream.aclose()  # type: ignore[attr-defined]
+        return answered
+
+    assert runner.run(scenario()).num_tokens == 2
+
+
+def test_a_failing_step_fails_its_answers_and_the_engine_goes_on(
+    runner: _Runner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = runner.engine._started()._model
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", lambda **_: 1 / 0)
+        with pytest.raises(ServeError, match="failed while generating"):
+            runner.answer([5], _GREEDY)
+    assert "a decode step failed" in caplog.text
+    assert runner.answer([5], _GREEDY).num_tokens > 0
+    runner.engine.check()
+
+
+def test_a_closed_engine_says_so(tiny_model_dir: Path) -> None:
+    runner = _Runner(str(tiny_model_dir), EngineOptions(max_concurrency=1, max_model_len=32, device="cpu"))
+    assert runner.engine.max_model_len == 32
+    runner.close()
+    with pytest.raises(ServeError, match="ended"):
+        runner.engine.check()
+
+
+def test_a_length_beyond_the_model_is_refused(tiny_model_dir: Path) -> None:
+    engine = Local(str(tiny_model_dir), EngineOptions(max_model_len=10**6))
+    with pytest.raises(ConfigError, match="max_model_len=1000000 is more than the model was built for, 2048"):
+        asyncio.run(engine.start())

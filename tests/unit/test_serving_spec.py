@@ -1,0 +1,142 @@
+"""The ServeSpec, API keys, and the module for `serve run`: all without Ray running."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from rayswift.errors import ConfigError, ServeError
+from rayswift.serving import auth, spec
+from rayswift.serving.spec import ServeSpec
+
+_KEY = "sk-unit-test-0123456789"
+
+
+def test_a_spec_from_a_folder_and_from_yaml(tmp_path: Path) -> None:
+    folder = tmp_path / "my-export"
+    folder.mkdir()
+    assert spec.load(str(folder)).models == {"my-export": str(folder)}
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"models: {{a: '{folder}'}}\nport: 9001\nrequest_timeout_s: 1e2\n")
+    loaded = spec.load(str(file))
+    assert (loaded.url, loaded.request_timeout_s) == ("http://127.0.0.1:9001/v1", 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: {}", "serve.models"),
+        ("models: {a: x}\nport: 0", "serve.port=0 is less than 1"),
+        ("models: {a: x}\nprot: 1", "serve.prot"),
+        ("models: {'a b': x}", "serve.models=a b does not match"),
+        ("- a", "is not a mapping"),
+        ("models: [", "serve.yaml"),
+    ],
+)
+def test_a_wrong_spec_is_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        spec.load(str(file))
+    assert message in str(caught.value)
+
+
+def test_a_missing_spec_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither an export folder nor a YAML file"):
+        spec.load(str(tmp_path / "absent.yaml"))
+
+
+@pytest.mark.parametrize(("host", "url"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("h.x", "h.x")])
+def test_the_url_is_one_a_client_can_use(host: str, url: str) -> None:
+    assert ServeSpec(models={"a": "x"}, host=host).url == f"http://{url}:8000/v1"
+
+
+def _spec(**fields: object) -> ServeSpec:
+    return spec.parse({"models": {"a": "x"}, **fields})
+
+
+def test_keys_become_fingerprints(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{_KEY}\n\nanother-key-0001\n")
+    secured = auth.secured(_spec(api_key_file=str(file)), {})
+    assert secured.api_key_sha256 == (auth.fingerprint(_KEY), auth.fingerprint("another-key-0001"))
+    assert secured.api_key_file is None
+    assert _KEY not in secured.model_dump_json()
+    assert auth.secured(secured, {}) == secured
+    assert auth.secured(_spec(), {auth.VARIABLE: _KEY}).api_key_sha256 == (auth.fingerprint(_KEY),)
+    assert auth.secured(_spec(), {}).api_key_sha256 == ()
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "short", "has a space in it", "schlüssel-123456"])
+def test_an_unusable_key_file_is_refused_without_showing_the_key(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="api_key_file") as caught:
+        auth.secured(_spec(api_key_file=str(file)), {})
+    assert not content.strip() or content not in str(caught.value)
+
+
+def test_a_missing_key_file_and_an_empty_variable_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        auth.secured(_spec(api_key_file=str(tmp_path / "absent")), {})
+    with pytest.raises(ConfigError, match=auth.VARIABLE):
+        auth.secured(_spec(), {auth.VARIABLE: ""})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_an_open_endpoint_stays_on_loopback(host: str) -> None:
+    with pytest.raises(ServeError, match="without a key"):
+        auth.secured(_spec(host=host), {})
+    assert auth.secured(_spec(host=host), {auth.VARIABLE: _KEY}).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.53", "::1", "localhost"])
+def test_loopback(host: str) -> None:
+    assert auth.secured(_spec(host=host), {}).api_key_sha256 == ()
+
+
+def test_is_allowed() -> None:
+    hashes = (auth.fingerprint("other-key-000"), auth.fingerprint(_KEY))
+    assert auth.is_allowed(f"Bearer {_KEY}", hashes)
+    assert auth.is_allowed(f"bearer  {_KEY} ", hashes)
+    for header in ("", _KEY, f"Basic {_KEY}", f"Bearer {_KEY}x", "Bearer ", f"Bearer {hashes[1]}"):
+        assert not auth.is_allowed(header, hashes)
+
+
+def test_a_port_in_use_is_named() -> None:
+    from rayswift.serving.process import check_port
+
+    with closing(socket.socket()) as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(ServeError, match=rf"port={port} cannot be listened on .*--port") as caught:
+            check_port("127.0.0.1", port)
+        assert caught.value.exit_code == 1
+    check_port("127.0.0.1", port)
+
+
+def test_what_is_printed_when_ready_shows_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rayswift.serving.process import ready_text
+
+    monkeypatch.delenv(auth.VARIABLE, raising=False)
+    assert "Authorization" not in ready_text(_spec())
+    monkeypatch.setenv(auth.VARIABLE, _KEY)
+    text = ready_text(_spec())
+    assert "$RAYSWIFT_API_KEY" in text
+    assert _KEY not in text
+    assert "http://127.0.0.1:8000/v1/chat/completions" in text
+
+
+def test_the_module_for_serve_run(root: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import runpy
+
+    monkeypatch.setenv("RAYSWIFT_SERVE", str(tiny_model_dir))
+    assert type(runpy.run_path(str(root / "serve" / "app.py"))["app"]).__name__ == "Application"
+    for value in (str(tiny_model_dir / "absent"), None):
+        monkeypatch.setenv("RAYSWIFT_SERVE", value) if value else monkeypatch.delenv("RAYSWIFT_SERVE")
+        with pytest.raises(SystemExit, match=r"set it|is not a folder|check the path"):
+            runpy.run_path(str(root / "serve" / "app.py"))
