@@ -74,9 +74,7 @@ def time_rayswift(job: Path, folder: Path, name: str) -> tuple[float, float]:
 
 def time_bare_loop(job: Path) -> float:
     """Median steady tokens/s of a plain torch loop over the same packed batches, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--bare", str(job)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, __file__, "--bare", str(job)], capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
 
 
@@ -109,9 +107,7 @@ def bare_loop(job_file: str) -> None:
         began = time.perf_counter()
         count = sum(batch.weights_BT.sum() for batch in share.micro_batches)
         for batch in share.micro_batches:
-            logits = model(
-                input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
-            ).logits
+            logits = model(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits
             losses = F.cross_entropy(logits.flatten(0, 1), batch.targets_BT.flatten(), reduction="none")
             ((losses * batch.weights_BT.flatten()).sum() / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -154,7 +150,9 @@ def main() -> None:
                 f"first step after {start:.1f} s",
                 flush=True,
             )
-        print(f"median ratio {median(ratios):.3f} (claim >= 0.9), median first step {median(starts):.1f} s (claim <= 15)")
+        print(
+            f"median ratio {median(ratios):.3f} (claim >= 0.9), median first step {median(starts):.1f} s (claim <= 15)"
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +84,6 @@ def _write_job(job: Job, prepared: Prepared) -> None:
 def _train(prepared: Prepared, progress: Progress, clock: _Phases) -> RunReport:
     """Run the workers while a thread shows what they write, then report."""
     from rayswift.cluster.session import session
-    from rayswift.cluster.warm import import_beside, warm_data, warm_worker
     from rayswift.training.follow import Follower
     from rayswift.training.run_dir import RunDir
 
@@ -91,9 +92,8 @@ def _train(prepared: Prepared, progress: Progress, clock: _Phases) -> RunReport:
     resumed_from = prepared.checkpoint.step if prepared.checkpoint else 0
     progress.phase("starting Ray" if job.cluster.address is None else f"joining {job.cluster.address}")
     clock.start("start Ray")
-    import_beside("rayswift.cluster.trainer")
+    threading.Thread(target=importlib.import_module, args=("rayswift.cluster.trainer",), daemon=True).start()
     with session(job.cluster.address):
-        warm = [warm_worker(job.model.path), warm_data(job.model.path)]
         made = _plan(prepared)
         run_dir.write_text("plan.json", json.dumps(made.to_plain(), indent=1) + "\n")
         clock.start("start workers")
@@ -104,7 +104,6 @@ def _train(prepared: Prepared, progress: Progress, clock: _Phases) -> RunReport:
             on_event=lambda event: _show_event(event, progress),
         ) as follower:
             _fit(prepared, made)
-            del warm
         clock.start("train", at=follower.first_step_at)
     clock.start("report")
     progress.phase("writing the report")

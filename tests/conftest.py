@@ -80,9 +80,11 @@ def ray_local(ray_temp_dir: str) -> Iterator[None]:
     """A private two-CPU Ray cluster in this process, shut down after the test."""
     import ray
 
+    from rayswift.cluster.session import worker_python
+
     ray.init(
         address="local", num_cpus=2, _temp_dir=ray_temp_dir, include_dashboard=False, log_to_driver=False,
-        configure_logging=False,
+        configure_logging=False, runtime_env=worker_python(),
     )  # fmt: skip
     yield
     ray.shutdown()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -90,17 +91,18 @@ def cluster_spec(device: str) -> ClusterSpec:
     )
 
 
-def process_environment(cpus_per_process: float) -> dict[str, str]:
-    """Variables of Ray processes: threads that fit their share of the cores, and what Ray Train hands on.
+def worker_python() -> dict[str, str]:
+    """A runtime environment that lets workers start from a Python whose path has a space; usually empty.
 
-    On one core each this is the environment of every process of a local session: Ray can then give a process
-    that has loaded torch and transformers for one purpose (`warm_up`) to the next one that needs them.
+    Ray 2.60 puts the path into a shell command as it is. Only for clusters whose nodes are this machine.
     """
-    handed_on = {
-        name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_") or name in _ENVIRONMENT
-    }
-    threads = str(max(1, int(cpus_per_process)))
-    return {**handed_on, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    quoted = shlex.quote(sys.executable)
+    return {} if quoted == sys.executable else {"py_executable": quoted}
+
+
+def process_environment(cpus_per_process: float) -> dict[str, str]:
+    """Variables of training workers: as many threads as they have cores."""
+    return {"OMP_NUM_THREADS": str(max(1, int(cpus_per_process))), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _join(address: str) -> None:
@@ -130,7 +132,7 @@ def _start_local() -> str:
         logging_level=logging.ERROR,
         log_to_driver=False,
         _temp_dir=folder,
-        runtime_env={"env_vars": process_environment(1)},
+        runtime_env=worker_python(),
     )
     return folder
 

@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from rayswift.errors import ConfigError, WorkerError
 
@@ -23,7 +24,7 @@ def submit(job: str, overrides: Sequence[str], *, address: str | None, working_d
     submission = _send(
         client,
         entrypoint=shlex.join(["python", "-m", "rayswift.cli", "train", job, *overrides]),
-        runtime_env={"working_dir": working_dir},
+        runtime_env={"working_dir": working_dir, **_local_python(client)},
         metadata={"rayswift_job": job},
     )
     print(f"submitted {submission}", flush=True)
@@ -46,6 +47,14 @@ def _connect(address: str | None) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"does not answer: {reason}", path="address", value=address,
                           fix="check that the cluster runs and was started with a dashboard") from error  # fmt: skip
+
+
+def _local_python(client: Any) -> dict[str, str]:
+    """What a cluster on this machine needs to start this environment's Python; nothing for one elsewhere."""
+    from rayswift.cluster.session import worker_python
+
+    host = urlsplit(client.get_address()).hostname or ""
+    return worker_python() if host == "localhost" or host.startswith("127.") else {}
 
 
 def _send(client: Any, **job: Any) -> str:

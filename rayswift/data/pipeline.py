@@ -78,15 +78,6 @@ def split_stream(
     return list(dataset.streaming_split(data_size, equal=False))
 
 
-def warm_workers(tokenizer_path: str, num_workers: int) -> list[ray.ObjectRef[None]]:
-    """References to tasks that load the tokenizer in worker processes that Ray then reuses for the stream.
-
-    Importing transformers takes 4 s of a core; a caller that starts this early hides them. Nobody has to wait for it.
-    """
-    load = ray.remote(num_cpus=1)(_warm)
-    return [load.remote(tokenizer_path) for _ in range(num_workers)]
-
-
 def _context() -> Any:
     """Settings of this dataset alone: the caller's context is left as it is."""
     context = DataContext.get_current().copy()
@@ -95,10 +86,6 @@ def _context() -> Any:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     return context
-
-
-def _warm(tokenizer_path: str) -> None:
-    _tokenizer(tokenizer_path)
 
 
 @cache

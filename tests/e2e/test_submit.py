@@ -39,11 +39,12 @@ def dashboard(ray_temp_dir: str) -> Iterator[str]:
 
 def wait_for_an_agent(url: str, timeout_s: float = 90) -> None:
     """Ray accepts jobs only some seconds after its dashboard answers."""
+    from rayswift.cluster.session import worker_python
     from rayswift.cluster.submit import _connect, _send
 
     deadline = time.monotonic() + timeout_s
     client = _connect(url)
-    submission = _send(client, entrypoint="true")
+    submission = _send(client, entrypoint="true", runtime_env=worker_python())
     while client.get_job_status(submission) != "SUCCEEDED":
         assert time.monotonic() < deadline, client.get_job_info(submission)
         time.sleep(0.2)
@@ -54,10 +55,12 @@ def settings(model: Path, output: Path) -> list[str]:
 
 
 def test_ray_job_submit_runs_a_job_script(dashboard: str, root: Path, example_model: Path, tmp_path: Path) -> None:
+    from rayswift.cluster.session import worker_python
+
     done = subprocess.run(
         [
             sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", dashboard, "--working-dir", ".",
-            "--", "python", "jobs/sft.py", "examples/sft.yaml", *settings(example_model, tmp_path),
+            "--runtime-env-json", json.dumps(worker_python()), "--", "python", "jobs/sft.py", "examples/sft.yaml", *settings(example_model, tmp_path),
         ],
         cwd=root, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

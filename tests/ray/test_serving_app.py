@@ -17,6 +17,7 @@ from typing import Any
 import openai
 import pytest
 
+from rayswift.cluster.session import worker_python
 from rayswift.errors import ConfigError, ServeError
 from rayswift.serving.app import RunningEndpoint, build_app, serve_in_background
 from rayswift.serving.auth import fingerprint
@@ -42,7 +43,7 @@ def endpoint(tiny_model_dir: Path, ray_temp_dir: str) -> Iterator[RunningEndpoin
 
     ray.init(
         address="local", num_cpus=2, _temp_dir=ray_temp_dir, include_dashboard=False, log_to_driver=False,
-        configure_logging=False, object_store_memory=100 * 2**20,
+        configure_logging=False, object_store_memory=100 * 2**20, runtime_env=worker_python(),
     )  # fmt: skip
     spec = ServeSpec(
         models={"tiny": str(tiny_model_dir)}, port=_free_port(), api_key_sha256=(fingerprint(_KEY),),

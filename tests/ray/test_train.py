@@ -24,12 +24,12 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module", autouse=True)
 def cluster(ray_temp_dir: str) -> Iterator[None]:
     """One two-CPU cluster for all runs of this file; `api.run` joins a session that is up."""
-    from rayswift.cluster.session import configure
+    from rayswift.cluster.session import configure, worker_python
 
     configure()
     ray.init(
         address="local", num_cpus=2, _temp_dir=ray_temp_dir, include_dashboard=False, log_to_driver=False,
-        configure_logging=False,
+        configure_logging=False, runtime_env=worker_python(),
     )  # fmt: skip
     yield
     ray.shutdown()

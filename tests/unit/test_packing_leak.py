@@ -100,7 +100,17 @@ def test_a_leaking_engine_is_refused_with_the_setting_to_change() -> None:
 
 def test_rounding_is_no_leak() -> None:
     refuse_leaking_packing(LeakingEngine(1e-7), make_job())  # type: ignore[arg-type]
-    refuse_leaking_packing(LeakingEngine(1e-4), make_job(**{"model.dtype": "bfloat16"}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_random_model_in_any_precision_does_not_leak_and_is_caught_when_it_does(dtype: str) -> None:
+    job = make_job(**{"model.dtype": dtype})
+    engine = Fsdp2(tiny_model("qwen3"), job, Layout(), torch.device("cpu"))
+    refuse_leaking_packing(engine, job)
+    forward = engine._model.forward
+    engine._model.forward = lambda **given: forward(**{**given, "position_ids": None})
+    with pytest.raises(ConfigError, match=r"data\.packing=True"):
+        refuse_leaking_packing(engine, job)
 
 
 def test_the_engine_overrides_a_config_that_asks_for_a_cache(rows: list[Document]) -> None:
