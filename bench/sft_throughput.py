@@ -23,7 +23,8 @@ from pathlib import Path
 from statistics import median
 
 WARMUP_STEPS = 5
-WORDS = "the of and to a in is that for it as was with be by on not he his but at are this have from or had an".split()
+VOICE = ("ba", "de", "fi", "go", "lu", "ma", "ne", "ri", "so", "tu")
+WORDS = [first + second for first in VOICE for second in VOICE]
 
 
 def make_rows(path: Path, num_rows: int) -> None:
@@ -146,7 +147,7 @@ def main() -> None:
             ratios.append(ours / bare)
             starts.append(start)
             print(
-                f"round {number}: rayswift {ours:.0f} tokens/s, bare loop {bare:.0f} tokens/s, ratio {ours / bare:.3f}; "
+                f"round {number}: rayswift {ours:.0f}, bare loop {bare:.0f} tokens/s, ratio {ours / bare:.3f}, "
                 f"first step after {start:.1f} s",
                 flush=True,
             )

@@ -101,8 +101,18 @@ def worker_python() -> dict[str, str]:
 
 
 def process_environment(cpus_per_process: float) -> dict[str, str]:
-    """Variables of training workers: as many threads as they have cores."""
-    return {"OMP_NUM_THREADS": str(max(1, int(cpus_per_process))), "TOKENIZERS_PARALLELISM": "false"}
+    """Variables of Ray processes: threads that fit their share of the cores, and what Ray Train hands on.
+
+    On one core each this is the environment of every process of a local session, so that Ray starts them ahead of
+    their use; a process with variables of its own is started when it is asked for, a second or two later.
+    """
+    handed_on = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT or _is_for_train(name)}
+    threads = str(max(1, int(cpus_per_process)))
+    return {**handed_on, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _is_for_train(name: str) -> bool:
+    return name.startswith("RAY_TRAIN_")
 
 
 def _join(address: str) -> None:
@@ -132,7 +142,7 @@ def _start_local() -> str:
         logging_level=logging.ERROR,
         log_to_driver=False,
         _temp_dir=folder,
-        runtime_env=worker_python(),
+        runtime_env={"env_vars": process_environment(1), **worker_python()},
     )
     return folder
 

@@ -17,10 +17,10 @@ Rayswift = Callable[..., subprocess.CompletedProcess[str]]
 def rayswift(root: Path) -> Rayswift:
     """Runs `rayswift ARGS...` from the checkout and returns what it printed; fails after `timeout` seconds."""
 
-    def call(*args: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    def call(*args: str, timeout: float = 240, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "rayswift.cli", *args],
-            cwd=root, capture_output=True, text=True, timeout=timeout, check=False, env=os.environ,
+            cwd=root, capture_output=True, text=True, timeout=timeout, check=False, env=env or os.environ,
         )  # fmt: skip
 
     return call

@@ -60,7 +60,8 @@ def test_ray_job_submit_runs_a_job_script(dashboard: str, root: Path, example_mo
     done = subprocess.run(
         [
             sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", dashboard, "--working-dir", ".",
-            "--runtime-env-json", json.dumps(worker_python()), "--", "python", "jobs/sft.py", "examples/sft.yaml", *settings(example_model, tmp_path),
+            "--runtime-env-json", json.dumps(worker_python()),
+            "--", "python", "jobs/sft.py", "examples/sft.yaml", *settings(example_model, tmp_path),
         ],
         cwd=root, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

@@ -178,12 +178,23 @@ def test_a_method_can_be_read_without_torch(path: Path) -> None:
     assert not top_level_imports(path) & {"torch", "ray", "transformers"}
 
 
+def test_export_is_the_public_function_whatever_was_imported_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    import rayswift
+    from rayswift.export import pipeline
+
+    monkeypatch.setattr(pipeline, "export", lambda source, output, **options: (source, output, options))
+    expected = ("runs/a", "exports/a", {"force": True})
+    assert rayswift.export("runs/a", "exports/a", force=True) == expected
+    code = "import rayswift; print(rayswift.export.__module__)"
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert fresh.stdout.strip() == "rayswift.api"
+
+
 def test_the_public_names_are_these() -> None:
     import rayswift
 
     assert rayswift.__all__ == ["Job", "build_app", "export", "plan", "run"]
-    for name in rayswift.__all__:
-        assert getattr(rayswift, name).__name__ in (name, "Job")
+    assert all(callable(getattr(rayswift, name)) for name in rayswift.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'train'"):
         _ = rayswift.train
 
