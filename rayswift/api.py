@@ -136,7 +136,7 @@ def _report(prepared: Prepared, made: Plan, clock: _Phases, resumed_from: int) -
     ledger = checkpoint.ledger_of(manifest)
     held_out = [value for _, value in report.losses(records, "eval_loss")]
     trained = [value for _, value in report.losses(records, "loss")]
-    starts = sum(event["event"] == "start" for event in run_dir.read_jsonl(EVENTS))
+    events = [event["event"] for event in run_dir.read_jsonl(EVENTS)]
     finished = report.RunReport(
         name=job.name,
         run_dir=job.run_dir,
@@ -150,7 +150,7 @@ def _report(prepared: Prepared, made: Plan, clock: _Phases, resumed_from: int) -
         rows_read=ledger.rows_visited,
         rows_trained=ledger.rows_trained,
         rows_quarantined=len(run_dir.read_jsonl("quarantine.jsonl")),
-        restarts_survived=max(0, starts - 1),
+        restarts_survived=events.count("start") - events.count("end"),
         resumed_from_step=resumed_from,
         phases_s=clock.seconds(),
         wall_s=sum(clock.seconds().values()),

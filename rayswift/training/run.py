@@ -90,6 +90,8 @@ def run_rank(order: WorkOrder, rank: int, local_rank: int, open_blocks: OpenBloc
         hooks.before_first_step(state)
         state = train(engine, method, steps, state, horizon, hooks)
         hooks.after_last_step(state)
+        if log is not None:
+            log.event("end", state.step)
     finally:
         steps.close()
         if log is not None:

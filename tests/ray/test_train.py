@@ -140,6 +140,15 @@ def test_bad_rows_are_quarantined_until_there_are_too_many(tmp_path: Path, tiny_
         api.run(strict)
 
 
+@pytest.mark.parametrize("name", ["llamafactory_demo/alpaca_en_demo.json", "gsm8k/train.jsonl"])
+def test_real_data_trains_as_it_lies_there(tmp_path: Path, tiny_model_dir: Path, shared_data: Path, name: str) -> None:
+    job = make_job("real", tmp_path, tiny_model_dir, shared_data / name, data__max_length=512, train__max_steps=3)
+    report = api.run(job)
+    assert report.steps == 3
+    assert report.rows_trained >= 12
+    assert report.rows_quarantined <= 0.01 * report.rows_read
+
+
 def test_workers_that_cannot_be_placed_end_the_run_in_time(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
     hog = ray.remote(num_cpus=2)(_Hog).remote()
     assert ray.get(hog.ready.remote())
