@@ -83,14 +83,14 @@ def _write_job(job: Job, prepared: Prepared) -> None:
 
 def _train(prepared: Prepared, progress: Progress, clock: _Phases) -> RunReport:
     """Run the workers while a thread shows what they write, then report."""
-    from rayswift.cluster.session import session
+    from rayswift.cluster.session import describe_session, session
     from rayswift.training.follow import Follower
     from rayswift.training.run_dir import RunDir
 
     job = prepared.job
     run_dir = RunDir(job.run_dir)
     resumed_from = prepared.checkpoint.step if prepared.checkpoint else 0
-    progress.phase("starting Ray" if job.cluster.address is None else f"joining {job.cluster.address}")
+    progress.phase(describe_session(job.cluster.address))
     clock.start("start Ray")
     threading.Thread(target=importlib.import_module, args=("rayswift.cluster.trainer",), daemon=True).start()
     with session(job.cluster.address):

@@ -72,6 +72,14 @@ def session(address: str | None = None) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def describe_session(address: str | None) -> str:
+    """What `session` is about to do, for a person."""
+    if ray.is_initialized():
+        return "using the running Ray cluster"
+    address = address or os.environ.get("RAY_ADDRESS")
+    return f"joining the Ray cluster at {address}" if address and address != "local" else "starting Ray"
+
+
 def cluster_spec(device: str) -> ClusterSpec:
     """What the connected cluster offers to a job that asks for this kind of device (`auto`: what it has)."""
     resources = ray.cluster_resources()

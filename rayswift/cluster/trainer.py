@@ -6,6 +6,7 @@ import logging
 from typing import Any, cast
 
 import ray.train
+from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
@@ -57,7 +58,7 @@ def fit(order: WorkOrder) -> None:
     )
     try:
         trainer.fit()
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayError) as error:
         raise _translate(error, job) from error
     finally:
         RunDir(job.run_dir).remove(_RAY_FOLDER)
@@ -104,7 +105,7 @@ def find_user_error(error: BaseException | None) -> RaySwiftError | None:
     return None
 
 
-def _translate(error: TrainingFailedError, job: Job) -> RaySwiftError:
+def _translate(error: Exception, job: Job) -> RaySwiftError:
     """Our error for Ray's: what to do, in one line."""
     found = find_user_error(error)
     if found is not None:

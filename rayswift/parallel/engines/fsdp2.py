@@ -91,6 +91,9 @@ class Fsdp2:
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
         model, optim = get_state_dict(self._model, self._optimizer, options=self._state_options())
+        if not self._full:  # a frozen head tied to the embedding comes along under its second name
+            trained = {n for n, p in self._model.named_parameters(remove_duplicate=False) if p.requires_grad}
+            model = {name: tensor for name, tensor in model.items() if name in trained}
         return {"model": model, "optim": optim}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
