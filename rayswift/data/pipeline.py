@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import DataContext, DataIterator, Dataset
+from ray.data import DataContext, DataIterator, Dataset, ExecutionResources
 
 from rayswift.data.blocks import chunk_from, chunks_left
 from rayswift.data.ledger import Ledger
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MAX_TASKS = 4096
+_AHEAD_BYTES = 16 << 20
+"""Prepared rows that may wait in the object store. Without a bound, hours of rows are prepared ahead on cores that
+the training step could use; a chunk of text takes about a megabyte."""
 
 
 def stream_dataset(
@@ -82,6 +85,7 @@ def _context() -> Any:
     """Settings of this dataset alone: the caller's context is left as it is."""
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=_AHEAD_BYTES)
     context.execution_no_progress_timeout_s = -1  # a checkpoint may pause the consumer for as long as it takes
     context.enable_progress_bars = False
     context.print_on_execution_start = False
