@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -218,24 +217,21 @@ def test_a_follower_waits_for_the_end_of_a_line(folder: RunDir) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_follower_goes_on_after_a_restart_cut_the_file_back(folder: RunDir) -> None:
+@pytest.mark.parametrize("last", [2, 3, 4, 9], ids=["shorter", "as long", "longer", "much longer"])
+def test_a_follower_goes_on_after_a_restart_cut_the_file_back(folder: RunDir, last: int) -> None:
+    """The file may have grown past the known position again before anyone looked."""
     steps: list[int] = []
-    lock = threading.Lock()
-
-    def on_step(record: dict[str, Any]) -> None:
-        with lock:
-            steps.append(record["step"])
-
-    folder.write_jsonl(METRICS, [])
-    with Follower(folder, on_step=on_step, on_event=lambda r: None) as follower:
-        folder.write_jsonl(METRICS, [{"step": n} for n in (1, 2, 3)])
+    with Follower(folder, on_step=lambda record: steps.append(record["step"]), on_event=lambda r: None):
+        folder.write_jsonl(METRICS, [{"step": n, "time": 0.25} for n in (1, 2, 3)])
         wait_until(lambda: steps == [1, 2, 3])
-        log = JsonlLog(folder, METRICS, up_to_step=1)
-        tail = follower._tails[0]
-        wait_until(lambda: tail._position == len(b'{"step": 1}\n'))
-        log.append({"step": 2})
-        wait_until(lambda: steps == [1, 2, 3, 2])
+        again = [{"step": 1, "time": 0.25}, *({"step": n, "time": 0.125} for n in range(2, last + 1))]
+        folder.write_jsonl(METRICS, again)
+        wait_until(lambda: max(steps) == max(3, last))
+        log = JsonlLog(folder, METRICS, up_to_step=last)
+        log.append({"step": 10, "time": 0.5})
+        wait_until(lambda: steps[-1] == 10)
         log.close()
+    assert steps == [1, 2, 3, *range(4, last + 1), 10], "each step once"
 
 
 def test_a_follower_of_nothing_ends(folder: RunDir) -> None:
