@@ -26,7 +26,7 @@ class Follower:
         on_event: Callable[[dict[str, Any]], None],
     ) -> None:
         self._run_dir = run_dir
-        self._tails = [_Tail(run_dir, METRICS, on_step), _Tail(run_dir, EVENTS, on_event)]
+        self._steps, self._events = _Tail(run_dir, METRICS, on_step), _Tail(run_dir, EVENTS, on_event)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="follow-run", daemon=True)
         self.first_step_at: float | None = None
@@ -46,8 +46,8 @@ class Follower:
         self._poll()
 
     def _poll(self) -> None:
-        steps, _events = [tail.poll() for tail in self._tails]
-        if steps and self.first_step_at is None:
+        self._events.poll()  # first, because a start is announced before its steps
+        if self._steps.poll() and self.first_step_at is None:
             self.first_step_at = time.perf_counter()
 
 
