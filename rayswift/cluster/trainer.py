@@ -19,6 +19,7 @@ from rayswift.cluster.session import configure, process_environment
 from rayswift.cluster.worker import work
 from rayswift.config.job import Job
 from rayswift.errors import PlanError, RaySwiftError, WorkerError
+from rayswift.parallel.mesh import collective_backend
 from rayswift.training.run import WorkOrder
 from rayswift.training.run_dir import RunDir
 
@@ -44,7 +45,7 @@ def fit(order: WorkOrder) -> None:
             resources_per_worker=placement.resources_per_worker,
             placement_strategy=placement.strategy,
         ),
-        torch_config=TorchConfig(backend=_backend(plan.device)),
+        torch_config=TorchConfig(backend=collective_backend(plan.device)),
         run_config=cast(
             Any,
             RunConfig(
@@ -125,12 +126,6 @@ def _translate(error: Exception, job: Job) -> RaySwiftError:
         value=job.run_dir,
         fix="run the same command again to continue from the newest checkpoint; set RAYSWIFT_DEBUG=1 for the traceback",
     )
-
-
-def _backend(device: str) -> str:
-    """gloo for the host and, beside it, what the device communicates with."""
-    native = {"cuda": "nccl", "npu": "hccl", "xpu": "xccl"}.get(device)
-    return f"cpu:gloo,{device}:{native}" if native else "gloo"
 
 
 def _storage(run_dir: str) -> dict[str, Any]:

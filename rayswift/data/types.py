@@ -1,4 +1,4 @@
-"""The nouns of the data path: RowId -> Sample -> Example -> PackedBatch. No torch import, no Ray.
+"""The nouns of the data path: Sample -> Example -> PackedBatch. No torch import, no Ray.
 
 Shape legend: B sequences in a micro-batch, T tokens in a sequence.
 """
@@ -11,19 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class RowId:
-    """Where a row came from. Unique within a run; `row` counts rows of the file from 0, `line` is its 1-based line."""
-
-    source: int
-    file: str
-    row: int
-    line: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}" if self.line is not None else f"{self.file} row {self.row}"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rayswift.errors import PlanError
@@ -32,11 +31,13 @@ def find_device(kind: str, local_rank: int = 0) -> torch.device:
     return torch.device(kind, index)
 
 
-def collective_backend(device: torch.device) -> str:
-    """The process group backend: gloo for the host, the device's own (nccl, hccl, xccl) beside it."""
-    if device.type in ("cpu", "mps"):
-        return "gloo"
-    return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+def collective_backend(device_type: str) -> str:
+    """The process group backend: gloo for the host and, beside it, what the device communicates with.
+
+    By name, because a driver on a head node has none of these devices.
+    """
+    native = {"cuda": "nccl", "npu": "hccl", "xpu": "xccl"}.get(device_type)
+    return f"cpu:gloo,{device_type}:{native}" if native else "gloo"
 
 
 def data_mesh(layout: Layout, device: torch.device) -> DeviceMesh:

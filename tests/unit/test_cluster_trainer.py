@@ -11,6 +11,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from rayswift.cluster import session, trainer
 from rayswift.cluster.trainer import find_user_error
 from rayswift.errors import CheckpointError, DataError, PlanError, WorkerError
+from rayswift.parallel.mesh import collective_backend
 from tests.job_cases import make_job
 
 MINE = DataError("3 of 9 rows are bad", path="data.max_bad_fraction", value=0.01)
@@ -113,7 +114,7 @@ def test_the_users_error_wins_over_rays() -> None:
     [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl"), ("npu", "cpu:gloo,npu:hccl"), ("mps", "gloo")],
 )
 def test_the_host_always_has_gloo(device: str, backend: str) -> None:
-    assert trainer._backend(device) == backend
+    assert collective_backend(device) == backend
 
 
 @pytest.mark.parametrize("by_user", [True, False])

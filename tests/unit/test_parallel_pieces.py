@@ -113,7 +113,7 @@ def test_blocks_of_an_unknown_model_are_its_longest_list() -> None:
 
 def test_cpu_is_always_there() -> None:
     assert find_device("cpu") == torch.device("cpu")
-    assert collective_backend(torch.device("cpu")) == "gloo"
+    assert collective_backend("cpu") == "gloo"
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
