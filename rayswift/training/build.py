@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ def build_engine(job: Job, plan: Plan, device: torch.device, rank: int) -> Engin
     engine_class = plugins.load("parallel.engines", plan.engine, path="parallel.engine")
     engine: Engine = engine_class(model, job, plan.layout, device, plan.layout.data_rank(rank))
     return engine
+
+
+@cache
+def base_sha256(model_path: str) -> str:
+    """The hash of the base model's weights, read once per process: minutes for a large one."""
+    from rayswift.models.adapters import weights_sha256
+    from rayswift.models.loading import local_folder
+
+    return weights_sha256(local_folder(model_path))
 
 
 def refuse_leaking_packing(engine: Engine, job: Job) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
 from importlib.metadata import version
 
 import torch
@@ -20,6 +19,7 @@ from rayswift.data.types import BadRow
 from rayswift.errors import DataError
 from rayswift.parallel.engine import Engine
 from rayswift.planning.planner import Plan
+from rayswift.training.build import base_sha256
 from rayswift.training.checkpoint import CheckpointManifest, FileEntry
 from rayswift.training.evaluate import Evaluator
 from rayswift.training.loop import StepRecord
@@ -31,7 +31,7 @@ _VERSIONED = ("torch", "transformers", "ray", "peft")
 
 
 class RunHooks:
-    """The hooks of a real run. `log` and `quarantine` are None but on rank 0, `evaluator` without held-out rows."""
+    """The hooks of a real run. `log` and the quarantines are None but on rank 0, `evaluator` without held-out rows."""
 
     def __init__(
         self,
@@ -45,16 +45,17 @@ class RunHooks:
         log: RunLog | None,
         evaluator: Evaluator | None,
         quarantine: Quarantine | None,
+        held_out_quarantine: Quarantine | None,
     ) -> None:
         self._job, self._plan, self._engine, self._horizon = job, plan, engine, horizon
         self._device, self._saver, self._log = device, saver, log
-        self._evaluator, self._quarantine = evaluator, quarantine
+        self._evaluator, self._quarantine, self._held_out_quarantine = evaluator, quarantine, held_out_quarantine
         self._group = dist.new_group(backend="gloo")
 
     def before_first_step(self, state: TrainState) -> None:
         """Evaluate the model a fresh run starts from, so that the report can say what training changed."""
         if state.step == 0 and self._evaluator is not None:
-            loss = self._evaluator.loss()
+            loss = self._held_out_loss(self._evaluator)
             if self._log is not None:
                 self._log.step({"step": 0, "epoch": 0.0, "eval_loss": loss})
 
@@ -62,17 +63,17 @@ class RunHooks:
         """See `Hooks`. Raises DataError on every rank once too many rows are bad."""
         metrics = step_metrics(state, record, self._horizon, self._device)
         if self._evaluator is not None and self._due(state, self._job.train.eval_every):
-            metrics["eval_loss"] = self._evaluator.loss()
+            metrics["eval_loss"] = self._held_out_loss(self._evaluator)
         self._record(metrics)
         if record.num_bad_rows:
-            self._account(record.bad_rows)
+            self._account(record.bad_rows, self._quarantine)
         if self._due(state, self._job.train.save_every):
             self._save(state, finished=False)
 
     def after_last_step(self, state: TrainState) -> None:
         """Evaluate and save the finished run, and wait until the checkpoint is committed."""
         if self._evaluator is not None and state.step and not self._due(state, self._job.train.eval_every):
-            self._record({"step": state.step, "eval_loss": self._evaluator.loss()})
+            self._record({"step": state.step, "eval_loss": self._held_out_loss(self._evaluator)})
         self._save(state, finished=True)
         self._saver.wait()
 
@@ -83,14 +84,21 @@ class RunHooks:
     def _due(self, state: TrainState, every: int | None) -> bool:
         return every is not None and state.step % every == 0
 
-    def _account(self, mine: tuple[BadRow, ...]) -> None:
+    def _held_out_loss(self, evaluator: Evaluator) -> float:
+        """The held-out loss; bad held-out rows have a budget of their own, so that they cannot vanish from it."""
+        bad_rows = evaluator.read()
+        if bad_rows is not None:
+            self._account(bad_rows, self._held_out_quarantine)
+        return evaluator.loss()
+
+    def _account(self, mine: tuple[BadRow, ...], quarantine: Quarantine | None) -> None:
         """Bring the ranks' bad rows together; all ranks reach the same verdict on the budget."""
         gathered: list[tuple[BadRow, ...]] = [()] * dist.get_world_size()
         dist.all_gather_object(gathered, mine, group=self._group)
         verdict: list[str | None] = [None]
-        if self._quarantine is not None:
+        if quarantine is not None:
             try:
-                self._quarantine.add(row for rows in gathered for row in rows)
+                quarantine.add(row for rows in gathered for row in rows)
             except DataError as error:
                 verdict = [str(error)]
         dist.broadcast_object_list(verdict, src=0, group=self._group)
@@ -115,17 +123,8 @@ class RunHooks:
                 ledger=asdict(state.ledger),
                 seed=self._job.train.seed,
                 versions={"rayswift": __version__, **{name: version(name) for name in _VERSIONED}},
-                base_sha256=_base_sha256(self._job.model.path),
+                base_sha256=base_sha256(self._job.model.path),
                 files=files,
             )
 
         return build
-
-
-@cache
-def _base_sha256(model_path: str) -> str:
-    """The hash of the base model's weights, read once per process, in the thread that commits checkpoints."""
-    from rayswift.models.adapters import weights_sha256
-    from rayswift.models.loading import local_folder
-
-    return weights_sha256(local_folder(model_path))

@@ -25,7 +25,7 @@ from rayswift.parallel.engine import Engine
 from rayswift.parallel.mesh import find_device
 from rayswift.planning.planner import Plan
 from rayswift.training import checkpoint
-from rayswift.training.build import broadcast, build_engine, build_method, refuse_leaking_packing
+from rayswift.training.build import base_sha256, broadcast, build_engine, build_method, refuse_leaking_packing
 from rayswift.training.checkpoint import CheckpointManifest
 from rayswift.training.evaluate import Evaluator
 from rayswift.training.hooks import RunHooks
@@ -58,7 +58,7 @@ def run_rank(order: WorkOrder, rank: int, local_rank: int, open_blocks: OpenBloc
     torch.manual_seed(job.train.seed)
     run_dir = RunDir(job.run_dir)
     removed = checkpoint.clean(run_dir) if rank == 0 else []
-    manifest = _agree_on_checkpoint(run_dir, rank)
+    manifest = _agree_on_checkpoint(job, run_dir, rank)
     state = _initial_state(order, manifest)
     read = open_blocks(order, state.ledger)
     steps = Prefetched(lambda: _step_inputs(order, read()))
@@ -85,6 +85,7 @@ def run_rank(order: WorkOrder, rank: int, local_rank: int, open_blocks: OpenBloc
         log=log,
         evaluator=_evaluator(order, engine, method),
         quarantine=_quarantine(order, run_dir) if rank == 0 else None,
+        held_out_quarantine=_held_out_quarantine(order, run_dir) if rank == 0 else None,
     )
     try:
         hooks.before_first_step(state)
@@ -116,11 +117,26 @@ def local_open(order: WorkOrder, ledger: Ledger) -> Callable[[], Iterable[pa.Tab
     )
 
 
-def _agree_on_checkpoint(run_dir: RunDir, rank: int) -> CheckpointManifest | None:
+def _agree_on_checkpoint(job: Job, run_dir: RunDir, rank: int) -> CheckpointManifest | None:
     """The newest valid checkpoint, as rank 0 sees it. Called after `clean`, which has just read its contents."""
     found = checkpoint.find_newest(run_dir, verify=False) if rank == 0 else None
+    if found is not None:
+        _check_base(job, found)
     agreed = broadcast(found.model_dump() if found else None)
     return CheckpointManifest.model_validate(agreed) if agreed else None
+
+
+def _check_base(job: Job, manifest: CheckpointManifest) -> None:
+    """Raises CheckpointError when an adapter would go on beside other weights than those it was trained beside.
+
+    A checkpoint of full fine-tuning holds every weight, so what the base holds now does not matter.
+    """
+    if job.adapter is not None and manifest.base_sha256 not in (None, base_sha256(job.model.path)):
+        raise CheckpointError(
+            f"was made with other weights in {job.model.path}: the base model has changed since",
+            path=f"{job.run_dir}/{checkpoint.folder_name(manifest.step)}",
+            fix="restore the base model, or give the run another name",
+        )
 
 
 def _initial_state(order: WorkOrder, manifest: CheckpointManifest | None) -> TrainState:
@@ -140,6 +156,13 @@ def _quarantine(order: WorkOrder, run_dir: RunDir) -> Quarantine:
     return Quarantine(
         f"{run_dir.url}/quarantine.jsonl", order.train_stream.rows_per_epoch, order.job.data.max_bad_fraction
     )
+
+
+def _held_out_quarantine(order: WorkOrder, run_dir: RunDir) -> Quarantine | None:
+    if order.eval_stream is None:
+        return None
+    rows = order.eval_stream.rows_per_epoch
+    return Quarantine(f"{run_dir.url}/quarantine-eval.jsonl", rows, order.job.data.max_bad_fraction)
 
 
 def _load(engine: Engine, url: str) -> None:

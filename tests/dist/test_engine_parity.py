@@ -130,7 +130,7 @@ def test_bfloat16_stays_near_float32_and_agrees_across_layouts(lora: bool) -> No
 
 
 def skipped_step(rank: int, layout: Layout) -> tuple[bool, bool, bool]:
-    """One rank alone has a gradient that is not finite: whether the step was skipped, the weights kept, and all well after."""
+    """Rank 1 alone has an infinite gradient: was the step skipped, were the weights kept, is the next one taken."""
     engine = build(make_job(**{"train.optimizer": "sgd"}), layout)
     before = dict(engine.export_weights())
     parameter = next(iter(engine._model.parameters()))

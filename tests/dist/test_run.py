@@ -1,15 +1,17 @@
-"""Whole runs of `run_rank` on forked gloo ranks: any number of ranks, stopped and continued, and checkpoints across them."""
+"""Whole runs of `run_rank` on forked gloo ranks: any number of them, stopped, continued by others, and killed."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from rayswift.cluster.preflight import prepare
 from rayswift.errors import CheckpointError
@@ -26,7 +28,9 @@ from tests.job_cases import CPU_BOX, ENGINES, make_job
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ninety question/answer rows of different lengths, one of them bad."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = [json.dumps({"query": f"What is {i}?", "response": "It is " + f"{i * 3} " * (1 + i % 6)}) for i in range(90)]
+    lines = [
+        json.dumps({"query": f"What is {i}?", "response": "It is " + f"{i * 3} " * (1 + i % 6)}) for i in range(90)
+    ]
     lines[40] = json.dumps({"query": "no answer", "response": ""})
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -146,6 +150,32 @@ def test_a_checkpoint_that_lost_its_writer_is_never_used(tmp_path: Path, tiny_mo
     assert [event["checkpoints"] for event in removed] == [["step-00000006"]]
     assert sorted(path.name for path in folders.iterdir()) == ["step-00000006", "step-00000008"]
     assert checkpoint.check(checkpoint.newest(order.job.run_dir)).finished
+
+
+def test_bad_held_out_rows_are_kept_and_have_a_budget(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(line + "\n" for line in rows.read_text().splitlines()[21:51]))
+    settings = {"data.eval": [{"path": str(held_out)}], "train.max_steps": 1}
+    order = order_of("tolerant", tmp_path, tiny_model_dir, rows, ranks=2, **settings)
+    train(order)
+    kept = RunDir(order.job.run_dir).read_jsonl("quarantine-eval.jsonl")
+    assert [(row["file"], row["line"]) for row in kept] == [(str(held_out), 20)]
+    assert RunDir(order.job.run_dir).read_jsonl("quarantine.jsonl") == []
+    order = order_of("strict", tmp_path, tiny_model_dir, rows, ranks=2, **settings, **{"data.max_bad_fraction": 0.0})
+    with pytest.raises(RankFailed, match=r"DataError: 1 of 30 rows are bad.*held_out\.jsonl:20"):
+        run_ranks(train_rank, 2, order)
+
+
+def test_an_adapter_does_not_go_on_beside_another_base(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    settings = {"adapter": {"rank": 4}, "train.max_steps": 2}
+    train(order_of("adapted", tmp_path, base, rows, ranks=1, **settings))
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    order = order_of("adapted", tmp_path, base, rows, ranks=1, **(settings | {"train.max_steps": 4}))
+    with pytest.raises(RankFailed, match=r"CheckpointError: .*step-00000002.*the base model has changed"):
+        run_ranks(train_rank, 1, order)
 
 
 def run_out_of_disk(rank: int, order: WorkOrder) -> str:
