@@ -122,6 +122,11 @@ def _check_same_job(job: Job, run_dir: RunDir) -> None:
         raise ConfigError(
             f"cannot be read: {error}", path=f"{job.run_dir}/job.yaml", fix="give the job another name"
         ) from error
+    if os.path.isdir(job.model.path):
+        # job.yaml has the path as it was typed, and from this directory it may look like a hub id. Whether the
+        # folder holds the same weights is known by their hash.
+        name = os.path.basename(before.model.path.rstrip("/"))
+        before = before.model_copy(update={"model": before.model.model_copy(update={"path": name})})
     if before.job_hash() != job.job_hash():
         changes = differing_keys(before.identity(), job.identity())
         raise ConfigError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -208,6 +209,14 @@ class LoggingSpec(Section):
     """The project name trackers file the run under."""
 
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@.*)?")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a model path is `name`, `org/name` or `org/name@revision` and no local folder."""
+    return not os.path.isdir(path) and _HUB_ID.fullmatch(path) is not None
+
+
 # Changing these between two sessions of a run does not change which losses it computes, or extends it knowingly.
 _FREE_ON_RESUME: dict[str, tuple[str, ...]] = {
     "train": ("epochs", "max_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "resume"),
@@ -256,15 +265,18 @@ class Job(Section):
     def identity(self) -> dict[str, Any]:
         """The part of the job that decides which losses are computed, as plain data.
 
-        Paths count by their last part only: the same run may be continued from another folder, as every
-        `ray job submit --working-dir .` does. That the rows are the same is known by the ledger's fingerprint.
+        Local paths count by their last part only: the same run may be continued from another folder, as every
+        `ray job submit --working-dir .` does. That the rows are the same is known by the ledger's fingerprint, and
+        that a local base is the same by the hash of its weights. A hub id counts whole, its revision too.
         """
         plain = self.model_dump(mode="json", exclude={"output", "cluster", "parallel", "logging"})
         for section, keys in _FREE_ON_RESUME.items():
             for key in keys:
                 plain[section].pop(key)
-        for place in (plain["model"], *plain["data"]["train"]):
-            place["path"] = os.path.basename(place["path"].rstrip("/"))
+        base = self.model.path
+        plain["model"]["path"] = base if is_hub_id(base) else os.path.basename(base.rstrip("/"))
+        for source in plain["data"]["train"]:
+            source["path"] = os.path.basename(source["path"].rstrip("/"))
         return plain
 
     def job_hash(self) -> str:

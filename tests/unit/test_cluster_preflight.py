@@ -177,3 +177,14 @@ def test_the_driver_checks_a_job_without_loading_torch_or_ray(tmp_path: Path, pl
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_continues_from_a_directory_where_its_base_is_elsewhere(
+    tmp_path: Path, plain: dict[str, Any], tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # from where models/tiny could be a hub id
+    typed = {**plain, "model": {"path": f"models/{tiny_model_dir.name}"}}
+    (run_dir / "job.yaml").write_text(Job.model_validate(typed).model_dump_json())
+    assert prepare(Job.model_validate(plain)).checkpoint is None
