@@ -17,6 +17,7 @@ import ray
 from rayswift import api
 from rayswift.config.job import Job
 from rayswift.errors import DataError, PlanError
+from tests.run_cases import committed_step, losses, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -64,24 +65,6 @@ def make_job(name: str, output: Path, model: Path, rows: Path, **changes: Any) -
     return Job.model_validate(plain)
 
 
-def losses(run_dir: str | Path) -> list[float]:
-    """The training losses of a run, in step order, each step once."""
-    records = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    steps = [record["step"] for record in records if "loss" in record]
-    assert steps == list(range(1, len(steps) + 1)), "each step is recorded once"
-    return [record["loss"] for record in records if "loss" in record]
-
-
-def wait_for(condition: Any, what: str, timeout_s: float = 120) -> Any:
-    """The condition's first true value. Fails after the bound."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"no {what} within {timeout_s} s")
-
-
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
 def test_two_workers_compute_the_losses_of_one(tmp_path: Path, tiny_model_dir: Path, rows: Path, packing: bool) -> None:
     one = make_job("one", tmp_path, tiny_model_dir, rows, data__packing=packing, train__micro_batch_size=4)
@@ -95,8 +78,8 @@ def test_two_workers_compute_the_losses_of_one(tmp_path: Path, tiny_model_dir: P
 
 
 def test_a_killed_worker_costs_no_row_and_changes_no_loss(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
-    whole = api.run(make_job("whole", tmp_path, tiny_model_dir, rows, train__max_steps=40))
-    job = make_job("killed", tmp_path, tiny_model_dir, rows, train__max_steps=40)
+    whole = api.run(make_job("whole", tmp_path, tiny_model_dir, rows, train__max_steps=80))
+    job = make_job("killed", tmp_path, tiny_model_dir, rows, train__max_steps=80)
     killer = threading.Thread(target=_kill_worker_after, args=(tmp_path / "killed", 6))
     killer.start()
     survived = api.run(job)
@@ -107,7 +90,7 @@ def test_a_killed_worker_costs_no_row_and_changes_no_loss(tmp_path: Path, tiny_m
 
 
 def _kill_worker_after(run_dir: Path, step: int) -> None:
-    wait_for(lambda: (run_dir / f"checkpoints/step-{step:08d}/manifest.json").exists(), "checkpoint")
+    wait_for(lambda: committed_step(run_dir) >= step, "checkpoint")
     start = json.loads((run_dir / "events.jsonl").read_text().splitlines()[0])
     os.kill(start["pid"], signal.SIGKILL)
 
