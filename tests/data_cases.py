@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rayswift.config.job import DataSource, DataSpec
@@ -50,6 +50,11 @@ MARKED = (
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
 )
+# As TinyLlama and Zephyr do: the header is plain text, and an answer follows a newline, not a space.
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '</s>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 TOOLS = (
     "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
@@ -73,6 +78,26 @@ def make_tokenizer(
     tokenizer.add_special_tokens({"additional_special_tokens": _SPECIAL})
     tokenizer.chat_template = template
     return tokenizer
+
+
+def make_sentencepiece(kind: str, template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of the SentencePiece kind: `first` and `always` put their space with Metaspace, `legacy` as a
+    normalizer does it in the tokenizer.json of Llama 2, `never` not at all."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if kind == "legacy":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)  # type: ignore[arg-type]
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    words = ["<|user|>hi there <|assistant|> [INST] yo there no more be brief [/INST] yo there", "|><|system [INST]"]
+    tokenizer.train_from_iterator(words * 20, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = template
+    return fast
 
 
 @cache

@@ -37,6 +37,11 @@ class Rendered:
     segments: tuple[Segment, ...]
     add_special_tokens: bool = False
 
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(segment.text for segment in self.segments)
+
 
 @dataclass(frozen=True)
 class _Turn:
