@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayswift.serving.local.sampling import probabilities
+from rayswift.serving.local.sampling import GREEDY_BELOW, probabilities
 from rayswift.serving.local.text import Detokenizer, StopMatcher, TextStream
 
 
@@ -79,8 +79,10 @@ def test_a_stop_string_in_held_back_text_is_found_at_the_end() -> None:
 
 
 @given(
-    st.lists(st.floats(-20, 20), min_size=1, max_size=30), st.floats(0.01, 2), st.floats(0.01, 1)
-)  # fmt: skip
+    st.lists(st.floats(-20, 20), min_size=1, max_size=30),
+    st.floats(GREEDY_BELOW, 2),
+    st.floats(0, 1, exclude_min=True),
+)
 def test_top_p_keeps_the_fewest_likeliest_tokens_that_weigh_enough(
     logits: list[float], temperature: float, top_p: float
 ) -> None:

@@ -17,7 +17,9 @@ from rayswift.models.init import random_model
 from rayswift.models.loading import load_model
 from rayswift.serving.engine import Delta, EngineOptions, Request, Sampling
 from rayswift.serving.engines.local import Local
+from rayswift.serving.local import proof
 from rayswift.serving.local.batch import Prefill, SlotBatch, SoloBatch, open_batch
+from rayswift.serving.local.proof import differences, prove
 
 torch.set_num_threads(1)
 _GREEDY = Sampling(max_new_tokens=24, temperature=0)
@@ -193,9 +195,134 @@ def test_a_failing_step_fails_its_answers_and_the_engine_goes_on(
         patch.setattr(model, "forward", lambda **_: 1 / 0)
         with pytest.raises(ServeError, match="failed while generating"):
             runner.answer([5], _GREEDY)
-    assert "a decode step failed" in caplog.text
+    assert "a prompt could not be read" in caplog.text
     assert runner.answer([5], _GREEDY).num_tokens > 0
     runner.engine.check()
+
+
+_LONG = Sampling(max_new_tokens=60, temperature=1.0, seed=3)
+
+
+def _beside_a_running_answer(runner: _Runner, prompt_ids: list[int], sampling: Sampling) -> tuple[Any, Any]:
+    """What comes of an answer that runs already and of one that joins it: a Delta or the exception."""
+
+    async def scenario() -> Any:
+        running = runner.engine.generate(Request("running", (5, 6), _LONG))
+        total = await anext(running)
+        try:
+            joined: Any = await asyncio.wait_for(_answer(runner.engine, prompt_ids, sampling), 20)
+        except ServeError as error:
+            joined = error
+        async for delta in running:
+            total = total + delta
+        return total, joined
+
+    return runner.run(scenario())
+
+
+@pytest.mark.parametrize("tiny", [{"temperature": 1e-46}, {"temperature": 1e-30}, {"top_p": 1e-46}, {"top_p": 1e-30}])
+def test_the_smallest_temperature_and_top_p_are_greedy_and_disturb_nobody(runner: _Runner, tiny: Any) -> None:
+    greedy, undisturbed = runner.answer([7, 8], Sampling(6, temperature=0)), runner.answer([5, 6], _LONG)
+    running, joined = _beside_a_running_answer(runner, [7, 8], Sampling(6, seed=1, **tiny))
+    assert joined.text == greedy.text
+    assert running.text == undisturbed.text
+
+
+def test_what_fails_for_one_answer_ends_that_answer_only(runner: _Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty prompt fails in the forward pass, a full device while joining, a bad sampling when a token is chosen."""
+    undisturbed = runner.answer([5, 6], _LONG)
+    running, joined = _beside_a_running_answer(runner, [], _GREEDY)
+    assert (running.text, type(joined)) == (undisturbed.text, ServeError)
+    running, joined = _beside_a_running_answer(runner, [7, 8], Sampling(6, temperature="warm"))  # type: ignore[arg-type]
+    assert (running.text, type(joined)) == (undisturbed.text, ServeError)
+    join = SlotBatch.join
+
+    def second_join_fails(batch: SlotBatch, cache: Any) -> None:
+        if batch._cache.lengths:
+            raise RuntimeError("out of memory")
+        join(batch, cache)
+
+    monkeypatch.setattr(SlotBatch, "join", second_join_fails)
+    running, joined = _beside_a_running_answer(runner, [7, 8], _GREEDY)  # would wait for ever if it got lost
+    assert (running.text, type(joined)) == (undisturbed.text, ServeError)
+    runner.engine.check()
+
+
+@pytest.mark.parametrize("broken", ["forward", "decode"])
+def test_an_engine_that_fails_time_after_time_is_not_well(
+    runner: _Runner, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    owner = runner.engine._started()._model if broken == "forward" else SlotBatch
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, broken, lambda *_, **__: 1 / 0)
+        for _ in range(3):
+            runner.engine.check()
+            with pytest.raises(ServeError, match="failed while generating"):
+                runner.answer([5, 6], _GREEDY)
+        with pytest.raises(ServeError, match="failed 3 times in a row"):
+            runner.engine.check()
+    runner.answer([5, 6], _GREEDY)
+    runner.engine.check()
+
+
+def test_numbers_that_overflowed_do_not_outlive_their_answer() -> None:
+    """A NaN in a freed slot times the weight zero of a masked column is NaN: for the next row there, or one moved."""
+    model = _model("llama", tie_word_embeddings=False)
+    overflows = 63
+    model.model.embed_tokens.weight.data[overflows] = float("inf")
+    for leaving in (2, 1):  # the last row, whose slot a new row gets; one in between, to which the last row moves
+        batch = open_batch(model)
+        assert isinstance(batch, SlotBatch)
+        with torch.inference_mode():
+            for length in (40, 30, 30 if leaving == 2 else 5):
+                _join(batch, model, tuple(range(length)))
+            last = [7, 7, 7]
+            last[leaving] = overflows
+            assert not batch.decode(last)[leaving].isfinite().any()
+            batch.leave(leaving)
+            _join(batch, model, (5, 6, 7))
+            assert batch.decode([7, 7, 7]).isfinite().all()
+
+
+def _join(batch: SlotBatch, model: Any, prompt: tuple[int, ...]) -> None:
+    prefill = Prefill(model, prompt, None)
+    assert prefill.advance() is not None
+    batch.join(prefill.cache)
+
+
+_RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 4},
+    "mamba2": {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "rwkv": {"attention_hidden_size": 32},
+    "recurrent_gemma": {"num_attention_heads": 4, "lru_width": 32, "attention_window_size": 8, "num_hidden_layers": 3},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 32},
+}
+
+
+@pytest.mark.parametrize("arch", _RECURRENT)
+def test_a_model_that_does_not_answer_from_its_cache_is_refused(arch: str) -> None:
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "pad_token_id": 0}
+    sizes |= {"bos_token_id": 1, "eos_token_id": 2}
+    if arch == "gpt_neo":
+        del sizes["num_hidden_layers"]
+    model = random_model(AutoConfig.for_model(arch, **sizes | _RECURRENT[arch]), seed=0).eval()
+    with pytest.raises(ConfigError, match=rf"model=folder is a {arch} model, .* serve it with another engine"):
+        prove(model, "folder", 256)
+
+
+@pytest.mark.parametrize(("arch", "extra"), [("qwen3", {}), ("gpt2", {}), ("mistral", {"sliding_window": 8})])
+def test_a_model_that_answers_from_its_cache_is_proved(arch: str, extra: Any) -> None:
+    for max_model_len in (256, 20, 6, 4):
+        prove(_model(arch, **extra), "folder", max_model_len)
+    assert max(differences(_model(arch, **extra), 256)) < 1e-5
+
+
+def test_the_proof_is_part_of_the_start(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "differences", lambda *_: [0.0, float("nan")])
+    with pytest.raises(ConfigError, match="answers from a cache are not its own"):
+        asyncio.run(Local(str(tiny_model_dir), EngineOptions(device="cpu")).start())
 
 
 def test_a_closed_engine_says_so(tiny_model_dir: Path) -> None:

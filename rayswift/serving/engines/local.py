@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from rayswift.config.job import ModelSpec
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("rayswift.serving")
 _UNBOUNDED_MODEL_LEN = 4096
 """The length of a model whose config names none."""
+_MAX_FAILURES = 3
+"""Failures in a row before the engine counts as broken; one alone may be a prompt's own fault."""
 
 
 class Local:
@@ -49,7 +52,7 @@ class Local:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Delta | RaySwiftError]()
 
         def emit(event: Delta | RaySwiftError) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop was closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         decode_loop = self._started()
@@ -64,8 +67,11 @@ class Local:
             decode_loop.abort(ticket)
 
     def check(self) -> None:
-        if not self._started().is_alive:
-            raise ServeError("the decode thread has ended", path="engine", value="local", fix="restart the replica")
+        decode_loop, fix = self._started(), "restart the replica"
+        if not decode_loop.is_alive:
+            raise ServeError("the decode thread has ended", path="engine", value="local", fix=fix)
+        if (failed := decode_loop.num_failures) >= _MAX_FAILURES:
+            raise ServeError(f"failed {failed} times in a row", path="engine", value="local", fix=fix)
 
     async def close(self) -> None:
         if self._loop is not None:
@@ -80,6 +86,7 @@ class Local:
         import torch
 
         from rayswift.serving.local.loop import DecodeLoop
+        from rayswift.serving.local.proof import prove
 
         dtype = None if self._options.dtype == "auto" else getattr(torch, self._options.dtype)
         tokenizer = load_tokenizer(self._folder)
@@ -87,6 +94,7 @@ class Local:
         # `to` of transformers is wrapped in a way that loses its signature
         model = cast("Any", model).to(_device(self._options.device)).eval()
         self._max_model_len = _model_len(model, self._options.max_model_len)
+        prove(model, self._folder, self._max_model_len)
         self._loop = DecodeLoop(model, _vocabulary(model, tokenizer), self._options.max_concurrency)
         self._loop.start()
 

@@ -35,8 +35,8 @@ class Batch(Protocol):
 def open_batch(model: PreTrainedModel) -> Batch:
     """The batch that fits the model: one forward pass for all rows where every layer keeps all keys and values.
 
-    Sliding-window, recurrent and other state has no common shape for rows of different lengths; such a model is run row
-    by row, which is slower and just as right.
+    Sliding-window and other state has no common shape for rows of different lengths; such a model is run row by row,
+    which is slower. Neither is right for every model: `proof.py` finds out.
     """
     layers = _new_cache(model).layers
     plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
@@ -55,14 +55,17 @@ class Prefill:
         """Logits_V after the whole prompt, or None while there is more of it."""
         chunk = self._prompt_ids[self._done : self._done + self._chunk_tokens]
         ids_1T = torch.tensor([chunk], device=self._model.device)
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(self._model) else {}
+        keep = keep_logits(self._model, 1)
         logits_1TV = self._model(input_ids=ids_1T, past_key_values=self.cache, use_cache=True, **keep).logits
         self._done += len(chunk)
         return None if self._done < len(self._prompt_ids) else logits_1TV[0, -1].float()
 
 
 class SoloBatch:
-    """One forward pass per row: right for every model that transformers can generate with."""
+    """One forward pass per row: right for every model that keeps all of its state in a `DynamicCache`.
+
+    Not so mamba, mamba2, rwkv and recurrent_gemma (transformers 5.17), which ignore the cache they are given.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._caches = model, list[DynamicCache]()
@@ -90,7 +93,8 @@ class SlotBatch:
     """One forward pass for all rows over a cache with a slot per row.
 
     Row r holds its tokens in columns 0..lengths[r]-1. A shorter row's further columns are masked, and what lies there
-    is finite, so it has weight zero: a row's result does not depend on its neighbours beyond the rounding of a matmul.
+    is zero, because the weight zero of a masked column does not take away a NaN that an earlier answer left there. So a
+    row's result does not depend on its neighbours, nor on who had its slot before, beyond the rounding of a matmul.
     """
 
     def __init__(self, model: PreTrainedModel, num_layers: int) -> None:
@@ -173,18 +177,24 @@ class _SlotLayer(CacheLayerMixin):
         self._values: torch.Tensor = torch.empty(0, 0, 0, 0)
 
     def write(self, row: int, keys_1HSD: torch.Tensor, values_1HSD: torch.Tensor) -> None:
-        """Fill a slot with a prefilled sequence."""
+        """Fill a slot with a prefilled sequence, and its further columns with zeros."""
         if not self.is_initialized:
             self.lazy_initialization(keys_1HSD, values_1HSD)
         length = keys_1HSD.shape[2]
         self.reserve(row + 1, length)
         self._keys[row, :, :length] = keys_1HSD[0]
         self._values[row, :, :length] = values_1HSD[0]
+        self._blank(row, length)
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy a slot's first `length` columns to another slot."""
+        """Copy a slot's first `length` columns to another slot, and zeros behind them."""
         self._keys[target, :, :length] = self._keys[source, :, :length]
         self._values[target, :, :length] = self._values[source, :, :length]
+        self._blank(target, length)
+
+    def _blank(self, row: int, length: int) -> None:
+        self._keys[row, :, length:] = 0
+        self._values[row, :, length:] = 0
 
     def clear(self) -> None:
         """Give all memory back; the next `write` starts anew."""
@@ -197,8 +207,8 @@ class _SlotLayer(CacheLayerMixin):
         if rows >= num_rows and columns >= num_columns:
             return
         new_rows, new_columns = _doubled(rows, num_rows), _doubled(columns, num_columns)
-        self._keys = _grown(self._keys, new_rows, new_columns)
-        self._values = _grown(self._values, new_rows, new_columns)
+        grown = _grown(self._keys, new_rows, new_columns), _grown(self._values, new_rows, new_columns)
+        self._keys, self._values = grown  # both or, out of memory, none: their sizes stay equal
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self._keys = key_states.new_zeros(_FIRST_ROWS, key_states.shape[1], _FIRST_COLUMNS, key_states.shape[3])
@@ -223,6 +233,11 @@ class _SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def keep_logits(model: PreTrainedModel, count: int) -> dict[str, int]:
+    """The argument that spares a forward pass all but the last `count` logits, where the model knows it."""
+    return {"logits_to_keep": count} if "logits_to_keep" in _parameters(model) else {}
 
 
 def _new_cache(model: PreTrainedModel) -> DynamicCache:

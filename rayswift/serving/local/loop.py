@@ -46,7 +46,11 @@ class Vocabulary:
 
 
 class DecodeLoop:
-    """Generates answers until closed. A failing step fails the answers in it, and the loop goes on without them."""
+    """Generates answers until closed. What fails ends the answers it belongs to, and the loop goes on without them.
+
+    That is one answer where its prompt is read or its token chosen, and all running ones where they share a forward
+    pass. `num_failures` counts failures since the last decode step, or whole answer, that went well.
+    """
 
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, max_concurrency: int) -> None:
         self._model, self._vocabulary, self._max_concurrency = model, vocabulary, max_concurrency
@@ -56,6 +60,7 @@ class DecodeLoop:
         self._running: list[Ticket] = []
         self._wake = threading.Condition()
         self._closed = False
+        self.num_failures = 0
         self._thread = threading.Thread(target=self._run, name="rayswift-decode", daemon=True)
 
     def start(self) -> None:
@@ -98,9 +103,15 @@ class DecodeLoop:
                     self._step()
                 except Exception as error:
                     # Whatever a model can raise, out of memory included, ends these answers and not the thread.
-                    _log.error("a decode step failed", exc_info=error)
-                    self._fail_all(ServeError("the engine failed while generating"), keep_waiting=True)
-        self._fail_all(ServeError("the engine was stopped"), keep_waiting=False)
+                    self.num_failures += 1
+                    self._fail_running(_logged("a decode step failed", error))
+        self._fail_running(ServeError("the engine was stopped"))
+        with self._wake:
+            unstarted = [*(ticket for ticket, _ in self._prefilling), *self._waiting]
+            self._prefilling.clear()
+            self._waiting.clear()
+        for ticket in unstarted:
+            ticket.emit(ServeError("the engine was stopped"))
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -132,19 +143,23 @@ class DecodeLoop:
     def _prefill_one(self) -> None:
         if not self._prefilling:
             return
-        ticket, prefill = self._prefilling[0]
-        logits_V = prefill.advance()
-        if logits_V is None:
-            return
-        self._prefilling.popleft()
-        if not self._advance(ticket, logits_V):
-            self._batch.join(prefill.cache)
-            self._running.append(ticket)
+        ticket, prefill = self._prefilling.popleft()
+        try:
+            logits_V = prefill.advance()
+            if logits_V is None:
+                self._prefilling.appendleft((ticket, prefill))
+            elif not self._advance(ticket, logits_V):
+                self._batch.join(prefill.cache)
+                self._running.append(ticket)
+        except Exception as error:  # its cache is its own, so nobody else is touched
+            self.num_failures += 1
+            ticket.emit(_logged("a prompt could not be read", error))
 
     def _decode_all(self) -> None:
         if not self._running:
             return
         logits_BV = self._batch.decode([ticket.last_token for ticket in self._running])
+        self.num_failures = 0
         for row in reversed(range(len(self._running))):  # from the end, so that a leaving row moves no unseen one
             if self._advance(self._running[row], logits_BV[row]):
                 self._leave(row)
@@ -155,16 +170,23 @@ class DecodeLoop:
         self._running.pop()
 
     def _advance(self, ticket: Ticket, logits_V: torch.Tensor) -> bool:
-        """Choose the next token of an answer and tell it; True when the answer has ended."""
+        """Choose the next token of an answer and tell it; True when the answer has ended, well or not."""
         try:
-            token = ticket.sampler(logits_V)
+            return self._chosen(ticket, logits_V)
         except RaySwiftError as error:
             ticket.emit(error)
-            return True
+        except Exception as error:  # this answer's alone: the others in the batch have logits of their own
+            ticket.emit(_logged("a token could not be chosen", error))
+        return True
+
+    def _chosen(self, ticket: Ticket, logits_V: torch.Tensor) -> bool:
+        token = ticket.sampler(logits_V)
         ticket.num_tokens, ticket.last_token = ticket.num_tokens + 1, token
         text, reason = self._text_of(ticket, token)
         logprobs = self._logprobs(ticket, token, logits_V)
         ticket.emit(Delta(text, 1, reason, logprobs))
+        if reason is not None:
+            self.num_failures = 0
         return reason is not None
 
     def _text_of(self, ticket: Ticket, token: int) -> tuple[str, FinishReason | None]:
@@ -186,13 +208,14 @@ class DecodeLoop:
         decode = self._vocabulary.decode
         return (TokenLogprob(decode([token]), logprob, tuple((decode([i]), value) for i, value in top)),)
 
-    def _fail_all(self, error: ServeError, *, keep_waiting: bool) -> None:
-        tickets = [*self._running, *(ticket for ticket, _ in self._prefilling)]
-        self._running, self._batch = [], open_batch(self._model)
-        self._prefilling.clear()
-        if not keep_waiting:
-            with self._wake:
-                tickets += self._waiting
-                self._waiting.clear()
-        for ticket in tickets:
+    def _fail_running(self, error: ServeError) -> None:
+        """End what runs and begin with an empty batch: after a failed forward pass its cache cannot be trusted."""
+        failed, self._running, self._batch = self._running, [], open_batch(self._model)
+        for ticket in failed:
             ticket.emit(error)
+
+
+def _logged(what: str, error: Exception) -> ServeError:
+    """What the asking side gets for an error of ours, whose traceback stays here."""
+    _log.error(what, exc_info=error)
+    return ServeError("the engine failed while generating")
