@@ -45,6 +45,8 @@ _ABSENT_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+# What the official client sends back with an answer it was given; empty, it says nothing.
+_MESSAGE_EXTRAS = frozenset({"refusal", "audio", "annotations", "function_call", "tool_calls"})
 
 
 def _text(value: Any) -> Any:
@@ -95,6 +97,18 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_text)]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_extras(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        return {key: value for key, value in raw.items() if not _says_nothing(key, value)}
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    """Whether a key of a message may as well be absent. A null content is not: it is told as a wrong value."""
+    return (value is None and key != "content") or (key in _MESSAGE_EXTRAS and value == [])
 
 
 class StreamOptions(_Strict):

@@ -40,7 +40,14 @@ class PromptBuilder:
                     param="messages",
                     code="invalid_value",
                 ) from None
-            return self._encode(str(text), add_special_tokens=False)
+            ids = self._encode(str(text), add_special_tokens=False)
+        if not ids:
+            raise ApiError(
+                "messages: the model's chat template makes no prompt of this conversation",
+                param="messages",
+                code="invalid_value",
+            )
+        return ids
 
     def text(self, prompt: str | list[int]) -> list[int]:
         """The ids of a plain prompt, begun as the tokenizer begins a text. Ids are checked and taken as they are."""

@@ -138,6 +138,7 @@ def _text_logprobs(items: Sequence[TokenLogprob], offset: int) -> dict[str, Any]
     return {
         "tokens": [item.token for item in items],
         "token_logprobs": [item.logprob for item in items],
-        "top_logprobs": [dict(item.top) for item in items],
+        # The chosen token is always among them, as in OpenAI's API, so there may be one more than was asked for.
+        "top_logprobs": [dict(item.top) | {item.token: item.logprob} for item in items],
         "text_offset": offsets,
     }

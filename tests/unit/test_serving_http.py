@@ -14,9 +14,10 @@ import pytest
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving import auth
 from rayswift.serving.admission import Admission
-from rayswift.serving.engine import FakeEngine
+from rayswift.serving.engine import Delta, FakeEngine, TokenLogprob
 from rayswift.serving.http import ServedModel, build_asgi
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.replies import Answer, Reply
 from rayswift.serving.spec import ServeSpec
 
 _KEY = "a-key-for-tests-0123"
@@ -149,6 +150,30 @@ def test_logprobs(make: Callable[..., _Server]) -> None:
     assert logprobs["top_logprobs"][0] == {"Hello": -0.5, "other": -1.5}
 
 
+def test_the_chosen_token_is_always_among_the_likeliest() -> None:
+    scored = TokenLogprob("rare", -9.0, (("Hello", -0.5), ("other", -1.5)))
+    [choice] = Reply("m", chat=False).body([Answer(0, Delta("rare", 1, "length", (scored,)))], {})["choices"]
+    assert choice["logprobs"]["top_logprobs"] == [{"Hello": -0.5, "other": -1.5, "rare": -9.0}]
+
+
+def test_a_conversation_of_several_turns_with_the_official_client(make: Callable[..., _Server]) -> None:
+    import openai
+
+    async def scenario() -> None:
+        server = make()
+        async with openai.AsyncOpenAI(
+            base_url="http://localhost/v1", api_key="none", max_retries=0, http_client=server.client()
+        ) as client:
+            turns: list[Any] = [{"role": "user", "content": "hi"}]
+            first = await client.chat.completions.create(model="m", messages=turns, max_tokens=8)
+            for answer in (first.choices[0].message, first.choices[0].message.model_dump()):
+                more = [*turns, answer, {"role": "user", "content": "more"}]
+                reply = await client.chat.completions.create(model="m", messages=more, max_tokens=8)
+                assert reply.choices[0].message.content == _TEXT
+
+    asyncio.run(scenario())
+
+
 _JSON = {"content-type": "application/json"}
 _BAD: list[tuple[str, str, dict[str, Any], int, str]] = [
     ("POST", "/v1/chat/completions", {"json": _CHAT | {"model": "nope"}}, 404, "model_not_found"),
@@ -198,6 +223,9 @@ def test_a_conversation_the_template_refuses(prompts: PromptBuilder, tiny_model_
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     error = _Server(PromptBuilder(tokenizer)).chat().json()["error"]
     assert "roles must alternate" in error["message"]
+    tokenizer.chat_template = "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"
+    error = _Server(PromptBuilder(tokenizer)).chat().json()["error"]
+    assert (error["param"], error["code"]) == ("messages", "invalid_value")
     tokenizer.chat_template = None
     assert _Server(PromptBuilder(tokenizer)).chat().json()["error"]["code"] == "no_chat_template"
 

@@ -26,7 +26,9 @@ _BAD_CHAT: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_value"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "invalid_value"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content", "invalid_value"),
-    ({"messages": [_USER | {"tool_calls": []}]}, "messages[0].tool_calls", "unsupported_parameter"),
+    ({"messages": [_USER | {"tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls", "unsupported_parameter"),
+    ({"messages": [_USER | {"refusal": "no"}]}, "messages[0].refusal", "unsupported_parameter"),
+    ({"messages": [_USER | {"nmae": []}]}, "messages[0].nmae", "unsupported_parameter"),
     ({"temperature": -1}, "temperature", "invalid_value"),
     ({"temperature": 2.1}, "temperature", "invalid_value"),
     ({"temperature": "0.5"}, "temperature", "invalid_value"),
@@ -111,6 +113,13 @@ def test_options_that_ask_for_nothing_are_accepted() -> None:
         "stop": None, "max_tokens": None, "parallel_tool_calls": True, "service_tier": "auto",
     }  # fmt: skip
     assert parse(ChatRequest, json.dumps(_CHAT | harmless).encode()) == parse(ChatRequest, json.dumps(_CHAT).encode())
+
+
+def test_a_message_of_an_earlier_answer_is_accepted_as_the_client_has_it() -> None:
+    answer: dict[str, Any] = {"role": "assistant", "content": "hello"}
+    extras = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": [], "name": None}
+    chat = _chat(messages=[_USER, answer | extras, _USER])
+    assert chat == _chat(messages=[_USER, answer, _USER])
 
 
 def test_content_parts_are_joined_and_prompts_are_lists() -> None:
