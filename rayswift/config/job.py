@@ -209,7 +209,7 @@ class LoggingSpec(Section):
     """The project name trackers file the run under."""
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@.*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[^@]*)?")
 
 
 def is_hub_id(path: str) -> bool:

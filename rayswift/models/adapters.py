@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import ConfigError
-from rayswift.models.loading import load_model, local_folder, read_json, weight_files
+from rayswift.models.folder import read_json, weight_files
+from rayswift.models.loading import load_model, local_folder
 from rayswift.models.staging import staged_folder
 
 if TYPE_CHECKING:

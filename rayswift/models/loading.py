@@ -1,33 +1,31 @@
 """From a model path in a job to config, tokenizer and model: a local Hugging Face folder, or a hub id.
 
-Knows which files make a usable folder and how a hub id becomes one (cached, `org/name@revision`). Does not know
-adapters, devices or sharding. torch and transformers are imported inside the functions that need them, so that
-`check_folder` is cheap enough for the driver to call before it starts a cluster.
+Knows how a hub id becomes a folder (cached, `org/name@revision`) and what transformers makes of one; which files a
+folder holds is known by `folder.py`. Does not know adapters, devices or sharding. torch and transformers are imported
+inside the functions that need them, so that `check_folder` is cheap enough for the driver to call before it starts a
+cluster.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayswift.config.job import ModelSpec, is_hub_id
 from rayswift.errors import ConfigError
+from rayswift.models.config_sizes import check_sizes
+from rayswift.models.folder import check_tokenizer, check_weights, has_chat_template, read_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from rayswift.config.job import ModelSpec
-
-INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_LAYER = re.compile(r"(.*?)\.(\d+)\.")
 
 
 def split_id(path: str) -> tuple[str, str | None]:
@@ -48,13 +46,13 @@ def local_folder(path: str, *, weights: bool = True, field: str = "model.path") 
     """
     if os.path.isdir(path):
         return Path(path)
-    name, revision = split_id(path)
     if os.path.exists(path):
         raise ConfigError("is a file, not a Hugging Face folder", path=field, value=path, fix="name its folder")
-    if not _HUB_ID.fullmatch(name):
+    if not is_hub_id(path):
         raise ConfigError(
             "is not a folder", path=field, value=path, fix="check the path; `rayswift model init` makes one"
         )
+    name, revision = split_id(path)
     return _hub_folder(path, name, revision, weights=weights, field=field)
 
 
@@ -94,6 +92,7 @@ def check_folder(path: str, *, chat_template: bool = False, field: str = "model.
         raise ConfigError(
             "has a config.json without model_type", path=field, value=path, fix="use a transformers model"
         )
+    check_sizes(config, path, field=field)
     check_tokenizer(folder, field=field)
     if chat_template and not has_chat_template(folder):
         raise ConfigError(
@@ -107,95 +106,12 @@ def check_folder(path: str, *, chat_template: bool = False, field: str = "model.
     return config
 
 
-def check_tokenizer(folder: Path, *, field: str = "model.path") -> None:
-    """Raises ConfigError when no tokenizer could be loaded from the folder."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigError(
-            "has no tokenizer: tokenizer.json is missing",
-            path=field,
-            value=str(folder),
-            fix="copy the tokenizer files of the model into the folder",
-        )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            read_json(folder / name, field=field)
-
-
-def has_chat_template(folder: Path) -> bool:
-    """Whether a tokenizer loaded from the folder will have a chat template."""
-    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    config = folder / "tokenizer_config.json"
-    return config.is_file() and bool(read_json(config, field="model.path").get("chat_template"))
-
-
-def check_weights(folder: Path, *, field: str = "model.path") -> None:
-    """Raises ConfigError when a safetensors file is missing or not as long as its header says."""
-    for name in weight_files(folder, field=field):
-        file = folder / name
-        if not file.is_file():
-            raise ConfigError(f"lacks {name}, which {INDEX} names", path=field, value=str(folder), fix="copy it again")
-        if (reason := _broken(file)) is not None:
-            raise ConfigError(f"has a broken {name}: {reason}", path=field, value=str(folder), fix="copy it again")
-
-
-def weight_files(folder: Path, *, field: str = "model.path") -> list[str]:
-    """The sorted names of the folder's safetensors files, by its index if it has one. ConfigError if it has none."""
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX, field=field).get("weight_map")
-        if isinstance(weight_map, Mapping) and weight_map:
-            return sorted({str(name) for name in weight_map.values()})
-    elif (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
-    pickled = any(folder.glob("*.bin"))
-    raise ConfigError(
-        "has its weights only as pickles, which can run code" if pickled else f"has no weights: {WEIGHTS} is missing",
-        path=field,
-        value=str(folder),
-        fix="convert them to safetensors" if pickled else "copy the weights into the folder",
-    )
-
-
-def _broken(file: Path) -> str | None:
-    """Why a safetensors file cannot be whole, judged by its header and its length; None when it can."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            return f"it ends after {size} bytes, inside its header"
-        try:
-            header = json.loads(stream.read(length))
-            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "its header is not that of a safetensors file"
-    expected = 8 + length + end
-    return None if expected == size else f"it has {size} bytes of {expected}"
-
-
-def read_json(file: Path, *, field: str) -> dict[str, Any]:
-    """The object in a JSON file of a model folder. ConfigError when missing or not a JSON object."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"has no {file.name}", path=field, value=str(file.parent), fix="give an ordinary Hugging Face folder"
-        ) from error
-    except (ValueError, OSError) as error:
-        raise ConfigError(
-            f"has a {file.name} that cannot be read: {error}", path=field, value=str(file.parent), fix="copy it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"has a {file.name} that is not a JSON object", path=field, value=str(file.parent))
-    return value
-
-
 def load_config(path: str, *, field: str = "model.path") -> PretrainedConfig:
     """The transformers config of a folder or hub id. Raises ConfigError for what transformers cannot build."""
     from transformers import AutoConfig, PretrainedConfig
 
     folder = local_folder(path, weights=False, field=field)
-    read_json(folder / "config.json", field=field)
+    check_sizes(read_json(folder / "config.json", field=field), path, field=field)
     with _refusals_named(path, field):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     assert isinstance(config, PretrainedConfig)
@@ -218,7 +134,8 @@ def load_model(spec: ModelSpec, *, dtype: torch.dtype | str | None = None) -> Pr
     """The causal language model of `spec`, on the CPU in `dtype` (None: as stored), with `use_cache` off.
 
     With a cache the packed documents of a sequence would see each other. Only safetensors are read and no code of the
-    folder is run. Raises ConfigError when a weight is missing: transformers alone would make it up at random.
+    folder is run. Raises ConfigError when a weight is missing, which transformers alone would make up at random, and
+    when the weights have layers that the config has not, which it would leave out.
     """
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -230,13 +147,16 @@ def load_model(spec: ModelSpec, *, dtype: torch.dtype | str | None = None) -> Pr
             folder,
             config=config,
             dtype=dtype or "auto",
-            attn_implementation=spec.attention,
+            attn_implementation=attention_of(spec.attention, config),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     model, report = loaded
+    _refuse_other_sizes(report["mismatched_keys"], spec.path)
+    _refuse_layers_beyond(model, report["unexpected_keys"], spec.path)
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}",
@@ -249,13 +169,66 @@ def load_model(spec: ModelSpec, *, dtype: torch.dtype | str | None = None) -> Pr
     return model
 
 
+def attention_of(asked: str, config: PretrainedConfig) -> str:
+    """The attention implementation to load with: `eager` where the default, sdpa, is none of the architecture's.
+
+    Any other choice is kept, so that transformers refuses one that cannot be.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    default: str = ModelSpec.model_fields["attention"].default
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return "eager" if asked == default and getattr(model_class, "_supports_sdpa", True) is False else asked
+
+
+def _refuse_other_sizes(mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], path: str) -> None:
+    for name, stored, wanted in sorted(mismatched):
+        raise ConfigError(
+            f"has weights of other sizes than its config.json says: {name} is {list(stored)}, not {list(wanted)}",
+            path="model.path",
+            value=path,
+            fix="use the config.json that belongs to the weights",
+        )
+
+
+def _refuse_layers_beyond(model: PreTrainedModel, unexpected: Iterable[str], path: str) -> None:
+    """Raises ConfigError for weights that would have a place if the config had more layers.
+
+    Other weights without a place are another task's head or old buffers, and no part of this model.
+    """
+    depth: dict[str, int] = {}
+    for stack, index in filter(None, map(_place, model.state_dict())):
+        depth[stack] = max(depth.get(stack, 0), index)
+    extra = int(getattr(model.config, "num_nextn_predict_layers", 0) or 0)  # stored behind the others, never built
+    places = ((key, _place(key)) for key in sorted(unexpected))
+    beyond = [key for key, at in places if at and at[0] in depth and at[1] > depth[at[0]] + extra]
+    if beyond:
+        raise ConfigError(
+            f"has weights of more layers than its config.json says, among them {beyond[0]}",
+            path="model.path",
+            value=path,
+            fix="use the config.json that belongs to the weights",
+        )
+
+
+def _place(key: str) -> tuple[str, int] | None:
+    """`("model.layers", 3)` of a weight in the fourth layer; None for a weight outside any list of layers."""
+    found = _LAYER.match(key)
+    return (found[1], int(found[2])) if found else None
+
+
 @contextmanager
 def _refusals_named(path: str, field: str) -> Iterator[None]:
     """Turns what transformers raises for a folder it cannot load into a ConfigError with its first line."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    refusals = (OSError, ValueError, TypeError, AttributeError, ImportError, LookupError, RuntimeError, ArithmeticError)
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (*refusals, StrictDataclassError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # A strict config says in the second line what is wrong with the field that the first one names.
+        reason = " ".join(line.strip() for line in lines[: 2 if isinstance(error, StrictDataclassError) else 1])
         raise ConfigError(
             f"cannot be loaded: {reason}", path=field, value=path, fix="use a model transformers knows"
         ) from error

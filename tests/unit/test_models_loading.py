@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from rayswift.config.job import ModelSpec
 from rayswift.errors import ConfigError
-from rayswift.models.loading import check_folder, load_config, load_model, load_tokenizer, split_id
+from rayswift.models.adapters import load_base
+from rayswift.models.init import init_model
+from rayswift.models.loading import attention_of, check_folder, load_config, load_model, load_tokenizer, split_id
 
 
 @pytest.fixture
@@ -119,6 +121,89 @@ def test_a_missing_weight_is_never_made_up(folder: Path) -> None:
         ConfigError, match=r"lacks 1 weights of Qwen3ForCausalLM, among them model.layers.1.mlp.up_proj"
     ):
         load_model(ModelSpec(path=str(folder)))
+
+
+def change_config(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    kept = {name: value for name, value in {**config, **fields}.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "abc"}, r"config.json whose hidden_size='abc' is not a whole number"),
+        ({"hidden_size": 32.5}, r"config.json whose hidden_size=32.5 is not a whole number"),
+        ({"num_attention_heads": 0}, r"config.json whose num_attention_heads=0 is not a positive number"),
+        ({"vocab_size": True}, r"config.json whose vocab_size=True is not a whole number"),
+        ({"num_hidden_layers": 3}, r"config.json whose layer_types has 2 entries for num_hidden_layers=3"),
+    ],
+)
+def test_a_config_with_wrong_sizes_is_told_its_field(folder: Path, fields: dict[str, object], message: str) -> None:
+    change_config(folder, **fields)
+    for read in (check_folder, load_config, lambda path: load_model(ModelSpec(path=path))):
+        with pytest.raises(ConfigError, match=message):
+            read(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rms_norm_eps": "tiny"}, r"cannot be loaded: Validation error for field 'rms_norm_eps': TypeError: .*'tiny'"),
+        ({"layer_types": ["full_attention", "fully"]}, r"cannot be loaded: .*layer_type.*fully"),
+    ],
+)
+def test_what_only_transformers_refuses_is_a_config_error_with_the_field(
+    folder: Path, fields: dict[str, object], message: str
+) -> None:
+    change_config(folder, **fields)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(folder))
+
+
+def test_layers_that_the_config_has_not_are_never_left_out(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=1, layer_types=None)
+    with pytest.raises(ConfigError, match=r"more layers than its config.json says, among them model.layers.1.input"):
+        load_model(ModelSpec(path=str(folder)))
+
+
+def test_weights_without_a_place_in_any_layer_are_left_out(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights |= {
+        "model.layers.0.attn.bias": torch.ones(2),
+        "score.weight": torch.ones(2),
+        "mtp.layers.0.w": torch.ones(2),
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(ModelSpec(path=str(folder)))
+
+
+def test_weights_of_another_size_are_named(folder: Path) -> None:
+    change_config(folder, vocab_size=100)
+    with pytest.raises(ConfigError, match=r"model.embed_tokens.weight is \[512, 32\], not \[100, 32\]"):
+        load_model(ModelSpec(path=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def gpt_neo(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> str:
+    """A model whose architecture has no sdpa."""
+    folder = str(tmp_path_factory.mktemp("neo") / "base")
+    init_model(folder, arch="gpt_neo", layers=2, hidden_size=32, heads=2, vocab_size=512,
+               train_tokenizer_files=[tiny_text])  # fmt: skip
+    return folder
+
+
+def test_an_architecture_without_sdpa_loads_by_default(gpt_neo: str) -> None:
+    # load_base is what export and its verification call, load_model with the defaults what serving calls
+    assert load_base(gpt_neo).config._attn_implementation == "eager"
+    assert load_model(ModelSpec(path=gpt_neo)).config._attn_implementation == "eager"
+
+
+def test_a_choice_of_attention_is_never_replaced(gpt_neo: str, tiny_model_dir: Path) -> None:
+    config, with_sdpa = load_config(gpt_neo), load_config(str(tiny_model_dir))
+    for asked in ("eager", "flash_attention_2", "flash_attention_3"):
+        assert attention_of(asked, config) == attention_of(asked, with_sdpa) == asked
+    assert attention_of("sdpa", with_sdpa) == "sdpa"
 
 
 def test_wrong_paths_are_config_errors(tmp_path: Path, tiny_text: Path) -> None:

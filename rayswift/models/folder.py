@@ -1,0 +1,100 @@
+"""What an ordinary Hugging Face folder holds, read by names and headers: config, tokenizer, template, weights.
+
+Loads neither torch nor transformers, and no tensor. Knows no hub and no job.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rayswift.errors import ConfigError
+
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def check_tokenizer(folder: Path, *, field: str = "model.path") -> None:
+    """Raises ConfigError when no tokenizer could be loaded from the folder."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            "has no tokenizer: tokenizer.json is missing",
+            path=field,
+            value=str(folder),
+            fix="copy the tokenizer files of the model into the folder",
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            read_json(folder / name, field=field)
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a tokenizer loaded from the folder will have a chat template."""
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(read_json(config, field="model.path").get("chat_template"))
+
+
+def check_weights(folder: Path, *, field: str = "model.path") -> None:
+    """Raises ConfigError when a safetensors file is missing or not as long as its header says."""
+    for name in weight_files(folder, field=field):
+        file = folder / name
+        if not file.is_file():
+            raise ConfigError(f"lacks {name}, which {INDEX} names", path=field, value=str(folder), fix="copy it again")
+        if (reason := _broken(file)) is not None:
+            raise ConfigError(f"has a broken {name}: {reason}", path=field, value=str(folder), fix="copy it again")
+
+
+def weight_files(folder: Path, *, field: str = "model.path") -> list[str]:
+    """The sorted names of the folder's safetensors files, by its index if it has one. ConfigError if it has none."""
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX, field=field).get("weight_map")
+        if isinstance(weight_map, Mapping) and weight_map:
+            return sorted({str(name) for name in weight_map.values()})
+    elif (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    pickled = any(folder.glob("*.bin"))
+    raise ConfigError(
+        "has its weights only as pickles, which can run code" if pickled else f"has no weights: {WEIGHTS} is missing",
+        path=field,
+        value=str(folder),
+        fix="convert them to safetensors" if pickled else "copy the weights into the folder",
+    )
+
+
+def _broken(file: Path) -> str | None:
+    """Why a safetensors file cannot be whole, judged by its header and its length; None when it can."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + length > size:
+            return f"it ends after {size} bytes, inside its header"
+        try:
+            header = json.loads(stream.read(length))
+            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "its header is not that of a safetensors file"
+    expected = 8 + length + end
+    return None if expected == size else f"it has {size} bytes of {expected}"
+
+
+def read_json(file: Path, *, field: str) -> dict[str, Any]:
+    """The object in a JSON file of a model folder. ConfigError when missing or not a JSON object."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"has no {file.name}", path=field, value=str(file.parent), fix="give an ordinary Hugging Face folder"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"has a {file.name} that cannot be read: {error}", path=field, value=str(file.parent), fix="copy it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"has a {file.name} that is not a JSON object", path=field, value=str(file.parent))
+    return value
