@@ -99,7 +99,7 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
     value = from_json(value, "tools") or []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("`tools` is not a list of objects")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
+    return tuple(_tool(tool, number) for number, tool in enumerate(value, 1))
 
 
 def reject_media(row: dict[str, Any]) -> None:
@@ -163,6 +163,14 @@ def _loss(turn: dict[str, Any], number: int) -> bool | None:
     if value not in (0, 1):
         raise RowError(f"`loss` of turn {number} is {value!r}, not true or false")
     return bool(value)
+
+
+def _tool(tool: dict[str, Any], number: int) -> dict[str, Any]:
+    """Also a bare function, as ShareGPT rows have them."""
+    function = tool.get("function", tool)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowError(f"tool {number} of `tools` has no function with a name")
+    return tool if "function" in tool else {"type": "function", "function": function}
 
 
 def _call(call: Any, number: int) -> str:

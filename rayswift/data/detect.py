@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from rayswift import plugins
 from rayswift.config.job import DataSource
-from rayswift.data.formats import Format
+from rayswift.data.formats import Format, one_row
 from rayswift.data.types import Message, Sample
 from rayswift.errors import ConfigError
 
@@ -50,7 +50,9 @@ def load_format(name: str, *, path: str = "data.train.0.format") -> Format:
 
 def normalise(row: dict[str, Any], format_name: str, source: DataSource) -> Sample:
     """The row as a Sample, with the source's renamed columns and default system message. Raises RowError."""
-    sample = load_format(format_name).normalise(renamed(row, source))
+    format_ = load_format(format_name)
+    with one_row():
+        sample = format_.normalise(renamed(row, source))
     if source.system is None or not sample.messages or sample.messages[0].role == "system":
         return sample
     return replace(sample, messages=(Message("system", source.system), *sample.messages))

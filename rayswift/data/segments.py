@@ -28,7 +28,7 @@ def segment_ids(texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -
     """The ids of the segments of each text, without those that the tokenizer puts only where a text begins."""
     documents = iter(_tokenize(tokenizer, [text.text for text in texts if text.add_special_tokens], True))
     chats = [text for text in texts if not text.add_special_tokens]
-    found = (_in_context if puts_prefix(tokenizer) else _by_themselves)(chats, tokenizer)
+    found = (_in_context if chats and puts_prefix(tokenizer) else _by_themselves)(chats, tokenizer)
     return [[next(documents)] if text.add_special_tokens else next(found) for text in texts]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from rayswift.data.formats import RowError
+from rayswift.data.formats import RowError, one_row
 from rayswift.data.rendering import Rendered, Rendering, render
 from rayswift.data.segments import SegmentIds, segment_ids
 from rayswift.data.types import Example, Sample
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Truncation = Literal["right", "left", "delete", "split"]
+_Tokenized = tuple[Rendered, SegmentIds]
 
 
 def encode(
@@ -33,32 +34,51 @@ def encode(
     that lacks a chat template and is asked for one.
     """
     rendered = [_render(sample, tokenizer, rendering) for sample in samples]
-    ids = iter(segment_ids([text for one in rendered if not isinstance(one, RowError) for text in one], tokenizer))
     results: list[list[Example] | RowError] = []
-    for sample, texts in zip(samples, rendered, strict=True):
+    for sample, texts in zip(samples, _tokenized(rendered, tokenizer), strict=True):
         if isinstance(texts, RowError):
             results.append(texts)
             continue
         how = truncation or ("split" if sample.text is not None else "right")
-        wholes = [_join(text, next(ids), tokenizer) for text in texts]
-        try:
-            results.append([piece for whole in wholes for piece in _fit(whole, max_length, how)])
-        except RowError as error:
-            results.append(error)
+        results.append(_fit_all([_join(text, ids, tokenizer) for text, ids in texts], max_length, how))
     return results
 
 
 def _render(sample: Sample, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> list[Rendered] | RowError:
     try:
-        texts = render(sample, tokenizer, rendering)
-        for text in texts:
-            for segment in text.segments:
-                segment.text.encode("utf-8")  # half a surrogate pair would fail the whole batch in the tokenizer
-    except UnicodeEncodeError as error:
-        return RowError(f"holds half a surrogate pair at character {error.start + 1}")
+        with one_row():
+            texts = render(sample, tokenizer, rendering)
+            for text in texts:
+                _check_unicode(text.text)
     except RowError as error:
         return error
     return texts
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # would fail the whole batch in the tokenizer
+        raise RowError(f"holds half a surrogate pair at character {error.start + 1}") from error
+
+
+def _tokenized(
+    rendered: Sequence[list[Rendered] | RowError], tokenizer: PreTrainedTokenizerBase
+) -> list[list[_Tokenized] | RowError]:
+    """The texts of each row with their ids, from one call to the tokenizer where it refuses no row."""
+    try:
+        ids = iter(segment_ids([text for one in rendered if not isinstance(one, RowError) for text in one], tokenizer))
+    except Exception:  # a batch does not say which row it was: each by itself does
+        return [one if isinstance(one, RowError) else _tokenized_alone(one, tokenizer) for one in rendered]
+    return [one if isinstance(one, RowError) else [(text, next(ids)) for text in one] for one in rendered]
+
+
+def _tokenized_alone(texts: list[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[_Tokenized] | RowError:
+    try:
+        with one_row():
+            return list(zip(texts, segment_ids(texts, tokenizer), strict=True))
+    except RowError as error:
+        return error
 
 
 def _join(text: Rendered, ids: SegmentIds, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -73,6 +93,19 @@ def _join(text: Rendered, ids: SegmentIds, tokenizer: PreTrainedTokenizerBase) -
         mask.append(1)
     mask[:1] = [0] * len(mask[:1])
     return Example(input_ids, mask)
+
+
+def _fit_all(wholes: Sequence[Example], max_length: int, how: Truncation) -> list[Example] | RowError:
+    """The pieces of all texts of a row. A row is bad only if none of its texts leaves any: a template that rewrites
+    the past gives a text per turn, and a last turn that is too long is no reason to lose the first."""
+    pieces: list[Example] = []
+    faults: list[RowError] = []
+    for whole in wholes:
+        try:
+            pieces += _fit(whole, max_length, how)
+        except RowError as error:
+            faults.append(error)
+    return pieces or faults[0]
 
 
 def _fit(whole: Example, max_length: int, how: Truncation) -> list[Example]:

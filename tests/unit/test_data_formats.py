@@ -111,6 +111,13 @@ def test_every_format_has_a_good_row_here() -> None:
         ("messages", {"messages": [TURNS[0], {"role": "assistant", "content": " "}]}, "turn 2, an answer"),
         ("messages", {"messages": [TURNS[0], {**TURNS[1], "loss": "no"}]}, "`loss` of turn 2 is 'no'"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts that are not text"),
+        (
+            "messages",
+            {"messages": TURNS, "tools": [{"type": "function", "function": None}]},
+            "tool 1 of `tools` has no",
+        ),
+        ("messages", {"messages": TURNS, "tools": [{"name": "f"}, {"function": "f"}]}, "tool 2 of `tools` has no"),
+        ("messages", {"messages": TURNS, "tools": [{"function": {"name": 3}}]}, "tool 1 of `tools` has no"),
         ("query_response", {"query": "a", "response": None}, "`response` is missing"),
         ("query_response", {"query": "a", "response": 42}, "`response` is a number, not text"),
         ("prompt_completion", {"prompt": "a", "completion": ""}, "`completion` is empty"),
@@ -122,6 +129,12 @@ def test_a_bad_row_says_what_is_wrong(name: str, row: dict[str, Any], reason: st
     with pytest.raises(RowError) as caught:
         load_format(name).normalise(row)
     assert reason in str(caught.value)
+
+
+def test_whatever_a_format_raises_is_the_rows_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayswift.data.formats.text.required", lambda value, name: value["no"][name])
+    with pytest.raises(RowError, match="TypeError: string indices must be integers"):
+        normalise({"text": "a"}, "text", DataSource(path="x"))
 
 
 def test_unknown_and_ambiguous_columns() -> None:

@@ -213,3 +213,48 @@ def test_what_cannot_be_trained_is_a_bad_row_and_the_others_are_not() -> None:
     assert "half a surrogate pair" in str(results[2])
     (deleted,) = encode([long], tokenizer, max_length=32, rendering="chat", truncation="delete")
     assert "over data.max_length=32" in str(deleted)
+
+
+def test_a_turn_that_is_too_long_costs_only_that_turn_where_each_is_a_text() -> None:
+    tokenizer = make_tokenizer(THINKING)
+    turns = (Message("user", "hi"), Message("assistant", "yo"), Message("user", "w " * 99), Message("assistant", "no"))
+    for truncation in ("right", "delete"):
+        (found,) = encode([Sample(turns)], tokenizer, max_length=64, rendering="chat", truncation=truncation)  # type: ignore[arg-type]
+        assert isinstance(found, list), found
+        (example,) = found
+        assert trained_runs(example, tokenizer) == ["<think>\n\n</think>\n\nyo<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ messages[0]['content'].nothing() }}", "is refused by the chat template: 'str object' has no attribute"),
+        ("{{ 1 // (messages | length - 2) }}", "ZeroDivisionError: "),
+        ("{{ messages[0]['content'].split('x')[7] + 'y' }}", "is refused by the chat template: list object has no"),
+        ("{{ messages[0]['content'].index('z') }}", "is refused by the chat template: substring not found"),
+        ("{{ messages[0]['content'].format() }}", "IndexError: tuple index"),
+    ],
+)
+def test_whatever_a_template_raises_costs_the_row(template: str, reason: str) -> None:
+    (found,) = encode(
+        [Sample((Message("user", "{}"), Message("assistant", "b")))],
+        make_tokenizer(template),
+        max_length=64,
+        rendering="chat",
+    )
+    assert isinstance(found, RowError)
+    assert str(found).startswith(reason)
+
+
+def test_a_row_that_the_tokenizer_refuses_costs_that_row() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"hi": 0, "yo": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    samples = [Sample(text="hi yo"), Sample(text="nobody knows"), Sample(text="yo hi yo")]
+    good, bad, also_good = encode(samples, tokenizer, max_length=8, rendering="text")
+    assert isinstance(good, list)
+    assert isinstance(also_good, list)
+    assert (good[0].input_ids, also_good[0].input_ids) == ([0, 1], [1, 0, 1])
+    assert "WordLevel error" in str(bad)
