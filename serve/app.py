@@ -1,21 +1,24 @@
 """The endpoint for Ray Serve's own commands, which own the cluster and the address:
 
-    RAYSWIFT_SERVE=exports/sft-demo serve run serve.app:app
+    RAYSWIFT_SERVE=exports/sft-demo RAYSWIFT_API_KEY=... serve run serve.app:app
 
-RAYSWIFT_SERVE is an export folder, or a YAML file with a ServeSpec. The key comes from RAYSWIFT_API_KEY. Code that
-needs Ray Serve beside this folder writes `from ray import serve as ray_serve`: the folder shares its name.
+RAYSWIFT_SERVE is an export folder, or a YAML file with a ServeSpec, whose host and port do not count here. The keys
+come from RAYSWIFT_API_KEY or the file's api_key_file; RAYSWIFT_ALLOW_NO_KEY=1 does without, for an address that only
+this machine reaches. Code that needs Ray Serve beside this folder writes `from ray import serve as ray_serve`: the
+folder shares its name.
 """
 
 import os
 import sys
 
 from rayswift.errors import ConfigError, RaySwiftError
+from rayswift.serving import auth
 from rayswift.serving.app import build_app
 from rayswift.serving.spec import load
 
 try:
     if "RAYSWIFT_SERVE" not in os.environ:
         raise ConfigError("is not set", path="RAYSWIFT_SERVE", fix="set it to an export folder or a YAML file")
-    app = build_app(load(os.environ["RAYSWIFT_SERVE"]))
+    app = build_app(auth.secured_anywhere(load(os.environ["RAYSWIFT_SERVE"])))
 except RaySwiftError as error:
     sys.exit(str(error))

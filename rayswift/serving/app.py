@@ -71,6 +71,9 @@ async def open_model(spec: ServeSpec, folder: str) -> ServedModel:
 def build_app(spec: ServeSpec) -> serve.Application:
     """The Ray Serve application of a spec whose folders and keys have been checked.
 
+    Only `run` and `serve_in_background` make Serve listen on the spec's host. Whoever deploys it by other means secures
+    the spec with `auth.secured_anywhere` first, as `serve/app.py` does.
+
     Raises ConfigError for a folder that cannot be served, ExportError for an export that has changed since it was
     verified, ServeError for an endpoint that would be open to the network.
     """

@@ -16,6 +16,8 @@ from rayswift.errors import ConfigError, ServeError
 from rayswift.serving.spec import ServeSpec
 
 VARIABLE = "RAYSWIFT_API_KEY"
+ALLOW_NO_KEY = "RAYSWIFT_ALLOW_NO_KEY"
+"""Set to 1, it says that an endpoint whose address somebody else chooses may be open to whoever reaches it."""
 MIN_KEY_CHARS = 8
 
 
@@ -36,6 +38,27 @@ def secured(spec: ServeSpec, environ: Mapping[str, str] | None = None) -> ServeS
             fix=f"give --api-key-file FILE or set {VARIABLE}, or listen on 127.0.0.1",
         )
     return spec.model_copy(update={"api_key_sha256": hashes, "api_key_file": None})
+
+
+def secured_anywhere(spec: ServeSpec, environ: Mapping[str, str] | None = None) -> ServeSpec:
+    """`secured`, for an endpoint that listens where Ray Serve's own settings say and not on the spec's host.
+
+    Raises ServeError without a key, because then no host of ours keeps strangers out, unless ALLOW_NO_KEY is 1.
+    """
+    environ = os.environ if environ is None else environ
+    made = secured(spec, environ)
+    if not made.api_key_sha256 and environ.get(ALLOW_NO_KEY) != "1":
+        raise ServeError(
+            "is not set: Ray Serve chooses the address, and whoever reaches it could use the models",
+            path=VARIABLE,
+            fix=f"set it or name an api_key_file in the YAML file; {ALLOW_NO_KEY}=1 serves without a key",
+        )
+    return made
+
+
+def check_variable(environ: Mapping[str, str] | None = None) -> None:
+    """Raises ConfigError when RAYSWIFT_API_KEY is set to what cannot be a key."""
+    _keys_of_variable(os.environ if environ is None else environ)
 
 
 def fingerprint(key: str) -> str:

@@ -93,6 +93,16 @@ def test_an_open_endpoint_stays_on_loopback(host: str) -> None:
     assert auth.secured(_spec(host=host), {auth.VARIABLE: _KEY}).host == host
 
 
+def test_where_ray_serve_chooses_the_address_a_key_is_required_or_waived_in_words(tmp_path: Path) -> None:
+    for environ in ({}, {auth.ALLOW_NO_KEY: "0"}, {auth.ALLOW_NO_KEY: ""}):
+        with pytest.raises(ServeError, match=r"RAYSWIFT_API_KEY is not set.*RAYSWIFT_ALLOW_NO_KEY=1 serves without"):
+            auth.secured_anywhere(_spec(), environ)
+    assert auth.secured_anywhere(_spec(), {auth.ALLOW_NO_KEY: "1"}).api_key_sha256 == ()
+    assert auth.secured_anywhere(_spec(), {auth.VARIABLE: _KEY}).api_key_sha256 == (auth.fingerprint(_KEY),)
+    (tmp_path / "keys").write_text(_KEY)
+    assert auth.secured_anywhere(_spec(api_key_file=str(tmp_path / "keys")), {}).api_key_sha256
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.53", "::1", "localhost"])
 def test_loopback(host: str) -> None:
     assert auth.secured(_spec(host=host), {}).api_key_sha256 == ()
@@ -134,7 +144,11 @@ def test_what_is_printed_when_ready_shows_no_key(monkeypatch: pytest.MonkeyPatch
 def test_the_module_for_serve_run(root: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import runpy
 
+    monkeypatch.delenv(auth.VARIABLE, raising=False)
     monkeypatch.setenv("RAYSWIFT_SERVE", str(tiny_model_dir))
+    with pytest.raises(SystemExit, match="RAYSWIFT_API_KEY is not set: Ray Serve chooses the address"):
+        runpy.run_path(str(root / "serve" / "app.py"))
+    monkeypatch.setenv(auth.VARIABLE, _KEY)
     assert type(runpy.run_path(str(root / "serve" / "app.py"))["app"]).__name__ == "Application"
     for value in (str(tiny_model_dir / "absent"), None):
         monkeypatch.setenv("RAYSWIFT_SERVE", value) if value else monkeypatch.delenv("RAYSWIFT_SERVE")
