@@ -221,6 +221,9 @@ def export(
 
     manifest = api.export(source, output, dtype=dtype, force=force)
     text = f"{output}: {len(manifest.files)} files, verified; manifest {os.path.join(output, 'rayswift.json')}"
+    if manifest.checkpoint_step is not None:
+        state = "finished" if manifest.run_finished else "not finished"
+        text += f"\nfrom step {manifest.checkpoint_step}; the run was {state}"
     _print(manifest.model_dump(mode="json"), text, as_json)
 
 

@@ -75,6 +75,8 @@ class ExportManifest(Record):
     dtype: str
     job_hash: str | None
     checkpoint_step: int | None
+    run_finished: bool | None = None
+    """Whether the checkpoint is the last one of a run that trained to its end; null without a checkpoint."""
     versions: dict[str, str]
     merge: Difference | None
     """The merged model against base plus adapter, both in float32; null without an adapter."""
@@ -85,11 +87,16 @@ class ExportManifest(Record):
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:
     """Every file below `folder` but the manifest, by its path with forward slashes."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
     return {
-        path.relative_to(folder).as_posix(): FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
-        for path in files
+        name: FileEntry(size=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
+        for name in _contents(folder)
     }
+
+
+def _contents(folder: Path) -> list[str]:
+    """The path of everything below `folder` but plain folders and the manifest. A link to a folder is one entry."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return [name for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST]
 
 
 def current_versions() -> dict[str, str]:
@@ -113,13 +120,29 @@ def write(manifest: ExportManifest, folder: Path) -> None:
 
 
 def read_valid(directory: str | os.PathLike[str]) -> ExportManifest:
-    """The manifest of an export whose files are all there with the recorded size and sha256.
+    """The manifest of an export whose files are all there with the recorded size and sha256, and no others.
 
-    Raises ExportError naming the file that is missing or changed, or when there is no manifest.
+    A file that was added counts: an adapter_config.json or a weights index changes what is loaded. Raises ExportError
+    naming the file that is missing, changed or added, or when there is no manifest.
     """
+    folder, manifest = Path(directory), read(directory)
+    for name, entry in manifest.files.items():
+        _check_file(folder, name, entry)
+    if added := sorted(set(_contents(folder)) - set(manifest.files)):
+        more = f" and {len(added) - 1} more" if len(added) > 1 else ""
+        raise ExportError(
+            f"holds {added[0]}{more}, which its manifest does not list",
+            path=str(folder),
+            fix="move it elsewhere, or export again",
+        )
+    return manifest
+
+
+def read(directory: str | os.PathLike[str]) -> ExportManifest:
+    """The manifest of a folder as it is written there, nothing of it checked. Raises ExportError when there is none."""
     folder = Path(directory)
     try:
-        manifest = ExportManifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
+        return ExportManifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ExportError(
             f"has no {MANIFEST}: it is no finished export", path=str(folder), fix="export again"
@@ -129,9 +152,6 @@ def read_valid(directory: str | os.PathLike[str]) -> ExportManifest:
         raise ExportError(
             f"has a {MANIFEST} that cannot be read: {reason}", path=str(folder), fix="export again"
         ) from error
-    for name, entry in manifest.files.items():
-        _check_file(folder, name, entry)
-    return manifest
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,8 @@ def export(
     written or does not verify; `output` is then as it was before.
     """
     what = resolve(source)
+    for reason in what.passed_over:
+        print(f"warning: passed over a newer checkpoint: {reason}", file=sys.stderr)
     check_folder(what.base)
     base = local_folder(what.base)
     _check_output(output, keep=(source, str(base)), force=force)
@@ -73,6 +76,7 @@ def export(
             dtype=dtype,
             job_hash=what.job_hash,
             checkpoint_step=what.step,
+            run_finished=what.finished,
             versions=manifests.current_versions(),
             merge=merged.change,
             verify=result,
@@ -91,10 +95,12 @@ def _check_output(output: str, *, keep: Sequence[str], force: bool) -> None:
         return
     if not force:
         raise ConfigError("exists", path="OUTPUT", value=output, fix="name another folder, or replace it with --force")
-    if not any(os.path.isfile(os.path.join(output, name)) for name in (manifests.MANIFEST, "config.json")):
+    try:
+        manifests.read(output)  # many a folder of other people's has a config.json
+    except ExportError as error:
         raise ConfigError(
             "is not an earlier export, and is not replaced", path="OUTPUT", value=output, fix="name another folder"
-        )
+        ) from error
 
 
 def _contains(folder: str, path: str) -> bool:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.config.job import AdapterSpec, Job
-from rayswift.errors import ConfigError
+from rayswift.errors import CheckpointError, ConfigError
 from rayswift.export import manifest as export_manifest
 from rayswift.models.adapters import ADAPTER_CONFIG, read_binding
 from rayswift.models.loading import local_folder, split_id
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from rayswift.training.checkpoint import CheckpointManifest
+    from rayswift.training.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Source:
     method: str | None = None
     job_hash: str | None = None
     step: int | None = None
+    finished: bool | None = None
+    """Whether the run had trained to its end at this step; None without a checkpoint."""
+    passed_over: tuple[str, ...] = ()
+    """Why each newer checkpoint of the run was not taken, newest first."""
     base_sha256: str | None = None
     """The identity of the base when it was trained, where that was recorded."""
 
@@ -62,14 +67,16 @@ def resolve(source: str) -> Source:
     from rayswift.training import checkpoint
     from rayswift.training.run_dir import RunDir
 
+    if Path(source, export_manifest.MANIFEST).is_file():
+        return _of_folder(source)  # before the adapter: an adapter_config.json in an export was added to it
     if Path(source, ADAPTER_CONFIG).is_file():
         return _of_adapter(source)
     if Path(source, "config.json").is_file():
         return _of_folder(source)
     place = RunDir(source)
     if place.exists(checkpoint.FOLDER) or place.exists("job.yaml"):
-        path = checkpoint.newest(source)  # passes over damaged ones
-        return _of_checkpoint(path, checkpoint.read_manifest(path))
+        path = checkpoint.newest(source)
+        return replace(_of_checkpoint(path, checkpoint.read_manifest(path)), passed_over=_passed_over(place, path))
     if place.exists(checkpoint.MANIFEST):
         return _of_checkpoint(source, checkpoint.check(source))
     if not place.exists(""):
@@ -91,8 +98,25 @@ def _of_checkpoint(path: str, found: CheckpointManifest) -> Source:
         method=job.method.name,
         job_hash=found.job_hash,
         step=found.step,
+        finished=found.finished,
         base_sha256=getattr(found, "base_sha256", None),
     )
+
+
+def _passed_over(place: RunDir, taken: str) -> tuple[str, ...]:
+    """What is wrong with the checkpoints of a run that are newer than the one taken."""
+    from rayswift.training import checkpoint
+
+    reasons, newer = [], Path(taken).name
+    for entry in sorted(place.fs.ls(place.path(checkpoint.FOLDER), detail=False), reverse=True):
+        name = Path(str(entry)).name
+        if not name.startswith("step-") or name <= newer:
+            continue
+        try:
+            checkpoint.check(f"{place.url}/{checkpoint.FOLDER}/{name}")
+        except CheckpointError as error:
+            reasons.append(str(error))
+    return tuple(reasons)
 
 
 def _of_adapter(path: str) -> Source:

@@ -252,7 +252,7 @@ def test_what_does_not_verify_is_not_left_behind(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change", ["flip", "cut", "remove", "manifest"])
+@pytest.mark.parametrize("change", ["flip", "cut", "remove", "manifest", "add", "link"])
 def test_changed_export_is_not_valid(tmp_path: Path, tiny_model_dir: Path, change: str) -> None:
     out = tmp_path / "out"
     export(str(tiny_model_dir), str(out), verify=False)
@@ -264,13 +264,20 @@ def test_changed_export_is_not_valid(tmp_path: Path, tiny_model_dir: Path, chang
         file.write_bytes(content[:-1])
     elif change == "remove":
         file.unlink()
-    else:
+    elif change == "manifest":
         (out / MANIFEST).unlink()
-    message = {"flip": "another sha256", "cut": "bytes instead of", "remove": "lacks model", "manifest": "has no ray"}
+    elif change == "add":
+        (out / "adapter_config.json").write_text("{}")  # transformers would load the adapter it names
+    else:
+        (out / "additional_chat_templates").symlink_to(tmp_path)
+    message = {
+        "flip": "another sha256", "cut": "bytes instead of", "remove": "lacks model", "manifest": "has no ray",
+        "add": "holds adapter_config.json, which its manifest does not list", "link": "holds additional_chat_templates",
+    }  # fmt: skip
     with pytest.raises(ExportError, match=message[change]):
         read_valid(out)
-    if change == "flip":
-        with pytest.raises(ExportError, match="another sha256"):
+    if change in ("flip", "add"):
+        with pytest.raises(ExportError, match=message[change]):
             export(str(out), str(tmp_path / "again"))
 
 
@@ -284,9 +291,10 @@ def test_existing_output_needs_force_and_force_replaces_only_exports(tmp_path: P
     export(str(tiny_model_dir), str(out), verify=False, force=True)
     assert not (out / "note").exists()
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis").write_text("years")
-    with pytest.raises(ConfigError, match="is not an earlier export"):
-        export(str(tiny_model_dir), str(tmp_path / "home"), force=True)
+    for name, text in (("thesis", "years"), ("config.json", '{"my": "app"}'), (MANIFEST, '{"my": "app"}')):
+        (tmp_path / "home" / name).write_text(text)
+        with pytest.raises(ConfigError, match="is not an earlier export"):
+            export(str(tiny_model_dir), str(tmp_path / "home"), force=True)
     for target in (out, tmp_path):
         with pytest.raises(ConfigError, match="would overwrite what is exported"):
             export(str(out), str(target), force=True)
@@ -325,6 +333,31 @@ def test_damaged_checkpoint_and_wrong_base_are_refused(full_run: tuple[Path, tor
     with pytest.raises(CheckpointError, match="bytes instead of"):
         export(str(manifest.parent), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_newer_checkpoint_is_passed_over_aloud(
+    full_run: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rayswift import cli
+
+    run, _ = full_run
+    newer = Path(shutil.copytree(run / checkpoint.folder_name(7), run / checkpoint.folder_name(99)))
+    shard = next(newer.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (run / checkpoint.folder_name(100)).mkdir()
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(run), str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert "from step 7; the run was finished" in out
+    warnings_told = [line for line in err.splitlines() if line.startswith("warning: passed over a newer checkpoint: ")]
+    assert ["step-00000100 has no manifest" in warnings_told[0], "bytes instead of" in warnings_told[1]] == [True] * 2
+    assert len(warnings_told) == 2
+    assert read_valid(tmp_path / "out").run_finished is True
+    record = json.loads((run / checkpoint.folder_name(7) / checkpoint.MANIFEST).read_text())
+    (run / checkpoint.folder_name(7) / checkpoint.MANIFEST).write_text(json.dumps(record | {"finished": False}))
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(run), str(tmp_path / "again")])
+    assert "from step 7; the run was not finished" in capsys.readouterr().out
 
 
 def test_no_room_is_said_before_anything_is_written(
