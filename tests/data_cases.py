@@ -44,6 +44,18 @@ THINKING = (
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As DeepSeek-R1 does: the generation prompt opens a thought that a rendered answer does not have.
+R1 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ':' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant:<think>\n' }}{% endif %}"
+)
+# As Qwen3-Thinking does: thoughts come in a key of their own and stay only in the last turn.
+REASONING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['reasoning_content'] and loop.last %}{{ '<think>' + m['reasoning_content'] + '</think>' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # The text of a turn depends on how many follow, so no prefix ever fits; the template marks its answers instead.
 MARKED = (
     "{{ 'turns ' ~ messages | length ~ '\n' }}{% for m in messages %}{{ m['role'] + ': ' }}"

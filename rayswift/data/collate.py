@@ -16,7 +16,7 @@ from rayswift.data.types import PackedBatch
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Documents laid end to end: `lengths` sums to the length of `input_ids` and of `loss_mask`."""
+    """Documents laid end to end: `lengths` sums to the length of `input_ids` and of `loss_mask` (weights >= 0)."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from math import inf
 from typing import Any
 
 from rayswift.data.formats import RowError
@@ -135,15 +136,17 @@ def _turn(turn: Any, number: int) -> Iterable[Message]:
         raise RowError(f"turn {number} has the role {role!r}; known are {', '.join(sorted(_ROLES))}")
     name = "content" if "content" in turn else "value"
     content = _content(turn.get(name), f"{name} of turn {number}")
-    loss = _loss(turn, number)
+    loss = _loss(turn, number, answers=_ROLES[role.lower()] in ("assistant", "tool_call"))
+    thought = _reasoning(turn, number, _ROLES[role.lower()])
     calls = turn.get("tool_calls") or []
     if _ROLES[role.lower()] == "tool_call":
         calls, content = from_json(content, f"{name} of turn {number}"), ""
         calls = calls if isinstance(calls, list) else [calls]
     elif content.strip() or not calls:
-        yield Message(_ROLES[role.lower()], content, loss)
-    for call in calls:
-        yield Message("tool_call", _call(call, number), loss)
+        yield Message(_ROLES[role.lower()], content, loss, thought)
+        thought = ""
+    for place, call in enumerate(calls):
+        yield Message("tool_call", _call(call, number), loss, "" if place else thought)
 
 
 def _content(value: Any, name: str) -> str:
@@ -155,14 +158,33 @@ def _content(value: Any, name: str) -> str:
     return "".join(text(part.get("text"), name) for part in value)
 
 
-def _loss(turn: dict[str, Any], number: int) -> bool | None:
-    """The override of a turn: `loss` (ms-swift) or `weight` (OpenAI), a boolean, 0 or 1."""
-    value = turn.get("loss", turn.get("weight"))
-    if value is None:
-        return None
-    if value not in (0, 1):
-        raise RowError(f"`loss` of turn {number} is {value!r}, not true or false")
-    return bool(value)
+def _loss(turn: dict[str, Any], number: int, *, answers: bool) -> float | None:
+    """What each token of a turn counts, None for what its role says.
+
+    `loss` (ms-swift) takes a turn in or out; `loss_scale` (ms-swift) and `weight` (OpenAI) scale what is in.
+    """
+    loss = _weight(turn, "loss", number)
+    scale = _weight(turn, "loss_scale", number)
+    if scale is None:
+        scale = _weight(turn, "weight", number)
+    if scale is None or (loss is None and not answers):
+        return loss
+    return scale if loss is None else loss * scale
+
+
+def _weight(turn: dict[str, Any], name: str, number: int) -> float | None:
+    value = turn.get(name)
+    if value is None or (isinstance(value, int | float) and 0 <= value < inf):
+        return int(value) if isinstance(value, bool) else value
+    raise RowError(f"`{name}` of turn {number} is {value!r}, not true, false or a number from 0 up")
+
+
+def _reasoning(turn: dict[str, Any], number: int, role: str) -> str:
+    """What the assistant thought before it answered, as the chat template takes it."""
+    found = text(turn.get("reasoning_content"), f"reasoning_content of turn {number}")
+    if found.strip() and role not in ("assistant", "tool_call"):
+        raise RowError(f"turn {number} has `reasoning_content`, which only an assistant has, and is {role}")
+    return found if found.strip() else ""
 
 
 def _tool(tool: dict[str, Any], number: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
         ("sequence", pa.int32()),
         ("num_sequences", pa.int32()),
         ("input_ids", pa.list_(pa.int32())),
-        ("loss_mask", pa.list_(pa.int8())),
+        ("loss_mask", pa.list_(pa.float32())),
         ("lengths", pa.list_(pa.int32())),
         ("rows", pa.list_(pa.int64())),
         ("visited", pa.int32()),
@@ -148,7 +148,7 @@ def _table(chunk: ChunkSpec, num_rows: int, sequences: list[list[tuple[int, Exam
         "sequence": list(range(count)),
         "num_sequences": [count] * count,
         "input_ids": [_concatenated([example.input_ids for _, example in one], np.int32) for one in sequences],
-        "loss_mask": [_concatenated([example.loss_mask for _, example in one], np.int8) for one in sequences],
+        "loss_mask": [_concatenated([example.loss_mask for _, example in one], np.float32) for one in sequences],
         "lengths": [[len(example.input_ids) for _, example in one] for one in sequences],
         "rows": [[key for key, _ in one] for one in sequences],
         "visited": [num_rows * (i + 1) // count - num_rows * i // count for i in range(count)],
@@ -157,6 +157,6 @@ def _table(chunk: ChunkSpec, num_rows: int, sequences: list[list[tuple[int, Exam
     return pa.table(columns, schema=SCHEMA)
 
 
-def _concatenated(parts: list[list[int]], dtype: type) -> np.ndarray:
+def _concatenated(parts: list[list[Any]], dtype: type) -> np.ndarray:
     """Numpy rows, because Arrow takes them many times faster than lists of integers."""
     return np.array([value for part in parts for value in part], dtype=dtype)

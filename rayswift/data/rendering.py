@@ -24,10 +24,10 @@ Rendering = Literal["text", "chat"]
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of text that is tokenized by itself; `trained` says whether its tokens are predicted in training."""
+    """A piece of text whose borders are token borders; `weight` is what predicting each of its tokens counts."""
 
     text: str
-    trained: bool
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,14 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Turn:
-    """Consecutive messages of the assistant that a template renders as one: a text, tool calls, or both."""
+    """A message of the chat that is trained on: the assistant's text, its tool calls, or both in one."""
 
     index: int
-    trained: bool
+    weight: float
+
+
+_Span = tuple[int, int, float]
+"""[start, stop) of what is trained on in a text, and its weight."""
 
 
 def render(sample: Sample, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> list[Rendered]:
@@ -58,10 +62,13 @@ def render(sample: Sample, tokenizer: PreTrainedTokenizerBase, rendering: Render
     everywhere in both. Raises RowError for a row the template refuses, ConfigError without a template.
     """
     if sample.text is not None:
-        return [Rendered((Segment(sample.text, True),), add_special_tokens=True)]
+        return [Rendered((Segment(sample.text, 1),), add_special_tokens=True)]
     if rendering == "text":
         chat, _ = _chat(sample.messages)
-        return [Rendered((Segment(_apply(tokenizer, chat, sample, False), True),))]
+        whole = _apply(tokenizer, chat, sample, False)
+        _check_tools(sample, chat, whole)
+        _check_reasoning(chat, whole)
+        return [Rendered((Segment(whole, 1),))]
     return render_chat(sample, tokenizer)
 
 
@@ -74,18 +81,16 @@ def render_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Rend
     """
     chat, turns = _chat(sample.messages)
     whole = _apply(tokenizer, chat, sample, False)
-    if sample.tools or any("tool_calls" in message for message in chat):
-        _check_tools(sample, chat, whole)
-    spans: list[tuple[int, int]] = []
+    _check_tools(sample, chat, whole)
+    spans: list[_Span] = []
     alone: list[Rendered] = []
     for turn in turns:
-        if not turn.trained:
-            continue
         after = whole if turn.index == len(chat) - 1 else _apply(tokenizer, chat[: turn.index + 1], sample, False)
-        start, stop = _span(tokenizer, chat, turn.index, sample, after)
-        alone.append(_cut(tokenizer, after, [(start, stop)]))
+        _check_reasoning([chat[turn.index]], after)
+        span = (*_span(tokenizer, chat, turn.index, sample, after), turn.weight)
+        alone.append(_cut(tokenizer, after, [span]))
         if whole.startswith(after):
-            spans.append((start, stop))
+            spans.append(span)
     if not alone:
         raise RowError("has no turn to train on: every `loss` is false")
     return [_cut(tokenizer, whole, spans)] if len(spans) == len(alone) else alone
@@ -103,40 +108,73 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, *, path: str = "mo
 
 
 def _chat(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[_Turn]]:
-    """Messages as templates take them, and the trained or untrained turns: by default the assistant's are trained."""
+    """Messages as templates take them, and the turns with a weight: 1 for the assistant's that say nothing else."""
     chat: list[dict[str, Any]] = []
-    trained: list[bool] = []
+    weights: list[float] = []
     for message in messages:
-        wanted = message.role in ("assistant", "tool_call") if message.loss is None else message.loss
+        answers = message.role in ("assistant", "tool_call")
+        weight = int(answers) if message.loss is None else message.loss
         if message.role != "tool_call":
             chat.append({"role": message.role, "content": message.content})
-            trained.append(wanted)
-            continue
-        if not chat or chat[-1]["role"] != "assistant":
+            weights.append(weight)
+        elif not chat or chat[-1]["role"] != "assistant":
             chat.append({"role": "assistant", "content": ""})
-            trained.append(wanted)
-        chat[-1].setdefault("tool_calls", []).append({"type": "function", "function": json.loads(message.content)})
-        trained[-1] = trained[-1] or wanted
-    turns = [_Turn(i, trained[i]) for i in range(len(chat)) if trained[i] or chat[i]["role"] == "assistant"]
-    return chat, turns
+            weights.append(weight)
+        if message.role == "tool_call":
+            call = {"type": "function", "function": json.loads(message.content)}
+            chat[-1].setdefault("tool_calls", []).append(call)
+            weights[-1] = max(weights[-1], weight)
+        if message.reasoning_content:
+            before = chat[-1].get("reasoning_content", "")
+            chat[-1]["reasoning_content"] = f"{before}\n{message.reasoning_content}".lstrip("\n")
+    return chat, [_Turn(index, weight) for index, weight in enumerate(weights) if weight]
 
 
 def _span(
     tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], index: int, sample: Sample, after: str
 ) -> tuple[int, int]:
     """[start, stop) of the message `index` in `after`, the text rendered up to and with it."""
-    answers = chat[index]["role"] == "assistant"
-    for generation_prompt in (True, False) if answers else (False,):
-        before = _apply(tokenizer, chat[:index], sample, generation_prompt) if index else ""
-        if len(before) < len(after) and after.startswith(before):
-            return len(before), _end_of_turn(tokenizer, after, len(before))
+    start = _start(tokenizer, chat, index, sample, after) if index else 0
+    if start is not None:
+        return start, _end_of_turn(tokenizer, after, start)
     marked = _generation_spans(tokenizer, chat[: index + 1], sample)
     if not marked:
         raise RowError(
             f"turn {index + 1} cannot be found in the rendered text: the chat template neither extends the text "
-            "of the turns before nor marks answers with {% generation %}"
+            "of the turns before with its own generation prompt nor marks answers with {% generation %}"
         )
     return marked[-1]
+
+
+def _start(
+    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], index: int, sample: Sample, after: str
+) -> int | None:
+    """Where the message `index` begins in `after`: behind the text of those before it and, for an answer, its header.
+
+    None where the text before is no beginning of `after`, or the template announces answers in other words than it
+    renders them in: no cut would then leave a prompt that the server feeds.
+    """
+    if chat[index]["role"] != "assistant":
+        before = _apply(tokenizer, chat[:index], sample, False)
+        return len(before) if len(before) < len(after) and after.startswith(before) else None
+    prompt = _apply(tokenizer, chat[:index], sample, True)
+    if len(prompt) < len(after) and after.startswith(prompt):
+        return len(prompt)
+    before = _apply(tokenizer, chat[:index], sample, False)
+    start = _shared_header(prompt, after, chat[index]["content"])
+    return start if after.startswith(before) and len(before) < start < len(after) else None
+
+
+def _shared_header(prompt: str, after: str, content: str) -> int:
+    """Where the header ends that a generation prompt shares with the rendered answer.
+
+    The prompt of the R1 family goes on with `<think>`, which a rendered answer does not have. An answer that happens
+    to go on as the prompt does is not cut into.
+    """
+    pairs = enumerate(zip(prompt, after, strict=False))
+    shared = next((place for place, (one, other) in pairs if one != other), min(len(prompt), len(after)))
+    place = after.rfind(content.strip()) if content.strip() else -1
+    return min(shared, place) if place >= 0 else shared
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> int:
@@ -148,20 +186,20 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> i
     return len(bare) if len(bare) > start and bare.endswith(_special_tokens(tokenizer)) else len(text)
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]) -> Rendered:
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[_Span]) -> Rendered:
     """The text in segments. A last answer without an end-of-turn token gets EOS, or the model would never stop."""
     segments: list[Segment] = []
     position = 0
-    for start, stop in spans:
-        segments += [Segment(text[position:start], False), Segment(text[start:stop], True)]
+    for start, stop, weight in spans:
+        segments += [Segment(text[position:start], 0), Segment(text[start:stop], weight)]
         position = stop
     rest = text[position:]
     eos = tokenizer.eos_token
     if isinstance(eos, str) and not rest.strip() and not text.rstrip().endswith(_special_tokens(tokenizer)):
         last = segments.pop()
-        segments.append(Segment(last.text.rstrip("\n") + eos, True))
+        segments.append(Segment(last.text.rstrip("\n") + eos, last.weight))
         rest = ""
-    segments.append(Segment(rest, False))
+    segments.append(Segment(rest, 0))
     return Rendered(tuple(segment for segment in segments if segment.text))
 
 
@@ -206,6 +244,13 @@ def _check_tools(sample: Sample, chat: list[dict[str, Any]], text: str) -> None:
     for name in _tool_names(sample, chat):
         if name not in text:
             raise RowError(f"has the tool {name!r}, which the tokenizer's chat template does not render")
+
+
+def _check_reasoning(chat: Sequence[dict[str, Any]], text: str) -> None:
+    """As `_check_tools`. Of several turns the last is enough: a template may drop what was thought earlier."""
+    thoughts = [message["reasoning_content"].strip() for message in chat if "reasoning_content" in message]
+    if thoughts and thoughts[-1] not in text:
+        raise RowError("has `reasoning_content`, which the tokenizer's chat template does not render")
 
 
 def _tool_names(sample: Sample, chat: list[dict[str, Any]]) -> Iterator[str]:

@@ -84,10 +84,10 @@ def _tokenized_alone(texts: list[Rendered], tokenizer: PreTrainedTokenizerBase) 
 def _join(text: Rendered, ids: SegmentIds, tokenizer: PreTrainedTokenizerBase) -> Example:
     """The segments as one Example, untruncated. The first token is never trained: nothing predicts it."""
     input_ids: list[int] = []
-    mask: list[int] = []
+    mask: list[float] = []
     for segment, found in zip(text.segments, ids, strict=True):
         input_ids += found
-        mask += [int(segment.trained)] * len(found)
+        mask += [segment.weight] * len(found)
     if text.add_special_tokens and tokenizer.eos_token_id is not None and input_ids[-1:] != [tokenizer.eos_token_id]:
         input_ids.append(tokenizer.eos_token_id)
         mask.append(1)

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `loss` overrides the method's mask for this message; None leaves it to the role."""
+    """One turn. `loss` is what each of its tokens counts in the loss, 0 for nothing; None leaves it to the role.
+
+    `reasoning_content` is what an assistant thought before `content`.
+    """
 
     role: str
     content: str
-    loss: bool | None = None
+    loss: float | None = None
+    reasoning_content: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized row. `loss_mask[t]` is 1 where predicting `input_ids[t]` is trained; both have the same length."""
+    """A tokenized row. `loss_mask[t] >= 0` is what predicting `input_ids[t]` counts; both have the same length."""
 
     input_ids: list[int]
-    loss_mask: list[int]
+    loss_mask: list[Any]
+    """Numbers: 0, 1, or the weight that a row gives a message."""
 
     def __post_init__(self) -> None:
         assert len(self.input_ids) == len(self.loss_mask), "one mask value per token"

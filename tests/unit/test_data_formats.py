@@ -110,6 +110,13 @@ def test_every_format_has_a_good_row_here() -> None:
         ("messages", {"messages": [{"role": "user", "content": 5}]}, "`content of turn 1` is a number, not text"),
         ("messages", {"messages": [TURNS[0], {"role": "assistant", "content": " "}]}, "turn 2, an answer"),
         ("messages", {"messages": [TURNS[0], {**TURNS[1], "loss": "no"}]}, "`loss` of turn 2 is 'no'"),
+        ("messages", {"messages": [TURNS[0], {**TURNS[1], "loss_scale": -1}]}, "`loss_scale` of turn 2 is -1"),
+        ("messages", {"messages": [TURNS[0], {**TURNS[1], "weight": float("nan")}]}, "`weight` of turn 2 is nan"),
+        (
+            "messages",
+            {"messages": [{**TURNS[0], "reasoning_content": "x"}, TURNS[1]]},
+            "turn 1 has `reasoning_content`",
+        ),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts that are not text"),
         (
             "messages",

@@ -8,14 +8,30 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rayswift.config.job import DataSource
+from rayswift.data.blocks import local_blocks, step_inputs
 from rayswift.data.detect import normalise
 from rayswift.data.formats import RowError
+from rayswift.data.ledger import Ledger
 from rayswift.data.rendering import render
 from rayswift.data.sources import index_sources, read_rows
 from rayswift.data.tokenize import encode
 from rayswift.data.types import Example, Message, Sample
 from rayswift.errors import ConfigError
-from tests.data_cases import CHATML, LLAMA2, LLAMA3, MARKED, PLAIN, THINKING, TOOLS, UNMARKED, make_tokenizer
+from tests.data_cases import (
+    CHATML,
+    LLAMA2,
+    LLAMA3,
+    MARKED,
+    PLAIN,
+    R1,
+    REASONING,
+    THINKING,
+    TOOLS,
+    UNMARKED,
+    make_tokenizer,
+    plan_of,
+    write_jsonl,
+)  # fmt: skip
 
 CHAT = Sample(
     (
@@ -53,11 +69,12 @@ def trained_runs(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[s
         (CHATML, "<|im_end|>", ["yo there<|im_end|>", "no<|im_end|>"]),
         (LLAMA2, "</s>", [" yo there </s>", " no </s>"]),
         (LLAMA3, "<|eot_id|>", ["yo there<|eot_id|>", "no<|eot_id|>"]),
+        (R1, "<|im_end|>", ["yo there<|im_end|>", "no<|im_end|>"]),
         (PLAIN, "</s>", ["assistant: yo there\n", "assistant: no</s>"]),
         (MARKED, "</s>", ["no</s>"]),
         (TOOLS, "<|im_end|>", ["yo there<|im_end|>", "no<|im_end|>"]),
     ],
-    ids=["chatml", "llama2", "llama3", "plain", "marked", "tools"],
+    ids=["chatml", "llama2", "llama3", "r1", "plain", "marked", "tools"],
 )
 def test_the_trained_tokens_decode_to_the_answers(template: str, eos: str, expected: list[str]) -> None:
     tokenizer = make_tokenizer(template, eos=eos)
@@ -94,7 +111,7 @@ def test_a_template_that_rewrites_the_past_is_trained_turn_by_turn() -> None:
 
 
 def test_a_template_without_prefix_and_marks_is_refused() -> None:
-    with pytest.raises(RowError, match="neither extends the text of the turns before nor marks answers"):
+    with pytest.raises(RowError, match=r"neither extends the text of the turns before .* nor marks answers"):
         render(CHAT, make_tokenizer(UNMARKED, eos="</s>"), "chat")
 
 
@@ -110,6 +127,60 @@ def test_loss_per_message_overrides_the_role() -> None:
     assert trained_runs(example, tokenizer) == ["user\nhi<|im_end|>", "b<|im_end|>"]
     with pytest.raises(RowError, match="every `loss` is false"):
         render(Sample((Message("user", "hi"), Message("assistant", "yo", False))), tokenizer, "chat")
+
+
+@pytest.mark.parametrize("answer", ["<think", "<a> b", "assistant", "i", "t:"])
+def test_an_answer_that_goes_on_as_the_prompt_does_is_trained_whole(answer: str) -> None:
+    tokenizer = make_tokenizer(R1)
+    (example,) = examples(Sample((Message("user", "hi"), Message("assistant", answer))), tokenizer)
+    assert trained_runs(example, tokenizer) == [f"{answer}<|im_end|>"]
+
+
+def test_answers_announced_in_other_words_are_refused() -> None:
+    tokenizer = make_tokenizer(R1.replace("'<|im_start|>assistant:<think>", "'Bot: "))
+    with pytest.raises(RowError, match="neither extends the text of the turns before with its own generation prompt"):
+        render(CHAT, tokenizer, "chat")
+
+
+def test_a_weight_per_message_is_the_weight_of_each_of_its_tokens(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "hi", "loss_scale": 3},
+        {"role": "assistant", "content": "yo", "loss_scale": 0.5},
+        {"role": "user", "content": "a", "loss": True, "loss_scale": 0.25},
+        {"role": "assistant", "content": "b", "weight": 2},
+    ]
+    source = DataSource(path=str(write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])))
+    tokenizer = make_tokenizer()
+    (example,) = examples(normalise({"messages": turns}, "messages", source), tokenizer)
+    weights: dict[float, list[int]] = {}
+    for token, weight in zip(example.input_ids, example.loss_mask, strict=True):
+        weights.setdefault(float(weight), []).append(token)
+    said = {weight: str(tokenizer.decode(tokens)) for weight, tokens in weights.items() if weight}
+    assert said == {0.5: "yo<|im_end|>", 0.25: "<|im_start|>user\na<|im_end|>", 2.0: "b<|im_end|>"}
+
+    blocks = local_blocks(
+        plan_of(source), tokenizer, data_rank=0, data_size=1, global_batch_size=1, ledger=Ledger.start("")
+    )
+    share = next(step_inputs(blocks, sequences_per_step=1, micro_batch_size=1, pad_id=0))
+    weights_BT = share.micro_batches[0].weights_BT
+    assert weights_BT[0, : len(example.loss_mask) - 1].tolist() == example.loss_mask[1:]
+
+
+def test_reasoning_is_rendered_by_the_template_or_refused() -> None:
+    row = {
+        "messages": [
+            *({"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo", "reasoning_content": "hm"}),
+            *({"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "so"}),
+        ]
+    }
+    sample = normalise(row, "messages", DataSource(path="x"))
+    tokenizer = make_tokenizer(REASONING)
+    first, second = examples(sample, tokenizer)
+    assert trained_runs(first, tokenizer) == ["<think>hm</think>yo<|im_end|>"]
+    assert trained_runs(second, tokenizer) == ["<think>so</think>b<|im_end|>"]
+    for rendering in ("chat", "text"):
+        (found,) = encode([sample], make_tokenizer(), max_length=64, rendering=rendering)  # type: ignore[arg-type]
+        assert "`reasoning_content`, which the tokenizer's chat template does not render" in str(found)
 
 
 def test_text_is_trained_to_its_eos_and_begins_with_one_bos() -> None:
@@ -168,6 +239,8 @@ def test_tools_are_rendered_or_refused() -> None:
     assert answer == "b<|im_end|>"
     with pytest.raises(RowError, match="the tool 'f', which the tokenizer's chat template does not render"):
         render(sample, make_tokenizer(CHATML), "chat")
+    with pytest.raises(RowError, match="the tool 'f', which the tokenizer's chat template does not render"):
+        render(sample, make_tokenizer(CHATML), "text")
 
 
 def test_real_conversations_with_tools(shared_data: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_token_that_lies_across_a_border_is_cut_there(kind: str) -> None:
 
 def test_documents_keep_the_prefix_and_the_order() -> None:
     tokenizer = make_sentencepiece("first", ZEPHYR)
-    document = Rendered((Segment("hi there", True),), add_special_tokens=True)
+    document = Rendered((Segment("hi there", 1),), add_special_tokens=True)
     (chat,) = render(CHAT, tokenizer, "chat")
     alone = segment_ids([chat], tokenizer)[0]
     whole = [ids_of(tokenizer, "hi there")]

@@ -1,4 +1,7 @@
-"""OpenAI rows: `messages`, a list of `{role, content}`; also `tools`, `tool_calls` and a `loss` per message."""
+"""OpenAI rows: `messages`, a list of `{role, content}`; also `tools`.
+
+A message may have `tool_calls`, `reasoning_content`, `loss`, and `loss_scale` (ms-swift) or `weight` (OpenAI).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from rayswift.data.types import Sample
 
 
 class Messages:
-    """`loss: false` on an assistant message leaves it out of the loss, `loss: true` takes any message in."""
+    """`loss: false` on an assistant message leaves it out of the loss, `loss: true` takes any message in; `loss_scale`
+    or `weight` is what each token of a message that is in counts."""
 
     def matches(self, columns: frozenset[str]) -> int:
         """10 with `messages`."""
