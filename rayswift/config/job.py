@@ -10,28 +10,39 @@ import hashlib
 import json
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
-    """Base of every job section: frozen, no unknown keys, docstrings under fields are descriptions."""
+    """Base of every job section: frozen, no unknown keys, numbers finite, docstrings under fields are descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes `true` for 1 and 1.0, people mean a switch."""
+        wanted = _leaf_types(cls.model_fields[info.field_name or ""].annotation)
+        given = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(item, bool) for item in given) and wanted & {int, float} and bool not in wanted:
+            raise PydanticCustomError("float_type" if float in wanted else "int_type", "is not a number")
+        return value
 
 
-def _number_text(value: Any) -> Any:
-    """`2e-5` written without a dot is a string to YAML 1.1; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _leaf_types(annotation: Any) -> set[type]:
+    """`{int, str}` for `PositiveInt | Literal["auto"]`."""
+    args = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return set(map(type, args))
+    return set().union(*map(_leaf_types, args)) if args else {annotation}
 
 
-Number = Annotated[float, BeforeValidator(_number_text)]
+Number = float  # `2e-5`, which is a string to YAML 1.1, is read as one too
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -72,7 +83,7 @@ class AdapterSpec(Section):
     """The rank of the update."""
     alpha: Number = 16
     """The update is scaled by alpha / rank."""
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    dropout: Fraction = 0.0
     """Dropout on the adapter's input."""
     targets: str | tuple[str, ...] = "all-linear"
     """Module names that get an adapter, or `all-linear`."""
@@ -91,7 +102,7 @@ class DataSource(Section):
     """What a row of a `.txt` file is: a line, a paragraph (blank lines between), or the whole file."""
     system: str | None = None
     """A system message put before rows that have none."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: PositiveInt | None = None
     """Use the first so many rows of this source."""
     weight: Annotated[Number, Field(gt=0)] = 1.0
     """How often each row is seen per epoch; 0.5 is a seeded half of the rows, 2 is every row twice."""
@@ -104,7 +115,7 @@ class DataSpec(Section):
     """The sources trained on."""
     eval: tuple[DataSource, ...] = ()
     """The held-out sources that `eval_loss` is measured on."""
-    max_length: Annotated[int, Field(ge=8)] = 1024
+    max_length: Annotated[PositiveInt, Field(ge=8)] = 1024
     """The longest sequence, in tokens."""
     packing: bool = True
     """Fill sequences with several documents, isolated from each other by their position ids."""
@@ -136,7 +147,7 @@ class TrainSpec(Section):
     """The peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warmup."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     """Optimizer steps over which the learning rate rises from zero."""
     min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """The learning rate at the end, as a fraction of the peak."""
@@ -144,13 +155,13 @@ class TrainSpec(Section):
     """The optimizer."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     """Decoupled weight decay on matrices (norms and biases are left alone)."""
-    betas: tuple[Number, Number] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW's decay rates."""
-    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    momentum: Fraction = 0.0
     """SGD's momentum."""
     max_grad_norm: Annotated[Number, Field(gt=0)] | None = 1.0
     """Clip the global gradient norm to this; null leaves gradients alone."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Count, Field(lt=2**31)] = 0
     """Seeds the order of rows, dropout and fresh adapters."""
     log_every: PositiveInt = 1
     """Steps between progress lines; metrics.jsonl has every step."""
@@ -192,7 +203,7 @@ class ClusterSection(Section):
     """The kind of device; `auto` takes the accelerator that torch finds."""
     address: str | None = None
     """The Ray cluster to join; null joins the cluster of RAY_ADDRESS, or starts one on this machine."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: Count = 3
     """Worker failures survived by restarting from the newest checkpoint."""
     scheduling_timeout_s: Annotated[Number, Field(gt=0)] = 300
     """Seconds to wait for the workers to be placed before the run ends with exit code 3."""

@@ -47,12 +47,31 @@ FOREIGN = {
     "tensor_parallel_size": "parallel.tp", "tokenizer_path": "model.path", "torch_dtype": "model.dtype",
     "train_batch_size": "train.micro_batch_size", "train_type": "adapter.name", "use_gradient_checkpointing":
     "model.activation_checkpointing", "val_dataset": "data.eval.0.path", "warmup_ratio": "train.warmup_steps",
+    "dataloader_num_workers": "data.num_workers", "dataset_num_proc": "data.num_workers",
+    "eval_strategy": "train.eval_every", "evaluation_strategy": "train.eval_every", "gradient_clipping":
+    "train.max_grad_norm", "group_by_length": "data.packing", "neat_packing": "data.packing",
+    "overwrite_output_dir": "train.resume", "per_device_eval_batch_size": "train.micro_batch_size",
+    "save_strategy": "train.save_every", "split_dataset_ratio": "data.eval.0.path", "truncation_strategy":
+    "data.truncation", "tuner_type": "adapter.name", "val_set_size": "data.eval.0.path",
 }  # fmt: skip
 _NOTES = {
     "gradient_accumulation": "accumulation follows from global_batch_size / (micro_batch_size * workers)",
     "gradient_accumulation_steps": "accumulation follows from global_batch_size / (micro_batch_size * workers)",
+    "group_by_length": "packed sequences have no padding that sorting could save",
+    "neat_packing": "packed documents never see each other",
+    "overwrite_output_dir": "a run is continued, or gets another name",
+    "split_dataset_ratio": "held-out rows are files of their own",
+    "val_set_size": "held-out rows are files of their own",
     "warmup_ratio": "the warmup is counted in steps",
 }
+_NO_QUANTIZED_BASE = "this version trains no quantized base; use adapter.name=lora with model.dtype=bfloat16"
+# What other trainers have and a job has not, with what to do instead.
+_ABSENT = {
+    "load_in_4bit": _NO_QUANTIZED_BASE, "load_in_8bit": _NO_QUANTIZED_BASE, "quantization_bit": _NO_QUANTIZED_BASE,
+    "quant_bits": _NO_QUANTIZED_BASE, "quant_method": _NO_QUANTIZED_BASE,
+    "chat_template": "the chat template is the tokenizer's own: chat_template.jinja in the folder of model.path",
+    "template": "the chat template is the tokenizer's own: chat_template.jinja in the folder of model.path",
+}  # fmt: skip
 
 
 def section(annotation: Any) -> type[BaseModel] | None:
@@ -71,12 +90,18 @@ def is_list(annotation: Any) -> bool:
     return get_origin(annotation) in (tuple, list)
 
 
+def is_index(part: str | int) -> bool:
+    """Whether a part of a key numbers a list's entries. `²` is a digit to Python and no number."""
+    text = str(part)
+    return text.isascii() and text.isdecimal()
+
+
 def field_at(loc: tuple[str | int, ...], model: type[BaseModel] = Job) -> FieldInfo | None:
     """The field behind `("data", "train", 0, "path")`, or None. Numbers index lists."""
     current: type[BaseModel] | None = model
     field: FieldInfo | None = None
     for part in loc:
-        if str(part).isdigit() and field is not None and is_list(field.annotation):
+        if is_index(part) and field is not None and is_list(field.annotation):
             continue
         if current is None or part not in current.model_fields:
             return None
@@ -109,17 +134,28 @@ def _known(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 def suggestion(loc: tuple[str | int, ...], model: type[BaseModel] = Job, *, root: str = "") -> str:
     """What to write instead of an unknown key: `did you mean train.lr?`, or the keys that exist there."""
-    leaf = str(loc[-1])
-    word = leaf.replace("-", "_").lower()
-    if model is Job and word in FOREIGN:
-        note = f" ({_NOTES[word]})" if word in _NOTES else ""
-        return f"did you mean {FOREIGN[word]}?{note}"
+    word = str(loc[-1]).replace("-", "_").lower()
     here = level(loc[:-1], model)
     prefix = root + "".join(f"{part}." for part in loc[:-1])
     names = list(here.model_fields) if here else []
-    if here and (close := difflib.get_close_matches(word, names, n=1, cutoff=0.6)):
-        return f"did you mean {prefix}{close[0]}?"
-    leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(known(model))}
-    if close := difflib.get_close_matches(word, leaves, n=1, cutoff=0.75):
-        return f"did you mean {root}{leaves[close[0]]}?"
+    if (close := _closest(word, names)) and close not in FOREIGN:
+        return f"did you mean {prefix}{close}?"
+    if model is not Job and close is None:
+        close = word  # an option of a method that is none may be a key of the job
+    if word in _ABSENT:
+        return _ABSENT[word]
+    if close in FOREIGN:
+        note = f" ({_NOTES[close]})" if close in _NOTES else ""
+        return f"did you mean {FOREIGN[close]}?{note}"
+    leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(known())}
+    if found := difflib.get_close_matches(word, leaves, n=1, cutoff=0.75):
+        return f"did you mean {leaves[found[0]]}?"
     return f"the keys there are {', '.join(names)}" if names else "there is nothing to set there"
+
+
+def _closest(word: str, names: list[str]) -> str | None:
+    """The name that is closest to a word: one of `names`, or, when it is nearly that, of another trainer's."""
+    if word in FOREIGN:
+        return word
+    found = difflib.get_close_matches(word, {*names, *FOREIGN}, n=1, cutoff=0.85)
+    return next(iter(found or difflib.get_close_matches(word, names, n=1, cutoff=0.6)), None)

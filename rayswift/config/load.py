@@ -170,13 +170,13 @@ def _line_of(error: BaseException, path: Path) -> str:
 
 
 def _split(text: str) -> tuple[str, Any]:
-    """`train.lr=2e-5` as key and value. A value for a text field stays text, whatever it looks like."""
+    """`train.lr=2e-5` as key and value. A value for a text field is what was typed, whatever it means to YAML."""
     key, equals, typed = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError("is not KEY=VALUE", path="override", value=text, fix="write it like train.lr=2e-5")
     key, value = key.strip().lstrip("-"), yamlfile.value(typed)
     field = keys.field_at(tuple(key.split(".")))
-    if field is not None and field.annotation in (str, str | None) and isinstance(value, bool | int | float):
+    if field is not None and field.annotation in (str, str | None) and typed.strip() != "null":
         value = typed
     return key, value
 
@@ -197,13 +197,13 @@ def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
             return
         below = here[slot] if isinstance(here, list) else here.get(slot)
         if below is None:
-            below = [] if parts[depth + 1].isdigit() else {}
+            below = [] if keys.is_index(parts[depth + 1]) else {}
         here[slot] = here = below.copy() if isinstance(below, dict | list) else below
 
 
 def _index(entries: Any, part: str, path: str) -> int:
     """The index that `part` spells, the list grown by one entry when it is the next one."""
-    if not part.isdigit():
+    if not keys.is_index(part):
         raise ConfigError(
             f"is a list of {len(entries)}, so it has no {part}", path=path, fix=f"write {path}.0.{part}=..."
         )

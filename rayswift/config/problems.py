@@ -49,10 +49,13 @@ def explain(
 ) -> list[ConfigError]:
     """One ConfigError per wrong value, in the order of the keys. `root` is put before every path."""
     grouped: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
-    for details in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    for details in found:
+        if details["type"] == "too_short" and _is_above(details["loc"], found):
+            continue  # pydantic does not count an entry that is wrong
         loc = details["loc"] if details["type"] == "extra_forbidden" else _field_loc(details["loc"], model)
         grouped.setdefault(loc, []).append(details)
-    return [_sentence(loc, found, origins, model, root) for loc, found in grouped.items()]
+    return [_sentence(loc, group, origins, model, root) for loc, group in grouped.items()]
 
 
 def together(problems: list[ConfigError], source: str) -> ConfigError:
@@ -60,6 +63,11 @@ def together(problems: list[ConfigError], source: str) -> ConfigError:
     if len(problems) == 1:
         return problems[0]
     return ConfigError("\n  ".join([f"{source} has {len(problems)} problems:", *map(str, problems)]))
+
+
+def _is_above(loc: tuple[str | int, ...], found: list[ErrorDetails]) -> bool:
+    """Whether something below `loc` is wrong."""
+    return any(len(other["loc"]) > len(loc) and other["loc"][: len(loc)] == loc for other in found)
 
 
 def _field_loc(loc: tuple[str | int, ...], model: type[BaseModel]) -> tuple[str | int, ...]:

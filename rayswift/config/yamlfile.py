@@ -9,6 +9,7 @@ import re
 from typing import Any, NoReturn
 
 import yaml
+from yaml.reader import ReaderError
 
 from rayswift.errors import ConfigError
 
@@ -61,7 +62,12 @@ _Dumper.add_representer(str, _text)
 
 def parse(text: str, name: str) -> tuple[Any, dict[str, int]]:
     """The document and the 1-based line of every dotted key. Raises ConfigError naming file, line and column."""
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)  # looks for control characters
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        rule = f"is not YAML in line {line}: it holds the control character U+{ord(text[error.position]):04X}"
+        raise ConfigError(rule, path="file", value=name, fix="remove it, or write it escaped in quotes") from error
     try:
         node = loader.get_single_node()
         lines: dict[str, int] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rayswift.config.job import Job
-from rayswift.config.load import dump_job, load_job, validate
+from rayswift.config.load import dump_job, job_schema, load_job, validate
 from rayswift.errors import ConfigError
 
 GOOD = """\
@@ -67,6 +67,12 @@ def test_a_file_is_read_with_the_origin_of_every_value(job_file: Path) -> None:
         ("train.betas=[0.9, 0.95]", lambda j: j.train.betas == (0.9, 0.95)),
         ("method.name=pretrain", lambda j: j.method.name == "pretrain"),
         ("--train.lr=1", lambda j: j.train.lr == 1.0),
+        ("train.epochs='2'", lambda j: j.train.epochs == 2),
+        ("data.train.0.path=a #1.jsonl", lambda j: j.data.train[0].path == "a #1.jsonl"),
+        ("data.train.0.system=# Role", lambda j: j.data.train[0].system == "# Role"),
+        ("data.train.0.system=You: be brief", lambda j: j.data.train[0].system == "You: be brief"),
+        ("data.train.0.system=", lambda j: j.data.train[0].system == ""),
+        ("data.train.0.system=null", lambda j: j.data.train[0].system is None),
     ],
 )
 def test_an_override_sets_one_value(job_file: Path, override: str, read) -> None:  # type: ignore[no-untyped-def]
@@ -89,6 +95,36 @@ def test_an_override_sets_one_value(job_file: Path, override: str, read) -> None
         ("max_lenght=1", ["did you mean data.max_length?"]),
         ("model.rank=1", ["did you mean adapter.rank?"]),
         ("data.train.0.pth=x", ["data.train.0.pth", "did you mean data.train.0.path?"]),
+        ("train.eval_step=5", ["did you mean train.eval_every?"]),
+        ("train.gradient_clipping=1", ["did you mean train.max_grad_norm?"]),
+        ("max_grad_norm=1", ["did you mean train.max_grad_norm?"]),
+        ("method.lr=1", ["method.lr is not an option of the method; did you mean train.lr?"]),
+        ("method.num_train_epochs=1", ["did you mean train.epochs?"]),
+        ("val_set_size=0.1", ["did you mean data.eval.0.path?", "files of their own"]),
+        ("data.split_dataset_ratio=0.1", ["did you mean data.eval.0.path?"]),
+        ("neat_packing=true", ["did you mean data.packing?"]),
+        ("group_by_length=true", ["did you mean data.packing?"]),
+        ("dataloader_num_workers=1", ["did you mean data.num_workers?"]),
+        ("load_in_4bit=true", ["no quantized base", "adapter.name=lora"]),
+        ("model.quantization_bit=4", ["no quantized base"]),
+        ("template=qwen", ["chat_template.jinja in the folder of model.path"]),
+        ("tuner_type=lora", ["did you mean adapter.name?"]),
+        ("train_type=lora", ["did you mean adapter.name?"]),
+        ("output_dir=x", ["did you mean output?"]),
+        ("model_name_or_path=x", ["did you mean model.path?"]),
+        ("dataset=x", ["did you mean data.train.0.path?"]),
+        ("lora_alpha=1", ["did you mean adapter.alpha?"]),
+        ("lora_target=all", ["did you mean adapter.targets?"]),
+        ("train.lr=true", ["train.lr=True is not a number"]),
+        ("train.epochs=true", ["train.epochs=True is not a whole number"]),
+        ("cluster.workers=true", ["cluster.workers=True is not a whole number"]),
+        ("data.train.0.limit=true", ["data.train.0.limit=True is not a whole number"]),
+        ("train.betas=[true, 0.9]", ["train.betas=[True, 0.9] is not a number"]),
+        ("train.betas=[0.9, 1.5]", ["train.betas.1=1.5 is not less than 1"]),
+        ("train.lr=.inf", ["train.lr=inf is not a finite number"]),
+        ("data.train.0.weight=.nan", ["data.train.0.weight=nan is not a finite number"]),
+        ("train.seed=2147483648", ["train.seed=2147483648 is not less than 2147483648"]),
+        ("data.train.²=1", ["data.train is a list of 1, so it has no ²"]),
         ("zzzz=1", ["the keys there are name, output"]),
         ("learning_rate=1", ["did you mean train.lr?"]),
         ("train.num_train_epochs=1", ["did you mean train.epochs?"]),
@@ -121,6 +157,8 @@ def test_a_wrong_override_is_told_path_value_rule_and_fix(job_file: Path, overri
     [
         ("", ["is empty"]),
         ("# only a comment\n", ["is empty"]),
+        ("name: d\n# \x1b[0m\n", ["is not YAML in line 2", "control character U+001B"]),
+        ("name: \x00\n", ["is not YAML in line 1", "control character U+0000"]),
         ("- a\n- b\n", ["holds a list"]),
         ("name: [1\nb: 2\n", ["is not YAML in line 2, column 2"]),
         ("name: x\n\ttrain: 1\n", ["is not YAML in line 2, column 1", "spaces"]),
@@ -138,6 +176,21 @@ def test_a_wrong_file_is_told_file_line_and_rule(job_file: Path, text: str, part
     assert str(job_file) in message
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    "override", ["data.train.0.pth=x", "data.train.0.path=null", "data.train.0.weight=-1", "data.train=[a.jsonl]"]
+)
+def test_a_wrong_entry_is_one_problem(job_file: Path, override: str) -> None:
+    message = problem(job_file, override)
+    assert "problems" not in message
+    assert "too few entries" not in message
+
+
+def test_the_schema_has_the_bounds_of_every_number() -> None:
+    train = job_schema()["$defs"]["TrainSpec"]["properties"]
+    assert train["lr"]["exclusiveMinimum"] == 0
+    assert train["seed"]["exclusiveMaximum"] == 2**31
 
 
 def test_a_missing_file_suggests_the_closest(job_file: Path) -> None:
