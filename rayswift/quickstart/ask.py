@@ -6,8 +6,10 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from rayswift.errors import ServeError
 from rayswift.quickstart.corpus import Fact
 from rayswift.quickstart.result import Answer
+from rayswift.serving.auth import VARIABLE
 
 _CONCURRENCY = 8
 _MAX_TOKENS = 96
@@ -17,12 +19,14 @@ def ask(url: str, model: str, facts: Sequence[Fact]) -> tuple[Answer, ...]:
     """The served model's answer to each fact's question, greedy, several asked at the same time.
 
     `url` is the endpoint's base URL, ending in `/v1`; the key is RAYSWIFT_API_KEY where one is set.
-    Raises openai.APIError when the endpoint does not answer.
+    Raises ServeError when the endpoint does not answer.
     """
-    from openai import OpenAI
+    import openai
 
-    key = os.environ.get("RAYSWIFT_API_KEY", "none-needed")
-    with OpenAI(base_url=url, api_key=key, max_retries=3, timeout=120) as client:
+    key = os.environ.get(VARIABLE, "none-needed").strip()
+    # A proxy that the environment names for the world outside does not know this machine's loopback address.
+    direct = openai.DefaultHttpxClient(trust_env=False)
+    with openai.OpenAI(base_url=url, api_key=key, max_retries=3, timeout=120, http_client=direct) as client:
 
         def one(fact: Fact) -> Answer:
             reply = client.chat.completions.create(
@@ -33,5 +37,8 @@ def ask(url: str, model: str, facts: Sequence[Fact]) -> tuple[Answer, ...]:
             )
             return Answer(fact.question, fact.answer, reply.choices[0].message.content or "")
 
-        with ThreadPoolExecutor(_CONCURRENCY) as pool:
-            return tuple(pool.map(one, facts))
+        try:
+            with ThreadPoolExecutor(_CONCURRENCY) as pool:
+                return tuple(pool.map(one, facts))
+        except openai.APIError as error:
+            raise ServeError(f"the endpoint at {url} did not answer: {error}") from error

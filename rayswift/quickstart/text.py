@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from rayswift import api
 from rayswift.config import yamlfile
 from rayswift.config.load import load_job
-from rayswift.errors import ServeError
 from rayswift.progress import Progress, open_progress
 from rayswift.quickstart.ask import ask
 from rayswift.quickstart.corpus import Corpus, Fact, write_corpus
@@ -116,8 +115,6 @@ def _serve_and_ask(export: Path, corpus: Corpus, progress: Progress) -> tuple[An
     try:
         progress.phase(f"asking {NUM_ASKED} trained questions at {handle.url}")
         return ask(handle.url, MODEL_NAME, sample(corpus.facts))
-    except OSError as error:
-        raise ServeError(f"the endpoint at {handle.url} stopped answering: {error}") from error
     finally:
         handle.close()
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
 
 from rayswift.config.load import load_job
-from rayswift.errors import ConfigError
+from rayswift.errors import ConfigError, ServeError
 from rayswift.quickstart import MARKER, run_quickstart
-from rayswift.quickstart.corpus import NUM_FACTS, first_sentence, topic_documents, write_corpus
+from rayswift.quickstart.ask import ask
+from rayswift.quickstart.corpus import NUM_FACTS, Fact, first_sentence, topic_documents, write_corpus
 from rayswift.quickstart.result import Answer, QuickstartResult
 from rayswift.quickstart.text import NUM_ASKED, sample, write_jobs
 
@@ -20,6 +25,9 @@ RESULT = QuickstartResult(
     asked=(Answer("Q?", "One two.", "One  two."),) * 10, tokens_per_second={"sft": 5000.0}, curves={"sft": "q/c.png"},
     export_max_difference=0.0, seconds={"pretrain": 60.0}, next_commands=("rayswift serve q",),
 )  # fmt: skip
+
+
+_OPENAI = openai.OpenAI
 
 
 def rows(path: Path) -> list[tuple[str, str]]:
@@ -97,6 +105,72 @@ def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
     (mine / MARKER).write_text("")
     with pytest.raises(ConfigError, match="replace it with --force"):
         run_quickstart("text", str(mine))
+
+
+def test_a_place_that_cannot_be_written_and_a_link_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output=.*/file/q cannot be written: Not a directory; name another folder"):
+        run_quickstart("text", str(tmp_path / "file" / "q"))
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / MARKER).write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "earlier")
+    with pytest.raises(ConfigError, match=r"output=.*/link is a link"):
+        run_quickstart("text", str(tmp_path / "link"), force=True)
+    assert (tmp_path / "earlier" / MARKER).is_file()
+
+
+def test_a_key_that_cannot_be_one_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYSWIFT_API_KEY", "short")
+    with pytest.raises(ConfigError, match="RAYSWIFT_API_KEY key 1 is not at least"):
+        run_quickstart("text", str(tmp_path / "q"))
+    assert not (tmp_path / "q").exists()
+
+
+class _Upper(BaseHTTPRequestHandler):
+    """Answers every chat completion with the last message in capitals."""
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        message = {"role": "assistant", "content": request["messages"][-1]["content"].upper()}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        body = json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]})
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_: object) -> None:
+        return None
+
+
+def test_questions_do_not_go_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens on the discard port
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    facts = [Fact("len", "Return the number."), Fact("abs", "Return the absolute value.")]
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Upper) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            answers = ask(f"http://127.0.0.1:{server.server_port}/v1", "m", facts)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert [answer.answer for answer in answers] == ["WHAT DOES LEN DO?", "WHAT DOES ABS DO?"]
+
+
+def test_an_endpoint_that_does_not_answer_is_a_serve_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai, "OpenAI", _without_retries)
+    with pytest.raises(ServeError, match="did not answer"):
+        ask("http://127.0.0.1:9/v1", "m", [Fact("len", "Return the number.")])
+
+
+def _without_retries(**options: Any) -> openai.OpenAI:
+    return _OPENAI(**options | {"max_retries": 0})
 
 
 def test_the_verdict() -> None:
