@@ -234,10 +234,12 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.  [default: 8000]")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="File with the keys clients may send.")] = None,
     engine: Annotated[str | None, typer.Option(help="Serving engine.  [default: local]")] = None,
+    as_json: Json = False,
 ) -> None:
     """Serves exports behind an OpenAI-compatible endpoint until Ctrl-C.
 
-    Keys are read from --api-key-file or RAYSWIFT_API_KEY. Without one only this machine can ask.
+    Keys are read from --api-key-file or RAYSWIFT_API_KEY. Without one only this machine can ask. --json prints
+    url, models and pid once it answers.
 
     Example: rayswift serve exports/sft-demo --port 8000
     """
@@ -245,18 +247,21 @@ def serve(
     from rayswift.serving.spec import parse
 
     given = {"host": host, "port": port, "api_key_file": api_key_file, "engine": engine}
-    serve_until_stopped(parse({**_served(models), **{k: v for k, v in given.items() if v is not None}}))
+    spec = parse({**_served(models), **{k: v for k, v in given.items() if v is not None}})
+    ready = {"url": spec.url, "models": list(spec.models), "pid": os.getpid()}
+    tell = (lambda _: print(json.dumps(ready, indent=1), flush=True)) if as_json else None
+    serve_until_stopped(spec, on_ready=tell)
 
 
 def _served(models: list[str]) -> dict[str, Any]:
     """What is to be served: the settings of a spec file, or folders under their own or a given name."""
-    from rayswift.serving.spec import load
+    from rayswift.serving.spec import load, name_of
 
     if len(models) == 1 and "=" not in models[0]:
         return load(models[0]).model_dump(mode="json", exclude_unset=True)
     named: dict[str, str] = {}
     for model in models:
-        name, folder = model.split("=", 1) if "=" in model else (os.path.basename(os.path.abspath(model)), model)
+        name, folder = model.split("=", 1) if "=" in model else (name_of(model), model)
         if not name or not folder:
             raise ConfigError("is not NAME=FOLDER", path="models", value=model, fix="write chat=exports/sft-demo")
         if name in named:
@@ -273,8 +278,11 @@ def submit(
     address: Annotated[str | None, typer.Option(help="The cluster's dashboard URL; default: RAY_ADDRESS.")] = None,
     working_dir: Annotated[str, typer.Option(help="Folder that is sent along; .gitignore is respected.")] = ".",
     wait: Annotated[bool, typer.Option(help="Follow the log and exit with the job's code.")] = True,
+    as_json: Json = False,
 ) -> None:
     """Runs `rayswift train` on a Ray cluster, with this folder as its working directory.
+
+    With --json the job's log goes to stderr.
 
     Example: rayswift submit examples/sft.yaml --address URL train.max_steps=10
     """
@@ -282,8 +290,11 @@ def submit(
     from rayswift.config.load import load_job
 
     load_job(job, overrides or ())  # a wrong job is told here, before anything is uploaded
-    code = submit_job(job, overrides or (), address=address, working_dir=working_dir, wait=wait)
-    raise typer.Exit(code)
+    log = sys.stderr if as_json else sys.stdout
+    sent = submit_job(job, overrides or (), address=address, working_dir=working_dir, wait=wait, log=log)
+    if as_json:
+        print(json.dumps({"submission": sent.id, "status": sent.status, "exit_code": sent.exit_code}, indent=1))
+    raise typer.Exit(sent.exit_code or 0)
 
 
 @app.command()

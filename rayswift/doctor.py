@@ -159,10 +159,18 @@ def _room() -> Iterator[Finding]:
     if Path("/dev/shm").is_dir():
         free = shutil.disk_usage("/dev/shm").free
         yield _size("/dev/shm", free, _MIN_SHM_BYTES, "in a container, start it with --shm-size=2g")
-    for folder in dict.fromkeys((os.getcwd(), os.environ.get("TMPDIR", "/tmp"))):
-        yield _size(
-            f"disk {folder}"[-18:], shutil.disk_usage(folder).free, _MIN_DISK_BYTES, f"free space below {folder}"
-        )
+    yield _disk(os.getcwd(), "work in another folder")
+    if (temporary := os.environ.get("TMPDIR", "/tmp")) != os.getcwd():
+        yield _disk(temporary, "make that folder, or unset TMPDIR")
+
+
+def _disk(folder: str, otherwise: str) -> Finding:
+    what = f"disk {folder}"[-18:]
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return Finding(what, "problem", f"{folder}: {error.strerror}", otherwise)
+    return _size(what, free, _MIN_DISK_BYTES, f"free space below {folder}")
 
 
 def _size(what: str, size: int, least: int, fix: str) -> Finding:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from rayswift.errors import ConfigError, WorkerError
@@ -15,11 +17,30 @@ from rayswift.errors import ConfigError, WorkerError
 _AGENT_TIMEOUT_S, _AGENT_POLL_S = 60.0, 1.0
 
 
-def submit(job: str, overrides: Sequence[str], *, address: str | None, working_dir: str, wait: bool) -> int:
-    """The exit code of `rayswift train JOB KEY=VALUE...` run on the cluster; 0 at once when not waiting for it.
+@dataclass(frozen=True)
+class Submission:
+    """A job on the cluster as it was last seen: Ray's id and status, and its exit code once it has ended."""
 
-    `address` is the dashboard's URL. Raises ConfigError when no dashboard answers there.
+    id: str
+    status: str
+    exit_code: int | None = None
+
+
+def submit(
+    job: str,
+    overrides: Sequence[str],
+    *,
+    address: str | None,
+    working_dir: str,
+    wait: bool,
+    log: TextIO | None = None,
+) -> Submission:
+    """The ended submission of `rayswift train JOB KEY=VALUE...`, or the one just sent when not waiting for it.
+
+    `address` is the dashboard's URL; the job's log is printed to `log`, by default stdout. Raises ConfigError when no
+    dashboard answers there, WorkerError when the job is refused or ends without an exit code.
     """
+    log = log or sys.stdout
     client = _connect(address)
     submission = _send(
         client,
@@ -27,11 +48,11 @@ def submit(job: str, overrides: Sequence[str], *, address: str | None, working_d
         runtime_env={"working_dir": working_dir, **_local_python(client)},
         metadata={"rayswift_job": job},
     )
-    print(f"submitted {submission}", flush=True)
-    if not wait:
-        return 0
-    asyncio.run(_follow(client, submission))
-    return _exit_code(client, submission)
+    print(f"submitted {submission}", file=log, flush=True)
+    if wait:
+        asyncio.run(_follow(client, submission, log))
+        return _ended(client, submission)
+    return Submission(submission, str(client.get_job_status(submission)))
 
 
 def _connect(address: str | None) -> Any:
@@ -70,17 +91,17 @@ def _send(client: Any, **job: Any) -> str:
             time.sleep(_AGENT_POLL_S)
 
 
-async def _follow(client: Any, submission: str) -> None:
+async def _follow(client: Any, submission: str, log: TextIO) -> None:
     """Prints the job's log until it ends."""
     async for text in client.tail_job_logs(submission):
-        print(text, end="", flush=True)
+        print(text, end="", file=log, flush=True)
 
 
-def _exit_code(client: Any, submission: str) -> int:
+def _ended(client: Any, submission: str) -> Submission:
     info = client.get_job_info(submission)
     if info.status == "SUCCEEDED":
-        return 0
+        return Submission(submission, str(info.status), 0)
     if info.driver_exit_code:
-        return int(info.driver_exit_code)
+        return Submission(submission, str(info.status), int(info.driver_exit_code))
     raise WorkerError(f"ended as {info.status}: {info.message}", path="submission", value=submission,
                       fix=f"read it again with `ray job logs {submission}`")  # fmt: skip

@@ -6,6 +6,7 @@ Knows sockets, signals and a ServeSpec; knows no Ray and no model.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -33,7 +34,11 @@ def check_port(host: str, port: int) -> None:
 
 
 def ready_text(spec: ServeSpec) -> str:
-    """What is printed when the endpoint answers: its URL, and a question in curl and in Python."""
+    """What is printed when the endpoint answers: its URL, and a question in curl and in Python.
+
+    With a key both take it from RAYSWIFT_API_KEY; where that is not what the endpoint was started with, a line before
+    them says how to set it.
+    """
     name, keyed = next(iter(spec.models)), bool(spec.api_key_file or spec.api_key_sha256 or auth.VARIABLE in os.environ)
     header = f' \\\n    -H "Authorization: Bearer ${auth.VARIABLE}"' if keyed else ""
     key = f'os.environ["{auth.VARIABLE}"]' if keyed else '"none"'
@@ -41,7 +46,7 @@ def ready_text(spec: ServeSpec) -> str:
     return f"""\
 Serving {", ".join(spec.models)} at {spec.url}  (Ctrl-C stops)
 
-  curl {spec.url}/chat/completions{header} \\
+{_key_line(spec)}  curl {spec.url}/chat/completions{header} \\
     -H "Content-Type: application/json" \\
     -d '{question}'
 
@@ -50,6 +55,16 @@ Serving {", ".join(spec.models)} at {spec.url}  (Ctrl-C stops)
   reply = client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])
   print(reply.choices[0].message.content)
 """
+
+
+def _key_line(spec: ServeSpec) -> str:
+    """How to set RAYSWIFT_API_KEY to a key that is accepted; nothing where it is one already, or none is needed."""
+    if spec.api_key_file:
+        file = shlex.quote(os.path.abspath(spec.api_key_file))
+        return f'  export {auth.VARIABLE}="$(grep -m 1 . {file})"\n\n'
+    if spec.api_key_sha256 and auth.VARIABLE not in os.environ:
+        return f"  export {auth.VARIABLE}=KEY   # one of the keys whose sha256 the endpoint was given\n\n"
+    return ""
 
 
 def answers(spec: ServeSpec) -> bool:

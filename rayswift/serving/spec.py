@@ -6,6 +6,7 @@ Knows pydantic only: no Ray, no torch. What an API key must look like is known b
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,8 @@ from rayswift.config import problems, yamlfile
 from rayswift.config.job import Dtype, Number, PositiveInt, Section
 from rayswift.errors import ConfigError
 
-ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$", max_length=200)]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$"
+ModelName = Annotated[str, Field(pattern=_NAME, max_length=200)]
 
 
 class ServeSpec(Section):
@@ -76,10 +78,23 @@ def parse(raw: Mapping[str, Any], *, source: str = "the serve spec") -> ServeSpe
         raise problems.together(problems.explain(error, {}, model=ServeSpec, root="serve."), source) from None
 
 
+def name_of(folder: str) -> str:
+    """The name under which a folder is served that is given none: its own. Raises ConfigError where it is no name."""
+    name = os.path.basename(os.path.abspath(folder))
+    if not re.match(_NAME, name):
+        raise ConfigError(
+            "has a name that cannot be a model's (letters, digits and ._/:@- only)",
+            path="models",
+            value=folder,
+            fix=f"give it one: NAME='{folder}', or in a YAML file models: {{NAME: '{folder}'}}",
+        )
+    return name
+
+
 def load(path: str) -> ServeSpec:
     """The spec in a YAML file, or the one that serves an export folder under its own name. Raises ConfigError."""
     if os.path.isdir(path):
-        return parse({"models": {Path(path).resolve().name: path}})
+        return parse({"models": {name_of(path): path}})
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.main import get_command
@@ -52,10 +54,16 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
     assert f"Example: rayswift {' '.join(command)}" in " ".join(out.split())
 
 
-def test_help_is_fast() -> None:
-    started = time.monotonic()
-    subprocess.run([sys.executable, "-m", "rayswift.cli", "--help"], cwd=ROOT, check=True, capture_output=True)
-    assert time.monotonic() - started < 3  # 0.2 s on an idle machine; torch alone would take longer
+def test_help_loads_nothing_heavy() -> None:
+    """What help may import bounds how long it takes, on any machine: torch alone is seconds."""
+    code = (
+        "import sys; from rayswift import cli\n"
+        "try: cli.main(['train', '--help'])\n"
+        "finally: print(sorted({'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Usage: rayswift train" in done.stdout
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,10 +159,84 @@ def test_show_config_says_where_a_value_was_written(capsys: pytest.CaptureFixtur
     assert settings["train.epochs"] == {"value": 1, "from": "default"}
 
 
-def test_a_closed_pipe_is_not_complained_about() -> None:
-    script = f"{sys.executable!r} -m rayswift.cli schema | head -c 10"
-    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+@pytest.mark.parametrize("command", ["schema", "--version"])
+def test_a_closed_pipe_is_not_complained_about(command: str) -> None:
+    """The reader has gone before anything is written, so that no buffer hides it."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "rayswift.cli", command],
+            cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_serve_prints_one_object_when_it_answers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from rayswift.serving import app
+
+    monkeypatch.setattr(app, "run", lambda spec, *, on_ready: on_ready(None))
+    code, out, _ = call(capsys, "serve", f"a={tmp_path}", f"b={tmp_path}", "--port", "8123", "--json")
+    assert code == 0
+    assert json.loads(out) == {"url": "http://127.0.0.1:8123/v1", "models": ["a", "b"], "pid": os.getpid()}
+
+
+class _Dashboard:
+    """As much of Ray's job client as `submit` uses; the job ends as it is told to."""
+
+    def __init__(self, status: str, exit_code: int | None) -> None:
+        self._status, self._exit_code, self.entrypoint = status, exit_code, ""
+
+    def get_address(self) -> str:
+        return "http://cluster:8265"
+
+    def submit_job(self, *, entrypoint: str, **_: object) -> str:
+        self.entrypoint = entrypoint
+        return "raysubmit_1"
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        yield "step 1\n"
+
+    def get_job_info(self, _: str) -> SimpleNamespace:
+        return SimpleNamespace(status=self._status, driver_exit_code=self._exit_code, message="")
+
+    def get_job_status(self, _: str) -> str:
+        return "PENDING"
+
+
+@pytest.mark.parametrize(
+    ("status", "driver_exit_code", "extra", "code", "told"),
+    [
+        ("SUCCEEDED", 0, [], 0, {"status": "SUCCEEDED", "exit_code": 0}),
+        ("FAILED", 4, [], 4, {"status": "FAILED", "exit_code": 4}),
+        ("RUNNING", None, ["--no-wait"], 0, {"status": "PENDING", "exit_code": None}),
+    ],
+)
+def test_submit_prints_one_object_and_the_log_elsewhere(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    job: str,
+    status: str,
+    driver_exit_code: int | None,
+    extra: list[str],
+    code: int,
+    told: dict[str, object],
+) -> None:
+    from rayswift.cluster import submit
+
+    dashboard = _Dashboard(status, driver_exit_code)
+    monkeypatch.setattr(submit, "_connect", lambda _: dashboard)
+    found, out, err = call(capsys, "submit", job, "train.lr=1e-3", "--json", *extra)
+    assert (found, json.loads(out)) == (code, {"submission": "raysubmit_1", **told})
+    assert ("step 1" in err) == (not extra)
+    assert dashboard.entrypoint.endswith(f"train {job} train.lr=1e-3")
+    found, out, err = call(capsys, "submit", job, *extra)
+    assert (found, err) == (code, "")
+    assert out == "submitted raysubmit_1\n" + ("" if extra else "step 1\n")
 
 
 @pytest.mark.parametrize("script", ["sft", "pt", "export", "serve"])

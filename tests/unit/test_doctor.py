@@ -36,6 +36,14 @@ def test_too_little_room_is_told_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(f.status == "warning" and f.fix for f in disks)
 
 
+def test_a_temporary_folder_that_is_not_there_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    checkup = examine(start_ray=False)
+    [found] = [finding for finding in checkup.findings if "No such file" in finding.found]
+    assert (found.status, found.fix) == ("problem", "make that folder, or unset TMPDIR")
+    assert not checkup.healthy
+
+
 def test_a_missing_package_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_requirements", lambda extra=None: ["surely-not-installed"])
     checkup = examine(start_ray=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 from contextlib import closing
 from pathlib import Path
 
@@ -139,6 +140,37 @@ def test_what_is_printed_when_ready_shows_no_key(monkeypatch: pytest.MonkeyPatch
     assert "$RAYSWIFT_API_KEY" in text
     assert _KEY not in text
     assert "http://127.0.0.1:8000/v1/chat/completions" in text
+    assert "export" not in text
+
+
+@pytest.mark.parametrize("set_before", [False, True])
+def test_what_is_printed_when_ready_works_with_a_key_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_before: bool
+) -> None:
+    """The shell that runs the printed lines sends a key that is accepted, whatever RAYSWIFT_API_KEY was before."""
+    from rayswift.serving.process import ready_text
+
+    file = tmp_path / "my keys"
+    file.write_text(f"\n{_KEY}\nanother-key-0001\n")
+    if set_before:
+        monkeypatch.setenv(auth.VARIABLE, "not-of-this-endpoint")
+    else:
+        monkeypatch.delenv(auth.VARIABLE, raising=False)
+    made = _spec(api_key_file=str(file))
+    lines = ready_text(made).splitlines()
+    end = next(at for at, line in enumerate(lines) if "from openai" in line)
+    script = "curl() { printf '%s\\n' \"$@\"; }\n" + "\n".join(lines[1:end]) + f"\nprintenv {auth.VARIABLE}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert f"Authorization: Bearer {_KEY}" in done.stdout.splitlines()
+    assert done.stdout.splitlines()[-1] == _KEY  # what the printed Python reads
+    assert auth.is_allowed(f"Bearer {_KEY}", auth.secured(made, {}).api_key_sha256)
+    assert _KEY not in "".join(lines)
+
+
+def test_a_folder_whose_name_is_no_models_name_gets_a_hint(tmp_path: Path) -> None:
+    (tmp_path / "my model").mkdir()
+    with pytest.raises(ConfigError, match=r"has a name that cannot be a model's .*; give it one: NAME='.*/my model'"):
+        spec.load(str(tmp_path / "my model"))
 
 
 def test_the_module_for_serve_run(root: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
