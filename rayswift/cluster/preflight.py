@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,9 +18,10 @@ from rayswift import plugins
 from rayswift.config.job import DataSource, Job
 from rayswift.data.inspect import preflight
 from rayswift.data.rendering import Rendering
-from rayswift.data.sources import index_sources
+from rayswift.data.sources import FileIndex, index_sources
 from rayswift.data.stream import StreamPlan, plan_stream
 from rayswift.errors import ConfigError, PlanError
+from rayswift.models.config_sizes import num_positions
 from rayswift.models.loading import check_folder
 from rayswift.planning.memory import checkpoint_bytes
 from rayswift.planning.model_shape import ModelShape, shape_from_config, shape_from_folder
@@ -51,6 +54,7 @@ def prepare(job: Job) -> Prepared:
     job = _absolute(job)
     method = plugins.load("methods", job.method.name, path="method.name")
     config = check_folder(job.model.path, chat_template=method.rendering == "chat")
+    _check_positions(job, config)
     shape = shape_from_folder(job.model.path) if os.path.isdir(job.model.path) else shape_from_config(config)
     train_stream = _stream(job, job.data.train, "data.train", method.rendering, epochs=job.train.epochs)
     eval_stream = _stream(job, job.data.eval, "data.eval", method.rendering, epochs=1) if job.data.eval else None
@@ -67,9 +71,8 @@ def _absolute(job: Job) -> Job:
             "eval": tuple(map(_absolute_source, job.data.eval)),
         }
     )
-    model = job.model
-    if os.path.isdir(model.path):
-        model = model.model_copy(update={"path": os.path.abspath(model.path)})
+    base = os.path.expanduser(job.model.path)
+    model = job.model.model_copy(update={"path": os.path.abspath(base) if os.path.isdir(base) else base})
     return job.model_copy(update={"data": data, "model": model, "output": _absolute_path(job.output)})
 
 
@@ -78,12 +81,22 @@ def _absolute_source(source: DataSource) -> DataSource:
 
 
 def _absolute_path(path: str) -> str:
-    return path if "://" in path or "::" in path else os.path.abspath(path)
+    return path if "://" in path or "::" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _check_positions(job: Job, config: Mapping[str, Any]) -> None:
+    """Raises ConfigError when sequences may be longer than the table of positions: the step would fail in a lookup."""
+    positions = num_positions(config)
+    if positions is not None and job.data.max_length > positions:
+        name = (config.get("architectures") or [config["model_type"]])[0]
+        raise ConfigError(f"is more than the {positions} positions of {name}", path="data.max_length",
+                          value=job.data.max_length, fix=f"use {positions}")  # fmt: skip
 
 
 def _stream(job: Job, sources: tuple[DataSource, ...], path: str, rendering: Rendering, *, epochs: int) -> StreamPlan:
     files = index_sources(sources, path=path)
     formats = preflight(sources, files, path=path)
+    _check_weights(sources, files, path)
     held_out = path == "data.eval"
     return plan_stream(
         files,
@@ -94,6 +107,19 @@ def _stream(job: Job, sources: tuple[DataSource, ...], path: str, rendering: Ren
         epochs=epochs,
         seed=job.train.seed,
     )
+
+
+def _check_weights(sources: Sequence[DataSource], files: Sequence[FileIndex], path: str) -> None:
+    """Raises ConfigError for a source whose weight leaves no row of it in an epoch."""
+    for number, source in enumerate(sources):
+        num_rows = sum(file.num_rows for file in files if file.source == number)
+        if num_rows and num_rows * source.weight < 1 - 1e-9:
+            raise ConfigError(
+                f"gives none of the {num_rows} rows of {source.path} in an epoch",
+                path=f"{path}.{number}.weight",
+                value=source.weight,
+                fix=f"use at least {1.1 / num_rows:.2g}",  # above 1 / num_rows after rounding
+            )
 
 
 def _check_run(job: Job) -> CheckpointManifest | None:

@@ -15,6 +15,13 @@ from rayswift.models.shapes import OPTIONS
 _SIZES = ("layers", "hidden_size", "heads", "kv_heads", "intermediate_size", "max_length", "vocab_size")
 # The others are 0 or -1 in some published configs, for "none" or "no limit".
 _POSITIVE = ("layers", "hidden_size", "heads", "vocab_size")
+# Architectures with a table of as many positions as their config says; the others compute any position. Found by
+# running each of transformers 5.17 on more tokens than its config allows. A config with n_positions always has one.
+_TABLES = frozenset({
+    "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "biogpt", "blenderbot", "blenderbot-small",
+    "electra", "ernie", "gpt_neo", "marian", "mbart", "megatron-bert", "mpt", "mvp", "opt", "pegasus", "rembert",
+    "roc_bert", "roformer", "trocr",
+})  # fmt: skip
 _FIX = "copy the config.json of the model again"
 
 
@@ -33,6 +40,14 @@ def check_sizes(config: Mapping[str, Any], path: str, *, field: str = "model.pat
             value=path,
             fix=_FIX,
         )
+
+
+def num_positions(config: Mapping[str, Any]) -> int | None:
+    """The longest sequence a model can take at all; None where positions are computed and longer ones only unusual."""
+    if config.get("model_type") not in _TABLES and "n_positions" not in config:
+        return None
+    name = _name_of("max_length", config)
+    return None if name is None else int(config[name])
 
 
 def _name_of(size: str, config: Mapping[str, Any]) -> str | None:

@@ -77,6 +77,23 @@ def cut_off_weights(folder: Path, job: dict[str, Any]) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
+def a_source_of_no_rows(folder: Path, job: dict[str, Any]) -> None:
+    job["data"]["train"].append({"path": str(folder / "rows.jsonl"), "weight": 0.01})
+
+
+def no_positions_for_the_length(folder: Path, job: dict[str, Any]) -> None:
+    _copy_model(folder, job)
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": 64}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    job["data"]["max_length"] = 128
+
+
+def a_config_that_cannot_be(folder: Path, job: dict[str, Any]) -> None:
+    _copy_model(folder, job)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
+
+
 def unknown_method(folder: Path, job: dict[str, Any]) -> None:
     job["method"] = {"name": "stf"}
 
@@ -105,10 +122,14 @@ BAD_INPUT: list[tuple[Spoil, type[RaySwiftError], str]] = [
     (no_tokenizer, ConfigError, r"model\.path=.*model has no tokenizer"),
     (no_chat_template, ConfigError, r"model\.path=.*model .*chat template"),
     (cut_off_weights, ConfigError, r"model\.path=.*model\.safetensors"),
+    (a_source_of_no_rows, ConfigError, r"data\.train\.1\.weight=0\.01 gives none of the 20 rows .*use at least 0\.055"),
+    (no_positions_for_the_length, ConfigError,
+     r"^data\.max_length=128 is more than the 64 positions of GPT2LMHeadModel; use 64$"),
+    (a_config_that_cannot_be, ConfigError, r"model\.path=.*num_attention_heads=0 is not a positive number"),
     (unknown_method, ConfigError, r"method\.name=stf .*did you mean sft\?"),
     (nothing_to_continue, ConfigError, r"train\.resume=must .*no valid checkpoint"),
     (output_is_a_file, ConfigError, r"output=.*runs cannot be written to"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("spoil", "error", "message"), BAD_INPUT, ids=[case[0].__name__ for case in BAD_INPUT])
@@ -188,3 +209,20 @@ def test_a_run_continues_from_a_directory_where_its_base_is_elsewhere(
     typed = {**plain, "model": {"path": f"models/{tiny_model_dir.name}"}}
     (run_dir / "job.yaml").write_text(Job.model_validate(typed).model_dump_json())
     assert prepare(Job.model_validate(plain)).checkpoint is None
+
+
+def test_a_tilde_is_the_home_of_the_user(
+    tmp_path: Path, plain: dict[str, Any], tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    plain |= {"output": "~/out", "model": {"path": "~/base"}, "data": {"train": [{"path": "~/rows.jsonl"}]}}
+    job = prepare(Job.model_validate(plain)).job
+    assert job.output == str(tmp_path / "out")
+    assert job.model.path == str(tmp_path / "base")
+    assert job.data.train[0].path == str(tmp_path / "rows.jsonl")
+
+
+def test_the_smallest_weight_offered_is_enough(plain: dict[str, Any]) -> None:
+    plain["data"]["train"][0]["weight"] = 0.055
+    assert prepare(Job.model_validate(plain)).train_stream.num_rows_total == 1

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from rayswift.config.job import ModelSpec
 from rayswift.errors import ConfigError
 from rayswift.models.adapters import load_base
+from rayswift.models.config_sizes import num_positions
 from rayswift.models.init import init_model
 from rayswift.models.loading import attention_of, check_folder, load_config, load_model, load_tokenizer, split_id
 
@@ -305,3 +306,18 @@ def test_hub_id_is_downloaded_once(hub: str, tmp_path: Path, tiny_model_dir: Pat
 def test_unknown_hub_id_and_revision_are_told_apart(hub: str, tmp_path: Path) -> None:
     assert "has no revision v9 on the hub" in _resolve("org/tiny@v9", hub, tmp_path)
     assert "is neither a folder nor a model on the hub" in _resolve("org/nothing", hub, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "gpt2", "n_positions": 64}, 64),
+        ({"model_type": "opt", "max_position_embeddings": 2048}, 2048),
+        ({"model_type": "mpt", "max_seq_len": 32}, 32),
+        ({"model_type": "gpt2"}, None),
+        ({"model_type": "llama", "max_position_embeddings": 64}, None),
+        ({"model_type": "bloom"}, None),
+    ],
+)
+def test_only_a_table_of_positions_ends(config: dict[str, object], expected: int | None) -> None:
+    assert num_positions(config) == expected
