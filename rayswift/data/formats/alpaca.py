@@ -10,7 +10,7 @@ from rayswift.data.types import Message, Sample
 
 
 class Alpaca:
-    """The question is `instruction`, a newline and `input`; the answer is `output`."""
+    """The question is `instruction`, a newline and `input` (and `context`, as Dolly calls it); the answer `output`."""
 
     def matches(self, columns: frozenset[str]) -> int:
         """10 with both `instruction` and `output`."""
@@ -18,7 +18,7 @@ class Alpaca:
 
     def normalise(self, row: dict[str, Any]) -> Sample:
         """A conversation of the history and one more pair. Raises RowError without a question or an answer."""
-        parts = [text(row.get(name), name) for name in ("instruction", "input")]
+        parts = [text(row.get(name), name) for name in ("instruction", "input", "context")]
         question = "\n".join(part for part in parts if part.strip())
         if not question:
             raise RowError("`instruction` is empty")
