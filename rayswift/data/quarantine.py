@@ -40,7 +40,7 @@ class Quarantine:
     def __init__(self, path: str, total_rows: int, max_bad_fraction: float) -> None:
         """Continues the file at `path`, a local path or URL; a line cut off by a crash is dropped and written again."""
         self._path, self._total_rows, self._max_bad_fraction = path, total_rows, max_bad_fraction
-        self._rows = {(row.file, row.row): row for row in _read(path)}
+        self._rows = {row.identity: row for row in _read(path)}
 
     @property
     def rows(self) -> tuple[BadRow, ...]:
@@ -49,7 +49,7 @@ class Quarantine:
 
     def add(self, bad: Iterable[BadRow]) -> None:
         """Keeps new bad rows on disk, then raises DataError when the budget is exceeded."""
-        fresh = {(row.file, row.row): row for row in bad if (row.file, row.row) not in self._rows}
+        fresh = {row.identity: row for row in bad if row.identity not in self._rows}
         if fresh:
             self._rows |= fresh
             _write(self._path, self._rows.values())

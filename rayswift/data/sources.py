@@ -148,7 +148,7 @@ def read_range(path: str, start: int, stop: int) -> bytes:
 def bad_row(index: FileIndex, row: int, line: int | None, reason: str, content: str = "") -> BadRow:
     """A BadRow of this file, with the content cut to what a person needs to recognise the row."""
     excerpt = content[:300].encode("utf-8", "replace").decode()
-    return BadRow(file=index.path, row=row, line=line, reason=reason, content=excerpt)
+    return BadRow(file=index.path, row=row, line=line, reason=reason, content=excerpt, sha256=index.sha256)
 
 
 def _index_file(file: str, source: DataSource, number: int, path: str, span_rows: int) -> FileIndex:

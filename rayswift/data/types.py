@@ -52,13 +52,19 @@ class Example:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be trained on, and why. Becomes one line of quarantine.jsonl."""
+    """A row that cannot be trained on, and why. Becomes one line of quarantine.jsonl. `sha256` is its file's."""
 
     file: str
     row: int
     line: int | None
     reason: str
     content: str = ""
+    sha256: str = ""
+
+    @property
+    def identity(self) -> tuple[str, str, int]:
+        """The same for the same row of the same file wherever its folder lies: a submitted job gets a new one."""
+        return self.file.rpartition("/")[2], self.sha256, self.row
 
     def to_json(self) -> str:
         """One JSON object on one line."""

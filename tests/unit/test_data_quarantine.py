@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rayswift.config.job import DataSource
 from rayswift.data.quarantine import Quarantine, check
+from rayswift.data.sources import index_sources, read_rows
 from rayswift.data.types import BadRow
 from rayswift.errors import DataError
+from tests.data_cases import write_jsonl
 
 
 def bad(row: int, line: int | None = None) -> BadRow:
@@ -45,3 +49,17 @@ def test_every_row_is_kept_once_and_the_file_is_continued(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"3 of 100 .*a\.jsonl row 7"):
         second.add([bad(8)])
     assert len(path.read_text().splitlines()) == 3, "the rows that broke the budget can be looked at"
+
+
+def test_a_run_resumed_from_another_folder_counts_a_row_once(tmp_path: Path) -> None:
+    for session in "12":
+        folder = tmp_path / f"working_dir_{session}"
+        folder.mkdir()
+        rows = ["{", *({"text": "a"} for _ in range(49))]
+        (file,) = index_sources([DataSource(path=str(write_jsonl(folder / "a.jsonl", rows)))])
+        found = [row for span in file.spans for _, _, row in read_rows(file, span) if isinstance(row, BadRow)]
+        quarantine = Quarantine(str(tmp_path / "run" / "quarantine.jsonl"), 50, 0.02)
+        quarantine.add(found)
+    assert len(quarantine.rows) == 1
+    with pytest.raises(DataError, match="2 of 50"):
+        quarantine.add([replace(found[0], sha256="of another a.jsonl")])
