@@ -21,6 +21,10 @@ class GpuSpec:
     memory_tb_s: float
     nvlink_gb_s: float = 0
 
+    def tflops(self, dtype: str) -> float | None:
+        """The dense rate in a dtype: both 16-bit types run at the same; None for float32, which has no figure here."""
+        return None if dtype == "float32" else self.bf16_tflops
+
 
 GPUS = (
     GpuSpec("A100-40GB", 40 * GB, 312, 1.56, 300),

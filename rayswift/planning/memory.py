@@ -36,11 +36,16 @@ class MemoryEstimate:
 
 
 def trainable_params(shape: ModelShape, job: Job) -> int:
-    """Parameters that get gradients. A LoRA pair on a (d, d) matrix has 2 * rank * d of them, 7 matrices a block."""
+    """Parameters that get gradients. A LoRA pair on an (n, m) matrix has rank * (n + m) of them."""
     if job.adapter is None:
         return shape.num_params
-    width = 4 * shape.hidden_size + 3 * (shape.hidden_size + shape.intermediate_size)
-    return shape.num_layers * job.adapter.rank * (width + 4 * shape.hidden_size)
+    wanted = job.adapter.targets
+    targets = (wanted,) if isinstance(wanted, str) else wanted
+    return job.adapter.rank * sum(
+        layer.num_in + layer.num_out
+        for layer in shape.linear_layers()
+        if wanted == "all-linear" or any(map(layer.is_named, targets))
+    )
 
 
 def estimate(shape: ModelShape, job: Job, layout: Layout) -> MemoryEstimate:

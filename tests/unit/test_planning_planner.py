@@ -49,7 +49,7 @@ def test_layout_of_the_workers(changes: dict[str, object], cluster: ClusterSpec,
 
 
 def test_gpu_workers_take_a_device_each_and_leave_cores_for_the_data() -> None:
-    made = planned(make_job(), gpu_cluster(8, num_cpus=96))
+    made = planned(make_job(**{"model.dtype": "bfloat16"}), gpu_cluster(8, num_cpus=96))
     assert made.placement.resources_per_worker == {"CPU": 2.0, "GPU": 1.0}
     assert made.placement.data_cpus == 80
     assert made.tokens_per_second is not None
