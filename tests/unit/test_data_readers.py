@@ -141,13 +141,63 @@ def test_csv_with_quoted_newlines(tmp_path: Path, span_rows: int) -> None:
 
 def test_csv_bad_records(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_bytes(b'q,a\n1,2\n1,2,3\n\nx,\xff\ny,"never closed\nz,1\n')
-    good, ragged, encoding, unclosed = (row for _, _, row in rows_of(index_of(path)))
+    path.write_bytes(b'q,a\n1,2\n1,2,3\n\nx,\xff\n"a"b,c\nq\rx,a\ny,"never closed\nz,1\n')
+    rows = rows_of(index_of(path))
+    good, ragged, encoding, lenient, newline, unclosed, last = (row for _, _, row in rows)
+    assert [line for _, line, _ in rows] == [2, 3, 5, 6, 7, 8, 9]
     assert good == {"q": "1", "a": "2"}
     assert ragged.reason == "has 3 fields, the header has 2"
     assert encoding.reason == "is not UTF-8: byte 3 is 0xff"
     assert encoding.line == 5
+    assert lenient == {"q": "ab", "a": "c"}
+    assert newline.reason.startswith("is not CSV: new-line character seen in unquoted field")
     assert unclosed.reason == "has a quote that is never closed"
+    assert last == {"q": "z", "a": "1"}
+
+
+@pytest.mark.parametrize("span_rows", [1, 7, 256])
+@pytest.mark.parametrize(
+    "closes", ["", 'q950,"a950"', 'q950,"a950', 'q950,"'], ids=["never", "later", "again", "empty"]
+)
+def test_a_quote_that_is_not_closed_swallows_no_row(tmp_path: Path, span_rows: int, closes: str) -> None:
+    lines = [f"q{i},a{i}" for i in range(1000)]
+    lines[900] = 'q900,"a900'
+    if closes:
+        lines[950] = closes
+    path = tmp_path / "a.csv"
+    path.write_text("question,answer\n" + "\n".join(lines) + "\n")
+    index = index_of(path, span_rows=span_rows)
+    rows = rows_of(index)
+    if closes == 'q950,"':  # nothing tells this from a field of 51 lines
+        assert index.num_rows == 950
+        return
+    assert index.num_rows == len(rows) == 1000
+    assert [line for _, line, _ in rows] == list(range(2, 1002))
+    bad = [(row.line, row.reason) for _, _, row in rows if isinstance(row, BadRow)]
+    expected = [902, 952] if closes == 'q950,"a950' else [902]
+    assert bad == [(line, "has a quote that is never closed") for line in expected]
+    assert rows[901][2] == {"question": "q901", "answer": "a901"}
+
+
+def test_a_broken_text_of_several_lines_gives_no_made_up_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('q,a\n"Dear all,\nhello, world\n\nbye" x,y\n"one, two\nthree, four",b,c\nz,1\n')
+    rows = rows_of(index_of(path))
+    assert [line for _, line, _ in rows] == [2, 3, 5, 6, 7, 8]
+    assert rows[-1][2] == {"q": "z", "a": "1"}
+    reasons = [row.reason for _, _, row in rows[:-1]]
+    assert reasons == ["is not CSV: ',' expected after '\"'"] * 3 + ["has 3 fields, the header has 2"] * 2
+
+
+def test_the_index_that_pandas_writes_is_no_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(",question,answer\n0,q,a\n")
+    assert [row for _, _, row in rows_of(index_of(path))] == [{"question": "q", "answer": "a"}]
+    for header in ("question,,answer", "", '""', '"question,answer'):
+        path.write_text(header + "\n0,q,a\n")
+        if header:
+            with pytest.raises(DataError, match="the header"):
+                index_of(path)
 
 
 def test_csv_header_and_tabs(tmp_path: Path) -> None:
