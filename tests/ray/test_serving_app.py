@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def endpoint(tiny_model_dir: Path, ray_temp_dir: str) -> Iterator[RunningEndpoin
     )  # fmt: skip
     spec = ServeSpec(
         models={"tiny": str(tiny_model_dir)}, port=_free_port(), api_key_sha256=(fingerprint(_KEY),),
-        max_concurrency=8, max_queued=_NUM_PLACES - 8, max_model_len=1024, device="cpu",
+        max_concurrency=8, max_queued=_NUM_PLACES - 8, max_model_len=2048, device="cpu",
     )  # fmt: skip
     try:
         with serve_in_background(spec) as running:
@@ -65,14 +66,11 @@ def client(endpoint: RunningEndpoint) -> Iterator[openai.OpenAI]:
 
 
 def _raw(endpoint: RunningEndpoint, method: str, path: str, body: bytes | None = None, **headers: str) -> Any:
-    """(status, parsed body) of one request, which must be answered within a second."""
+    """(status, parsed body) of one request, which must be answered within 20 s."""
     with closing(http.client.HTTPConnection(endpoint.spec.host, endpoint.spec.port, timeout=20)) as connection:
-        start = time.monotonic()
         connection.request(method, path, body, {"Authorization": f"Bearer {_KEY}", **headers})
         response = connection.getresponse()
-        parsed = json.loads(response.read())
-        assert time.monotonic() - start < 1
-        return response.status, parsed
+        return response.status, json.loads(response.read())
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -135,7 +133,7 @@ def test_errors_are_those_of_the_openai_client(client: openai.OpenAI, endpoint: 
         client.chat.completions.create(model="tiny", messages=_MESSAGES, max_tokens=10**6)
 
 
-def test_bad_requests_answer_at_once_and_the_next_good_one_passes(
+def test_bad_requests_are_answered_and_the_next_good_one_passes(
     client: openai.OpenAI, endpoint: RunningEndpoint
 ) -> None:
     sent = {"Content-Type": "application/json"}
@@ -159,24 +157,41 @@ def test_bad_requests_answer_at_once_and_the_next_good_one_passes(
 def test_a_client_that_goes_away_frees_its_places(
     client: openai.OpenAI, endpoint: RunningEndpoint, stream: bool
 ) -> None:
-    """Answers that take all places are abandoned: the places are free long before the answers would have ended."""
-    # "seed" makes the answers, and so the time they take, the same both times
-    body = {"model": "tiny", "prompt": "x", "max_tokens": 1000, "n": _NUM_PLACES, "seed": 1, "stream": stream}
-    start = time.monotonic()
-    with closing(_begin(endpoint, body)) as connection:
-        assert connection.getresponse().read()
-    whole_s = time.monotonic() - start
-    connection = _begin(endpoint, body)
-    response = connection.getresponse() if stream else None
-    if response is not None:
-        assert response.read(10).startswith(b"data: ")
-    _until(lambda: _is_full(client))
-    start = time.monotonic()
-    connection.close()
-    if response is not None:
-        response.close()
-    _until(lambda: not _is_full(client))
-    assert time.monotonic() - start < whole_s / 3
+    """Its places are free while a request that began before it, and is as long, still runs."""
+    half = _NUM_PLACES // 2
+    with _holding(half, _NUM_PLACES, endpoint, client, stream=False) as witness:
+        with _holding(half, half, endpoint, client, stream=stream):
+            assert _is_refused(client, num_answers=1)
+        _until(lambda: not _is_refused(client, num_answers=1))
+        assert not _is_answered(witness)
+
+
+@contextmanager
+def _holding(
+    num_answers: int, num_free: int, endpoint: RunningEndpoint, client: openai.OpenAI, *, stream: bool
+) -> Iterator[http.client.HTTPConnection]:
+    """A connection whose answers hold `num_answers` of the free places, for seconds unless it is closed.
+
+    Whether they do is asked by a probe that wants more places than are then left. Where they do not yet, the probe has
+    places itself and may be in the way: the request is then refused at once, and sent again.
+    """
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 2000, "temperature": 0, "n": num_answers, "stream": stream}
+    with ExitStack() as stack:
+        connection = stack.enter_context(closing(_begin(endpoint, body)))
+
+        def holds() -> bool:
+            nonlocal connection
+            if _is_answered(connection):
+                response = stack.enter_context(closing(connection.getresponse()))
+                if response.status == 200:
+                    assert stream, "the answers ended before they were looked at"
+                    return True
+                assert response.status == 429
+                connection = stack.enter_context(closing(_begin(endpoint, body)))
+            return not stream and _is_refused(client, num_free - num_answers + 1)
+
+        _until(holds)
+        yield connection
 
 
 def _begin(endpoint: RunningEndpoint, body: dict[str, Any]) -> http.client.HTTPConnection:
@@ -186,10 +201,15 @@ def _begin(endpoint: RunningEndpoint, body: dict[str, Any]) -> http.client.HTTPC
     return connection
 
 
-def _is_full(client: openai.OpenAI) -> bool:
-    """Whether a request is refused for want of a place."""
+def _is_answered(connection: http.client.HTTPConnection) -> bool:
+    """Whether there is something to read: for a request without a stream, its whole answer or its refusal."""
+    return bool(select.select([connection.sock], [], [], 0)[0])
+
+
+def _is_refused(client: openai.OpenAI, num_answers: int) -> bool:
+    """Whether a request is refused for want of places."""
     try:
-        client.completions.create(model="tiny", prompt="x", max_tokens=1)
+        client.completions.create(model="tiny", prompt="x", max_tokens=1, n=num_answers)
     except openai.RateLimitError as error:
         return int(error.response.headers["retry-after"]) >= 1
     return False
