@@ -1,22 +1,22 @@
-"""Where rows come from: paths, globs and URLs -> indexed files -> raw rows, all through fsspec.
+"""Where rows come from: sources -> indexed files -> raw rows.
 
 Knows files, spans and the Reader protocol; what a row means is known by `formats/`, how a kind of file is
-cut into spans by `readers/`.
+cut into spans by `readers/`, where the bytes of a file lie by `paths`.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
-from typing import IO, Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 from rayswift import plugins
 from rayswift.config.job import DataSource
+from rayswift.data.paths import closest, file_name, find
 from rayswift.data.types import BadRow
-from rayswift.errors import ConfigError, DataError
+from rayswift.errors import ConfigError
 
 RawRow = tuple[int, int | None, dict[str, Any] | BadRow]
 """Row number in the file (from 0), 1-based line where the kind of file has lines, and the row or why it is bad."""
@@ -84,19 +84,18 @@ class Reader(Protocol):
 def resolve(source: DataSource, index: int, *, path: str = "data.train") -> list[str]:
     """The sorted absolute paths or URLs of a source's files. Raises ConfigError when there is none.
 
-    A folder stands for the files below it that a reader knows.
+    A folder stands for the data files below it that a reader knows; see `paths.find`.
     """
     place = f"{path}.{index}.path"
     try:
-        filesystem, name = _filesystem(source.path)
-        found = _matches(filesystem, name)
+        found = find(source.path, tuple(_extensions()))
     except Exception as error:  # every fsspec backend raises its own types; none may reach the user as a traceback
         raise ConfigError(
             f"cannot be opened: {_one_line(error)}", path=place, value=source.path, fix=_install_hint(error)
         ) from error
     if not found:
-        raise ConfigError(_missing_rule(source.path), path=place, value=source.path, fix=_closest(filesystem, name))
-    return [_full_name(filesystem, one) for one in found]
+        raise ConfigError(_missing_rule(source.path), path=place, value=source.path, fix=closest(source.path))
+    return found
 
 
 def index_sources(
@@ -125,26 +124,6 @@ def read_rows(index: FileIndex, span: Span) -> Iterator[RawRow]:
     return islice(_reader(index.reader).read(index, span), span.num_rows)
 
 
-def open_file(path: str) -> IO[bytes]:
-    """The file, opened for reading bytes."""
-    filesystem, name = _filesystem(path)
-    return cast(IO[bytes], filesystem.open(name, "rb"))
-
-
-def read_range(path: str, start: int, stop: int) -> bytes:
-    """Bytes `start` to `stop` of a file, in one request. Raises DataError when the file is gone or shorter."""
-    filesystem, name = _filesystem(path)
-    try:
-        data = cast(bytes, filesystem.cat_file(name, start=start, end=stop))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} was removed after it was indexed; put it back and resume the run") from error
-    if len(data) > stop - start:  # a web server that ignores the Range header sends the whole file
-        data = data[start:stop]
-    if len(data) != stop - start:
-        raise DataError(f"{path} changed after it was indexed; leave data files alone while a run reads them")
-    return data
-
-
 def bad_row(index: FileIndex, row: int, line: int | None, reason: str, content: str = "") -> BadRow:
     """A BadRow of this file, with the content cut to what a person needs to recognise the row."""
     excerpt = content[:300].encode("utf-8", "replace").decode()
@@ -163,7 +142,7 @@ def _index_file(file: str, source: DataSource, number: int, path: str, span_rows
 def _reader_name(file: str, place: str) -> str:
     known = _extensions()
     for extension, name in known.items():
-        if file.lower().endswith(extension):
+        if file_name(file).lower().endswith(extension):
             return name
     raise ConfigError(
         "has no extension that a reader knows", path=place, value=file, fix=f"use one of {', '.join(sorted(known))}"
@@ -181,48 +160,8 @@ def _reader(name: str) -> Reader:
     return cast(Reader, plugins.load("data.readers", name)())
 
 
-@cache
-def _filesystem(path: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
-    filesystem, name = url_to_fs(path)
-    return filesystem, name
-
-
-def _matches(filesystem: Any, name: str) -> list[str]:
-    """A name that exists is taken as it is, so that brackets in a file name are not read as a glob."""
-    if filesystem.isfile(name):
-        return [name]
-    if filesystem.isdir(name):
-        endings = tuple(_extensions())
-        return sorted(file for file in filesystem.find(name) if file.lower().endswith(endings))
-    if any(mark in name for mark in "*?["):
-        return sorted(file for file in filesystem.glob(name) if filesystem.isfile(file))
-    return [name] if filesystem.exists(name) else []
-
-
-def _full_name(filesystem: Any, name: str) -> str:
-    protocol = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
-    return name if protocol in ("file", "local") else str(filesystem.unstrip_protocol(name))
-
-
 def _missing_rule(path: str) -> str:
-    return "matches no file" if any(mark in path for mark in "*?[") else "does not exist, or is an empty folder"
-
-
-def _closest(filesystem: Any, name: str) -> str | None:
-    """The most similar name beside a missing one. A folder that cannot be listed has nothing to suggest."""
-    parent, _, base = name.rpartition("/")
-    try:
-        beside = [str(one).rstrip("/").rpartition("/")[2] for one in filesystem.ls(parent or ".", detail=False)]
-    except Exception:  # only a hint is lost, and the error that is about to be raised names the path
-        return f"check the path; its folder {parent} does not exist"
-    close = difflib.get_close_matches(base, beside, n=1, cutoff=0.5)
-    return (
-        f"did you mean {parent}/{close[0]}?"
-        if close
-        else f"the folder has {', '.join(sorted(beside)[:5]) or 'no files'}"
-    )
+    return "matches no file" if any(mark in path for mark in "*?[") else "does not exist, or is a folder without data"
 
 
 def _install_hint(error: Exception) -> str | None:

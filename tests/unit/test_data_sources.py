@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -28,6 +29,65 @@ def test_a_file_a_glob_and_a_folder(folder: Path) -> None:
     assert names("*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert names("**/*.jsonl") == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
     assert names("") == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
+
+
+def test_a_folder_stands_for_its_data_only(tmp_path: Path) -> None:
+    beside = [
+        *("README.md", "readme.txt", "README_zh.txt", "LICENSE", "LICENSE.txt", "dataset_info.json"),
+        *("dataset_infos.json", "dataset_info_v2.json", "notes.md", ".hidden.jsonl", ".cache/a.jsonl", "x/.git/a.txt"),
+    ]
+    for name in (*beside, "a.jsonl", "x/b.txt", "license_plates.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x\n")
+
+    def names(path: Path | str) -> list[str]:
+        return [name.removeprefix(f"{tmp_path}/") for name in resolve(DataSource(path=str(path)), 0)]
+
+    assert names(tmp_path) == ["a.jsonl", "license_plates.csv", "x/b.txt"]
+    assert names(f"{tmp_path}/") == names(tmp_path)
+    assert names(tmp_path / ".cache") == [".cache/a.jsonl"]
+    assert names(tmp_path / "notes.md") == ["notes.md"]
+    assert names(tmp_path / "*.md") == ["README.md", "notes.md"]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text("x\n")
+    with pytest.raises(ConfigError, match="is a folder without data"):
+        names(tmp_path / "docs")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("zip://b.jsonl::z.zip", ["zip://b.jsonl::{0}/z.zip"]),
+        ("zip://*.jsonl::file://{0}/z.zip", ["zip://a.jsonl::file://{0}/z.zip", "zip://b.jsonl::file://{0}/z.zip"]),
+        ("zip://deep::{0}/z.zip", ["zip://deep/c.tsv::{0}/z.zip"]),
+        ("simplecache::file://{0}/a.jsonl", ["simplecache::file://{0}/a.jsonl"]),
+        ("simplecache::{0}/*.jsonl", ["simplecache::{0}/a.jsonl", "simplecache::{0}/b.jsonl"]),
+        ("simplecache::zip://b.jsonl::{0}/z.zip", ["simplecache::zip://b.jsonl::{0}/z.zip"]),
+    ],
+)
+def test_chained_urls(folder: Path, path: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with ZipFile(folder / "z.zip", "w") as archive:
+        for name in ("a.jsonl", "b.jsonl"):
+            archive.write(folder / name, name)
+        archive.writestr("deep/c.tsv", "text\tx\n1\t2\n")
+    monkeypatch.chdir(folder)
+    source = DataSource(path=path.format(folder))
+    assert resolve(source, 0) == [one.format(folder) for one in expected]
+    monkeypatch.chdir("/")
+    files = index_sources([source.model_copy(update={"path": expected[0].format(folder)})])
+    rows = [row for file in files for span in file.spans for _, _, row in read_rows(file, span)]
+    assert rows == [{"text": "1", "x": "2"}] if "deep" in path else [{"text": rows[0]["text"]}] * 3  # type: ignore[index]
+
+
+def test_a_chained_url_that_leads_nowhere(folder: Path) -> None:
+    with ZipFile(folder / "z.zip", "w") as archive:
+        archive.write(folder / "a.jsonl", "a.jsonl")
+    for path, rule in (
+        (f"zip://a.jsnl::{folder}/z.zip", r"did you mean a\.jsonl\?"),
+        ("zip://a::/no.zip", "cannot be"),
+    ):
+        with pytest.raises(ConfigError, match=rule):
+            resolve(DataSource(path=path), 0)
 
 
 def test_a_relative_path_becomes_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

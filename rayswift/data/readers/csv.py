@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import IO, Any, ClassVar
 
 from rayswift.data.lines import BOM
+from rayswift.data.paths import file_name, open_file, read_range
 from rayswift.data.records import Record, records
-from rayswift.data.sources import FileIndex, RawRow, ReadOptions, Span, bad_row, open_file, read_range
+from rayswift.data.sources import FileIndex, RawRow, ReadOptions, Span, bad_row
 from rayswift.data.types import BadRow
 from rayswift.errors import DataError
 
@@ -66,7 +67,7 @@ class _HashedLines:
 
 
 def _delimiter(path: str) -> str:
-    return "\t" if path.lower().endswith(".tsv") else ","
+    return "\t" if file_name(path).lower().endswith(".tsv") else ","
 
 
 def _is_row(record: Record) -> bool:

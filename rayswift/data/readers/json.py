@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from rayswift.data.lines import BOM
+from rayswift.data.paths import open_file, read_range
 from rayswift.data.readers.jsonl import Jsonl, parse_object
-from rayswift.data.sources import FileIndex, RawRow, ReadOptions, Span, bad_row, open_file, read_range
+from rayswift.data.sources import FileIndex, RawRow, ReadOptions, Span, bad_row
 from rayswift.errors import DataError
 
 _BETWEEN = re.compile(r"[ \t\r\n,]*")

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from rayswift.data.lines import scan_lines, split_lines
-from rayswift.data.sources import FileIndex, RawRow, ReadOptions, Span, bad_row, open_file, read_range
+from rayswift.data.paths import open_file, read_range
+from rayswift.data.sources import FileIndex, RawRow, ReadOptions, Span, bad_row
 
 
 class Jsonl:

@@ -11,7 +11,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from rayswift.data.sources import FileIndex, RawRow, ReadOptions, Span, open_file
+from rayswift.data.paths import open_file
+from rayswift.data.sources import FileIndex, RawRow, ReadOptions, Span
 from rayswift.errors import DataError
 
 if TYPE_CHECKING:

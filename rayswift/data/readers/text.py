@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from rayswift.data.lines import BOM, scan_lines, split_lines
-from rayswift.data.sources import FileIndex, RawRow, ReadOptions, Span, bad_row, open_file, read_range
+from rayswift.data.paths import open_file, read_range
+from rayswift.data.sources import FileIndex, RawRow, ReadOptions, Span, bad_row
 
 
 class Text:
