@@ -125,6 +125,8 @@ def _fix(loc: tuple[str | int, ...], details: ErrorDetails, model: type[BaseMode
         return f"did you mean {close[0]}?" if close else f"write one of {', '.join(words)}"
     if details["type"] in ("tuple_type", "list_type", "too_short") and keys.level(loc, model) is not None:
         return f"write {path}: [{{path: FILE}}], or {path}.0.path=FILE on the command line"
+    if details["type"] in ("tuple_type", "list_type"):
+        return f"write {path}=[{details['input']}]"
     if details["type"] in ("model_type", "model_attributes_type"):
         below = keys.level(loc, model)
         names = ", ".join(list(below.model_fields)[:6]) if below else ""

@@ -135,6 +135,7 @@ def test_an_override_sets_one_value(job_file: Path, override: str, read) -> None
         ("method.name=sfft", ["method.name=sfft is not one of the methods", "did you mean sft?"]),
         ("method.beta=0.1", ["method.beta is not an option of the method"]),
         ("data.train=x.jsonl", ["data.train=x.jsonl is not a list", "data.train.0.path=FILE"]),
+        ("logging.trackers=wandb", ["logging.trackers=wandb is not a list; write logging.trackers=[wandb]"]),
         ("data.train=[]", ["too few entries"]),
         ("data.train.path=x", ["data.train is a list of 1", "data.train.0.path"]),
         ("data.train.5.path=x", ["data.train has 1 entries", "data.train.1"]),
@@ -261,6 +262,11 @@ def test_a_script_insists_on_its_method(job_file: Path) -> None:
 def test_validate_takes_plain_data() -> None:
     job = validate({"name": "d", "model": {"path": "m"}, "data": {"train": [{"path": "x"}]}})
     assert isinstance(job, Job)
+
+
+def test_a_number_may_be_written_as_text() -> None:
+    plain = {"name": "d", "model": {"path": "m"}, "data": {"train": [{"path": "x"}]}, "train": {"lr": "2e-5"}}
+    assert validate(plain).train.lr == 2e-5
 
 
 def test_words_of_yaml_1_1_stay_words(job_file: Path) -> None:

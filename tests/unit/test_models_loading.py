@@ -168,6 +168,12 @@ def test_layers_that_the_config_has_not_are_never_left_out(folder: Path) -> None
         load_model(ModelSpec(path=str(folder)))
 
 
+def test_layers_that_predict_further_tokens_are_no_mistake(folder: Path) -> None:
+    # DeepSeek and GLM store them behind the last layer, and transformers never builds them
+    change_config(folder, num_hidden_layers=1, layer_types=None, num_nextn_predict_layers=1)
+    assert load_model(ModelSpec(path=str(folder)))
+
+
 def test_weights_without_a_place_in_any_layer_are_left_out(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights |= {
