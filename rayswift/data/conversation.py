@@ -131,10 +131,10 @@ def kind(value: object) -> str:
 def _turn(turn: Any, number: int) -> Iterable[Message]:
     if not isinstance(turn, dict):
         raise RowError(f"turn {number} is {kind(turn)}, not an object")
-    role = turn.get("role", turn.get("from"))
+    role = turn.get("role") or turn.get("from")  # Parquet gives every turn the keys of all, null where it has none
     if not isinstance(role, str) or role.lower() not in _ROLES:
         raise RowError(f"turn {number} has the role {role!r}; known are {', '.join(sorted(_ROLES))}")
-    name = "content" if "content" in turn else "value"
+    name = "value" if turn.get("content") is None and "value" in turn else "content"
     content = _content(turn.get(name), f"{name} of turn {number}")
     loss = _loss(turn, number, answers=_ROLES[role.lower()] in ("assistant", "tool_call"))
     thought = _reasoning(turn, number, _ROLES[role.lower()])

@@ -52,6 +52,8 @@ GOOD: list[tuple[str, dict[str, Any], Sample]] = [
     ),
     ("messages", {"messages": TURNS}, Sample((USER, ANSWER))),
     ("messages", {"messages": json.dumps(TURNS), "id": 7}, Sample((USER, ANSWER))),
+    ("messages", {"messages": [{**one, "role": None, "content": None, "loss": None} for one in SHAREGPT]},
+     Sample((USER, ANSWER))),
     (
         "messages",
         {"messages": [{**TURNS[0], "loss": True}, {**TURNS[1], "weight": 0}, *TURNS]},
