@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -71,13 +72,28 @@ def test_ray_job_submit_runs_a_job_script(dashboard: str, root: Path, example_mo
     assert len((tmp_path / "sft-demo" / "metrics.jsonl").read_text().splitlines()) >= 3
 
 
+def own_copy(root: Path, folder: Path) -> str:
+    """A checkout like no other. Ray names a package after its content, and deletes it when the last job with it ends:
+    a job sent in that moment with the same content is not uploaded again and finds nothing. (ray 2.60)
+    """
+    for name in ("rayswift", "examples"):
+        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "unique").write_text(str(folder))
+    return str(folder)
+
+
 def test_rayswift_submit_passes_the_exit_code_on(
-    dashboard: str, rayswift: Rayswift, example_model: Path, tmp_path: Path
+    dashboard: str, root: Path, rayswift: Rayswift, example_model: Path, tmp_path: Path
 ) -> None:
-    made = settings(example_model, tmp_path)
-    done = rayswift("submit", "examples/sft.yaml", "--address", dashboard, *made, timeout=300)
+    made = [*settings(example_model, tmp_path), "--address", dashboard]
+    sent = ["--working-dir", own_copy(root, tmp_path / "first"), "--json"]
+    done = rayswift("submit", "examples/sft.yaml", *made, *sent, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told.pop("submission") in done.stderr
+    assert told == {"status": "SUCCEEDED", "exit_code": 0}
     assert (tmp_path / "sft-demo" / "report.json").is_file()
-    failed = rayswift("submit", "examples/sft.yaml", "--address", dashboard, *made, "data.train.0.path=absent.jsonl")
+    sent = ["--working-dir", own_copy(root, tmp_path / "second")]
+    failed = rayswift("submit", "examples/sft.yaml", *made, *sent, "data.train.0.path=absent.jsonl")
     assert failed.returncode == 2
     assert "absent.jsonl" in failed.stdout
