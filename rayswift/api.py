@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rayswift.export.manifest import ExportManifest
     from rayswift.planning.planner import Plan
     from rayswift.training.report import RunReport
+    from rayswift.training.run_dir import RunDir
 
 
 def plan(job: Job) -> Plan:
@@ -48,8 +49,7 @@ def run(job: Job, *, progress: Progress | None = None) -> RunReport:
     if prepared.finished and RunDir(prepared.job.run_dir).exists("report.json"):
         progress.phase("the run is already finished")
         return _existing_report(prepared)
-    _write_job(job, prepared)
-    return _train(prepared, progress, clock)
+    return _train(job, prepared, progress, clock)
 
 
 def export(source: str, output: str, *, dtype: str | None = None, force: bool = False) -> ExportManifest:
@@ -73,34 +73,41 @@ def _plan(prepared: Prepared) -> Plan:
     return make_plan(job, prepared.shape, cluster_spec(job.cluster.device), engines=engines, needs=needs)
 
 
-def _write_job(job: Job, prepared: Prepared) -> None:
-    """job.yaml as the user wrote it, defaults spelled out: what a later session is compared with."""
+def _open_run(job: Job, prepared: Prepared, made: Plan) -> RunDir:
+    """The run directory with job.yaml as the user wrote it, defaults spelled out, and the plan.
+
+    Written once the job is known to fit. A run that starts from nothing starts with nothing: what an attempt before
+    its first checkpoint left would be taken for its own.
+    """
     from rayswift.config.load import dump_job
-    from rayswift.training.run_dir import RunDir
+    from rayswift.training.run_dir import RECORDS, RunDir
 
-    RunDir(prepared.job.run_dir).write_text("job.yaml", dump_job(job))
+    run_dir = RunDir(prepared.job.run_dir)
+    if prepared.checkpoint is None:
+        for name in RECORDS:
+            run_dir.remove(name)
+    run_dir.write_text("job.yaml", dump_job(job))
+    run_dir.write_text("plan.json", json.dumps(made.to_plain(), indent=1) + "\n")
+    return run_dir
 
 
-def _train(prepared: Prepared, progress: Progress, clock: _Phases) -> RunReport:
+def _train(job: Job, prepared: Prepared, progress: Progress, clock: _Phases) -> RunReport:
     """Run the workers while a thread shows what they write, then report."""
     from rayswift.cluster.session import describe_session, session
     from rayswift.training.follow import Follower
-    from rayswift.training.run_dir import RunDir
 
-    job = prepared.job
-    run_dir = RunDir(job.run_dir)
     resumed_from = prepared.checkpoint.step if prepared.checkpoint else 0
     progress.phase(describe_session(job.cluster.address))
     clock.start("start Ray")
     threading.Thread(target=importlib.import_module, args=("rayswift.cluster.trainer",), daemon=True).start()
     with session(job.cluster.address):
         made = _plan(prepared)
-        run_dir.write_text("plan.json", json.dumps(made.to_plain(), indent=1) + "\n")
+        run_dir = _open_run(job, prepared, made)
         clock.start("start workers")
         progress.phase("starting workers" + (f", continuing after step {resumed_from}" if resumed_from else ""))
         with Follower(
             run_dir,
-            on_step=lambda record: progress.step(record, record.get("progress", 0.0)),
+            on_step=lambda record: _show_step(record, progress, job.train.log_every),
             on_event=lambda event: _show_event(event, progress),
         ) as follower:
             _fit(prepared, made)
@@ -115,6 +122,13 @@ def _fit(prepared: Prepared, made: Plan) -> None:
     from rayswift.training.run import WorkOrder
 
     fit(WorkOrder(prepared.job, made, prepared.train_stream, prepared.eval_stream))
+
+
+def _show_step(record: dict[str, Any], progress: Progress, log_every: int) -> None:
+    """Every `log_every`-th step, every evaluation, and the last step."""
+    fraction = record.get("progress", 0.0)
+    if record["step"] % log_every == 0 or "eval_loss" in record or fraction >= 1:
+        progress.step(record, fraction)
 
 
 def _show_event(event: dict[str, Any], progress: Progress) -> None:

@@ -6,28 +6,22 @@ Order: model folder, data, run directory, disk. Each check raises one error that
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rayswift import plugins
+from rayswift.cluster import existing
 from rayswift.config.job import DataSource, Job
 from rayswift.data.inspect import preflight
 from rayswift.data.rendering import Rendering
 from rayswift.data.sources import FileIndex, index_sources
 from rayswift.data.stream import StreamPlan, plan_stream
-from rayswift.errors import ConfigError, PlanError
+from rayswift.errors import ConfigError
 from rayswift.models.config_sizes import num_positions
 from rayswift.models.loading import check_folder
-from rayswift.planning.memory import checkpoint_bytes
 from rayswift.planning.model_shape import ModelShape, shape_from_config, shape_from_folder
-from rayswift.training.checkpoint import CheckpointManifest, differing_keys, find_newest
-from rayswift.training.run_dir import RunDir
-from rayswift.units import format_bytes
+from rayswift.training.checkpoint import CheckpointManifest
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Prepared:
 
 
 def prepare(job: Job) -> Prepared:
-    """The job's inputs, checked. Raises ConfigError, DataError or PlanError; nothing is written."""
+    """The job's inputs, checked. Raises ConfigError, DataError, CheckpointError or PlanError; nothing is written."""
     job = _absolute(job)
     method = plugins.load("methods", job.method.name, path="method.name")
     config = check_folder(job.model.path, chat_template=method.rendering == "chat")
@@ -58,9 +52,19 @@ def prepare(job: Job) -> Prepared:
     shape = shape_from_folder(job.model.path) if os.path.isdir(job.model.path) else shape_from_config(config)
     train_stream = _stream(job, job.data.train, "data.train", method.rendering, epochs=job.train.epochs)
     eval_stream = _stream(job, job.data.eval, "data.eval", method.rendering, epochs=1) if job.data.eval else None
-    checkpoint = _check_run(job)
-    _check_disk(job, shape)
-    return Prepared(job, shape, train_stream, eval_stream, checkpoint)
+    _check_trackers(job)
+    prepared = Prepared(job, shape, train_stream, eval_stream, existing.find_checkpoint(job, train_stream))
+    if not prepared.finished:
+        existing.check_disk(job, shape)
+    return prepared
+
+
+def _check_trackers(job: Job) -> None:
+    """Raises ConfigError for a name that is no tracker; whether a tracker works is found without stopping the run."""
+    known = plugins.names("training.trackers")
+    for number, name in enumerate(job.logging.trackers):
+        if name not in known:
+            plugins.load("training.trackers", name, path=f"logging.trackers.{number}")
 
 
 def _absolute(job: Job) -> Job:
@@ -120,66 +124,3 @@ def _check_weights(sources: Sequence[DataSource], files: Sequence[FileIndex], pa
                 value=source.weight,
                 fix=f"use at least {1.1 / num_rows:.2g}",  # above 1 / num_rows after rounding
             )
-
-
-def _check_run(job: Job) -> CheckpointManifest | None:
-    """The checkpoint the run continues from. Raises ConfigError for a run of the same name that is another job."""
-    run_dir = RunDir(job.run_dir)
-    existing = run_dir.exists("job.yaml")
-    if existing and job.train.resume == "never":
-        raise ConfigError("exists already", path="run", value=job.run_dir, fix="give the job another name")
-    if existing:
-        _check_same_job(job, run_dir)
-    found = find_newest(run_dir, verify=False) if existing else None
-    if found is None and job.train.resume == "must":
-        raise ConfigError(
-            "asks to continue, but the run has no valid checkpoint",
-            path="train.resume",
-            value="must",
-            fix=f"use train.resume=auto, or check {job.run_dir}",
-        )
-    return found
-
-
-def _check_same_job(job: Job, run_dir: RunDir) -> None:
-    try:
-        before = Job.model_validate(yaml.safe_load(run_dir.read_text("job.yaml")))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"cannot be read: {error}", path=f"{job.run_dir}/job.yaml", fix="give the job another name"
-        ) from error
-    if os.path.isdir(job.model.path):
-        # job.yaml has the path as it was typed, and from this directory it may look like a hub id. Whether the
-        # folder holds the same weights is known by their hash.
-        name = os.path.basename(before.model.path.rstrip("/"))
-        before = before.model_copy(update={"model": before.model.model_copy(update={"path": name})})
-    if before.job_hash() != job.job_hash():
-        changes = differing_keys(before.identity(), job.identity())
-        raise ConfigError(
-            f"is a run of a different job ({'; '.join(changes)})",
-            path="run",
-            value=job.run_dir,
-            fix="give this job another name, or use the settings the run was started with",
-        )
-
-
-def _check_disk(job: Job, shape: ModelShape) -> None:
-    """Raises ConfigError for an output that cannot be written, PlanError when its disk cannot hold the checkpoints."""
-    run_dir = RunDir(job.run_dir)
-    if not run_dir.is_local:
-        return
-    folder = Path(run_dir.root)
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError("cannot be written to", path="output", value=job.output, fix="choose another folder")
-    needed = (job.train.keep_checkpoints + 1) * checkpoint_bytes(shape, job)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise PlanError(
-            f"has {format_bytes(free)} free, but {job.train.keep_checkpoints} checkpoints and one being written take "
-            f"{format_bytes(needed)}",
-            path="output",
-            value=job.output,
-            fix="free some space, choose another folder, or lower train.keep_checkpoints",
-        )

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import ray
 
-from rayswift.errors import PlanError
+from rayswift.errors import PlanError, RaySwiftError, WorkerError
 from rayswift.planning.hardware import ClusterSpec, find_gpu
 
 _ENVIRONMENT = {
@@ -64,12 +64,23 @@ def session(address: str | None = None) -> Iterator[None]:
     folder = _start_local()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         ray.shutdown()
+        if _is_explained(error):
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            print(f"Ray's logs of this session are kept in {folder}", file=sys.stderr)
         raise
     else:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_explained(error: BaseException) -> bool:
+    """Whether nobody needs Ray's logs to understand the error: it names its reason, or is the user's own wish."""
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, RaySwiftError) and not isinstance(error, WorkerError)
+    )
 
 
 def describe_session(address: str | None) -> str:
@@ -142,17 +153,26 @@ def _start_local() -> str:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     folder = tempfile.mkdtemp(prefix="rayswift-", dir=os.environ.get("RAYSWIFT_TMPDIR"))
     free = shutil.disk_usage("/dev/shm").free if sys.platform == "linux" else _OBJECT_STORE_BYTES
+    object_store_bytes = max(100 * 10**6, min(_OBJECT_STORE_BYTES, int(free * _LOCAL_OBJECT_STORE_FRACTION)))
+    try:
+        _init_local(folder, object_store_bytes)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def _init_local(folder: str, object_store_bytes: int) -> None:
     ray.init(
         address="local",
         num_cpus=max(2, os.cpu_count() or 1),
         include_dashboard=False,
-        object_store_memory=max(100 * 10**6, min(_OBJECT_STORE_BYTES, int(free * _LOCAL_OBJECT_STORE_FRACTION))),
+        object_store_memory=object_store_bytes,
         logging_level=logging.ERROR,
         log_to_driver=False,
         _temp_dir=folder,
         runtime_env={"env_vars": process_environment(1), **worker_python()},
     )
-    return folder
 
 
 def _local_accelerator(found: str) -> str:

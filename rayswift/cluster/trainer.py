@@ -9,7 +9,8 @@ import ray.train
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -50,9 +51,11 @@ def fit(order: WorkOrder) -> None:
             Any,
             RunConfig(
                 name=_RAY_FOLDER,
-                failure_config=FailureConfig(max_failures=job.cluster.max_failures, controller_failure_limit=0),
+                failure_config=FailureConfig(
+                    max_failures=job.cluster.max_failures, controller_failure_limit=job.cluster.max_failures
+                ),
                 worker_runtime_env={"env_vars": process_environment(placement.resources_per_worker.get("CPU", 1.0))},
-                callbacks=cast(Any, [_StopOnUserError()]),
+                callbacks=cast(Any, [_StopOnUserError(), _StopWithoutWorkers(job.cluster.scheduling_timeout_s)]),
                 **_storage(job.run_dir),
             ),
         ),
@@ -88,6 +91,27 @@ class _StopOnUserError(WorkerGroupCallback):
                 raise found
 
 
+class _StopWithoutWorkers(ControllerCallback):
+    """Workers that were not placed in time end the run; a node that died while they started is worth another try.
+
+    Ray counts both as failures of its controller and would wait for the whole deadline again each time.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Raise PlanError when the controller is about to try again because the deadline has passed."""
+        error = getattr(current_state, "training_failed_error", None)
+        if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+            raise PlanError(
+                f"passed and the workers were not placed; free resources: {ray.available_resources()}",
+                path="cluster.scheduling_timeout_s",
+                value=self._timeout_s,
+                fix="lower cluster.workers, free the cluster, or add nodes",
+            )
+
+
 def find_user_error(error: BaseException | None) -> RaySwiftError | None:
     """The RaySwiftError behind what Ray wrapped, if there is one."""
     seen: set[int] = set()
@@ -112,16 +136,9 @@ def _translate(error: Exception, job: Job) -> RaySwiftError:
     if found is not None:
         return found
     text = str(error).strip()
-    if "startup timed out" in text or "StartupFailed" in text:
-        return PlanError(
-            f"passed and the workers were not placed; free resources: {ray.available_resources()}",
-            path="cluster.scheduling_timeout_s",
-            value=job.cluster.scheduling_timeout_s,
-            fix="lower cluster.workers, free the cluster, or add nodes",
-        )
     last = next((line for line in reversed(text.splitlines()) if line.strip()), type(error).__name__)
     return WorkerError(
-        f"training stopped after {job.cluster.max_failures} restarts: {last.strip()}",
+        f"training stopped, cluster.max_failures={job.cluster.max_failures} used up: {last.strip()}",
         path="run",
         value=job.run_dir,
         fix="run the same command again to continue from the newest checkpoint; set RAYSWIFT_DEBUG=1 for the traceback",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from rayswift.config.job import Job
 from rayswift.data.ledger import Ledger
 from rayswift.errors import CheckpointError
 from rayswift.training.run_dir import RunDir
@@ -196,6 +197,28 @@ def sha256(folder: RunDir, name: str) -> str:
         while block := stream.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def differences(manifest: CheckpointManifest, job: Job) -> list[str]:
+    """How the job that made a checkpoint differs from this one in what decides its losses; none when it is the same.
+
+    Compared as jobs and not as hashes: a setting that a newer version adds has its default in both.
+    """
+    try:
+        before = Job.model_validate(manifest.job)
+    except ValueError:
+        return ["its settings are those of another version"]
+    return differing_keys(before.identity(), job.identity())
+
+
+def check_rows(manifest: CheckpointManifest, fingerprint: str, run_dir: str) -> None:
+    """Raises CheckpointError when the rows of the stream `fingerprint` are not those the checkpoint was trained on."""
+    if manifest.ledger["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            "was made with other rows: a data file has changed since",
+            path=f"{run_dir}/{folder_name(manifest.step)}",
+            fix="restore the files, or give the run another name",
+        )
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -29,10 +30,11 @@ from rayswift.training.build import base_sha256, broadcast, build_engine, build_
 from rayswift.training.checkpoint import CheckpointManifest
 from rayswift.training.evaluate import Evaluator
 from rayswift.training.hooks import RunHooks
+from rayswift.training.lock import sole_writer
 from rayswift.training.loop import train
 from rayswift.training.metrics import RunLog
 from rayswift.training.prefetch import Prefetched
-from rayswift.training.run_dir import RunDir
+from rayswift.training.run_dir import HELD_OUT_QUARANTINE, QUARANTINE, RunDir
 from rayswift.training.saver import Saver
 from rayswift.training.state import Horizon, TrainState
 
@@ -53,6 +55,11 @@ OpenBlocks = Callable[[WorkOrder, Ledger], Callable[[], Iterable[pa.Table]]]
 
 def run_rank(order: WorkOrder, rank: int, local_rank: int, open_blocks: OpenBlocks) -> TrainState:
     """The state after training to the end. The process group is up, with gloo on the host."""
+    with sole_writer(RunDir(order.job.run_dir)) if rank == 0 else nullcontext():
+        return _run(order, rank, local_rank, open_blocks)
+
+
+def _run(order: WorkOrder, rank: int, local_rank: int, open_blocks: OpenBlocks) -> TrainState:
     job, plan = order.job, order.plan
     device = find_device(plan.device, local_rank)
     torch.manual_seed(job.train.seed)
@@ -121,16 +128,22 @@ def _agree_on_checkpoint(job: Job, run_dir: RunDir, rank: int) -> CheckpointMani
     """The newest valid checkpoint, as rank 0 sees it. Called after `clean`, which has just read its contents."""
     found = checkpoint.find_newest(run_dir, verify=False) if rank == 0 else None
     if found is not None:
-        _check_base(job, found)
+        _check_job(job, found)
     agreed = broadcast(found.model_dump() if found else None)
     return CheckpointManifest.model_validate(agreed) if agreed else None
 
 
-def _check_base(job: Job, manifest: CheckpointManifest) -> None:
-    """Raises CheckpointError when an adapter would go on beside other weights than those it was trained beside.
+def _check_job(job: Job, manifest: CheckpointManifest) -> None:
+    """Raises CheckpointError when another job made it, or an adapter would go on beside another base than its own.
 
     A checkpoint of full fine-tuning holds every weight, so what the base holds now does not matter.
     """
+    if changes := checkpoint.differences(manifest, job):
+        raise CheckpointError(
+            f"was made by a different job ({'; '.join(changes)})",
+            path=f"{job.run_dir}/{checkpoint.folder_name(manifest.step)}",
+            fix="give this job another name",
+        )
     if job.adapter is not None and manifest.base_sha256 not in (None, base_sha256(job.model.path)):
         raise CheckpointError(
             f"was made with other weights in {job.model.path}: the base model has changed since",
@@ -142,27 +155,19 @@ def _check_base(job: Job, manifest: CheckpointManifest) -> None:
 def _initial_state(order: WorkOrder, manifest: CheckpointManifest | None) -> TrainState:
     if manifest is None:
         return TrainState(0, Ledger.start(order.train_stream.fingerprint))
-    ledger = checkpoint.ledger_of(manifest)
-    if ledger.fingerprint != order.train_stream.fingerprint:
-        raise CheckpointError(
-            "was made with other rows: a data file has changed since",
-            path=f"{order.job.run_dir}/{checkpoint.folder_name(manifest.step)}",
-            fix="restore the files, or give the run another name",
-        )
-    return TrainState(manifest.step, ledger)
+    checkpoint.check_rows(manifest, order.train_stream.fingerprint, order.job.run_dir)
+    return TrainState(manifest.step, checkpoint.ledger_of(manifest))
 
 
 def _quarantine(order: WorkOrder, run_dir: RunDir) -> Quarantine:
-    return Quarantine(
-        f"{run_dir.url}/quarantine.jsonl", order.train_stream.rows_per_epoch, order.job.data.max_bad_fraction
-    )
+    return Quarantine(f"{run_dir.url}/{QUARANTINE}", order.train_stream.rows_per_epoch, order.job.data.max_bad_fraction)
 
 
 def _held_out_quarantine(order: WorkOrder, run_dir: RunDir) -> Quarantine | None:
     if order.eval_stream is None:
         return None
     rows = order.eval_stream.rows_per_epoch
-    return Quarantine(f"{run_dir.url}/quarantine-eval.jsonl", rows, order.job.data.max_bad_fraction)
+    return Quarantine(f"{run_dir.url}/{HELD_OUT_QUARANTINE}", rows, order.job.data.max_bad_fraction)
 
 
 def _load(engine: Engine, url: str) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import fsspec
 
-from rayswift.errors import ConfigError
+from rayswift.errors import CheckpointError, ConfigError
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+QUARANTINE = "quarantine.jsonl"
+HELD_OUT_QUARANTINE = "quarantine-eval.jsonl"
+RECORDS = (METRICS, EVENTS, QUARANTINE, HELD_OUT_QUARANTINE, "tensorboard", "report.json", "report.md", "curves.png")
+"""What a run leaves beside its job, plan and checkpoints."""
+_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class RunDir:
@@ -51,11 +58,27 @@ class RunDir:
                 stream.write(text.encode("utf-8"))
             return
         temporary = f"{self.path(name)}.{os.getpid()}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path(name))
+        with writing(self):
+            try:
+                with open(temporary, "w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.path(name))
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            self.sync(os.path.dirname(name))
+
+    def sync(self, folder: str = "") -> None:
+        """Make the names in a local folder durable: a rename is only on disk when its folder is."""
+        if self.is_local:
+            descriptor = os.open(self.path(folder), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def read_jsonl(self, name: str) -> list[dict[str, Any]]:
         """The objects of a JSON-lines file; none when it is absent. A last line cut off by a crash is left out."""
@@ -72,6 +95,22 @@ class RunDir:
         """Remove a file or a folder with everything in it; nothing happens when it is absent."""
         if self.exists(name):
             self.fs.rm(self.path(name), recursive=True)
+
+
+@contextmanager
+def writing(run_dir: RunDir) -> Iterator[None]:
+    """Turns an error that writing again cannot mend, such as a full disk, into a CheckpointError; others pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _LASTING:
+            raise
+        raise CheckpointError(
+            f"cannot be written: {os.strerror(error.errno)}",
+            path="run",
+            value=run_dir.url,
+            fix="free some space or mend the disk, then run the same command again to continue",
+        ) from error
 
 
 class JsonlLog:
@@ -91,15 +130,17 @@ class JsonlLog:
     def append(self, record: dict[str, Any]) -> None:
         """Add one line; on a local disk it is visible to readers at once."""
         if self._file is not None:
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self._file.flush()
+            with writing(self._run_dir):
+                self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                self._file.flush()
         else:
             self._records.append(record)
 
     def flush(self) -> None:
         """Make everything appended so far durable."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with writing(self._run_dir):
+                os.fsync(self._file.fileno())
         else:
             self._run_dir.write_jsonl(self._name, self._records)
 

@@ -147,3 +147,14 @@ class _Hog:
 
     def ready(self) -> bool:
         return True
+
+
+def test_a_job_that_does_not_fit_leaves_nothing_and_may_be_corrected(
+    tmp_path: Path, tiny_model_dir: Path, rows: Path
+) -> None:
+    refused = make_job("fitted", tmp_path, tiny_model_dir, rows, cluster__workers=3)
+    with pytest.raises(PlanError, match=r"train\.global_batch_size=4 does not split over 3 data ranks"):
+        api.run(refused)
+    assert not (tmp_path / "fitted").exists()
+    changes = {"train__global_batch_size": 2, "train__max_steps": 2, "data__max_length": 32}
+    assert api.run(make_job("fitted", tmp_path, tiny_model_dir, rows, **changes)).steps == 2

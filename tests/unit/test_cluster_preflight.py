@@ -14,7 +14,7 @@ import ray
 from rayswift import api
 from rayswift.cluster.preflight import prepare
 from rayswift.config.job import Job
-from rayswift.errors import ConfigError, DataError, PlanError, RaySwiftError
+from rayswift.errors import ConfigError, DataError, RaySwiftError
 
 Spoil = Callable[[Path, dict[str, Any]], None]
 
@@ -144,47 +144,6 @@ def test_bad_input_ends_at_once_with_one_message(
     assert not ray.is_initialized(), "no cluster was started"
 
 
-def test_a_run_of_another_job_is_refused_with_the_difference(tmp_path: Path, plain: dict[str, Any]) -> None:
-    run_dir = tmp_path / "runs" / "run"
-    run_dir.mkdir(parents=True)
-    (run_dir / "job.yaml").write_text(Job.model_validate(plain).model_dump_json())
-    plain["train"] = {"lr": 0.5}
-    with pytest.raises(ConfigError, match=r"runs/run is a run of a different job \(train\.lr: 0\.0001 -> 0\.5\)"):
-        api.run(Job.model_validate(plain))
-    assert [path.name for path in run_dir.iterdir()] == ["job.yaml"]
-
-
-def test_what_does_not_change_losses_may_change_between_sessions(tmp_path: Path, plain: dict[str, Any]) -> None:
-    run_dir = tmp_path / "runs" / "run"
-    run_dir.mkdir(parents=True)
-    (run_dir / "job.yaml").write_text(Job.model_validate(plain).model_dump_json())
-    moved = tmp_path / "elsewhere" / "rows.jsonl"
-    moved.parent.mkdir()
-    shutil.copy(tmp_path / "rows.jsonl", moved)
-    plain["data"]["train"][0]["path"] = str(moved)
-    plain["train"] = {"max_steps": 7, "save_every": 3}
-    plain["cluster"] = {"workers": 2}
-    assert prepare(Job.model_validate(plain)).checkpoint is None
-
-
-def test_an_existing_run_is_refused_when_asked_to(tmp_path: Path, plain: dict[str, Any]) -> None:
-    run_dir = tmp_path / "runs" / "run"
-    run_dir.mkdir(parents=True)
-    plain["train"] = {"resume": "never"}
-    (run_dir / "job.yaml").write_text(Job.model_validate(plain).model_dump_json())
-    with pytest.raises(ConfigError, match="exists already; give the job another name"):
-        prepare(Job.model_validate(plain))
-
-
-def test_a_full_disk_is_found_before_anything_starts(
-    tmp_path: Path, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(PlanError, match=r"output=.*runs has 1000 B free, but 2 checkpoints"):
-        prepare(Job.model_validate(plain))
-
-
 def test_the_driver_checks_a_job_without_loading_torch_or_ray(tmp_path: Path, plain: dict[str, Any]) -> None:
     import subprocess
     import sys
@@ -198,17 +157,6 @@ def test_the_driver_checks_a_job_without_loading_torch_or_ray(tmp_path: Path, pl
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_a_run_continues_from_a_directory_where_its_base_is_elsewhere(
-    tmp_path: Path, plain: dict[str, Any], tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_dir = tmp_path / "runs" / "run"
-    run_dir.mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)  # from where models/tiny could be a hub id
-    typed = {**plain, "model": {"path": f"models/{tiny_model_dir.name}"}}
-    (run_dir / "job.yaml").write_text(Job.model_validate(typed).model_dump_json())
-    assert prepare(Job.model_validate(plain)).checkpoint is None
 
 
 def test_a_tilde_is_the_home_of_the_user(

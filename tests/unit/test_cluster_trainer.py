@@ -6,7 +6,10 @@ import os
 from unittest import mock
 
 import pytest
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from rayswift.cluster import session, trainer
 from rayswift.cluster.trainer import find_user_error
@@ -92,15 +95,32 @@ class Failed(TrainingFailedError):
 def test_dead_workers_become_one_line_that_says_how_to_go_on() -> None:
     found = trainer._translate(Failed("Traceback ...\n  File x\nOSError: node lost\n"), make_job())
     assert type(found) is WorkerError
-    assert str(found).startswith("run=runs/demo training stopped after 3 restarts: OSError: node lost; run the same")
+    assert str(found).startswith(
+        "run=runs/demo training stopped, cluster.max_failures=3 used up: OSError: node lost; run"
+    )
     assert "\n" not in str(found)
 
 
-def test_workers_that_cannot_be_placed_are_a_plan_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def state_after(failure: Exception) -> mock.Mock:
+    """The controller's state when it is about to try again."""
+    return mock.Mock(training_failed_error=ControllerError(failure))
+
+
+def test_workers_that_were_not_placed_in_time_end_the_run_with_a_plan_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.ray, "available_resources", lambda: {"CPU": 1.0})
-    found = trainer._translate(Failed("the worker group startup timed out after 5 s"), make_job())
-    assert type(found) is PlanError
-    assert "cluster.scheduling_timeout_s=300" in str(found)
+    callback = trainer._StopWithoutWorkers(5.0)
+    with pytest.raises(PlanError, match=r"cluster\.scheduling_timeout_s=5\.0 passed .*'CPU': 1\.0"):
+        callback.after_controller_state_update(mock.Mock(), state_after(WorkerGroupStartupTimeoutError(2)))
+
+
+def test_a_node_that_dies_while_workers_start_is_survived() -> None:
+    callback = trainer._StopWithoutWorkers(5.0)
+    failure = WorkerGroupStartupFailedError("a node died")
+    callback.after_controller_state_update(mock.Mock(), state_after(failure))
+    callback.after_controller_state_update(mock.Mock(), mock.Mock(training_failed_error=None))
+    policy = DefaultFailurePolicy(FailureConfig(max_failures=1, controller_failure_limit=1))
+    decisions = [policy.make_decision(ControllerError(failure)) for _ in range(2)]
+    assert decisions == [FailureDecision.RETRY, FailureDecision.RAISE]
 
 
 def test_the_users_error_wins_over_rays() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from rayswift.errors import ConfigError
+from rayswift.errors import CheckpointError, ConfigError
 from rayswift.training import run_dir as module
 from rayswift.training.run_dir import JsonlLog, RunDir
 
@@ -36,7 +37,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch
     folder.write_text("a.json", "old")
 
     def power_cut(fd: int) -> None:
-        raise OSError("power cut")
+        raise OSError("power cut")  # without a number: nothing says that it would last
 
     monkeypatch.setattr(module.os, "fsync", power_cut)
     with pytest.raises(OSError, match="power cut"):
@@ -50,8 +51,26 @@ def test_flushed_to_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module.os, "fsync", lambda fd: (calls.append("fsync"), real_sync(fd))[1])
     monkeypatch.setattr(module.os, "replace", lambda a, b: (calls.append("replace"), real_replace(a, b))[1])
     RunDir(str(tmp_path)).write_text("a.json", "x")
-    assert calls == ["fsync", "replace"]
+    assert calls == ["fsync", "replace", "fsync"], "the content, its name, and the folder that holds the name"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_full_disk_is_told_as_such_and_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunDir(str(tmp_path))
+    log = JsonlLog(folder, "metrics.jsonl", up_to_step=0)
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    for write in (lambda: folder.write_text("a.json", "x"), log.flush):
+        with pytest.raises(CheckpointError, match=r"run=.* cannot be written: No space left on device; free some"):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    monkeypatch.undo()
+    log.close()
 
 
 def test_an_unknown_protocol_is_a_config_error() -> None:
