@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rayswift.units import format_count, format_seconds
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _PLAIN_EVERY_S = 5.0
+_NOBODY_READS = suppress(OSError, ValueError)
+"""What a closed terminal or pipe raises. The work goes on, and its report is written."""
 
 
 class Progress(Protocol):
@@ -76,7 +79,8 @@ class Plain:
         """Nothing to give back."""
 
     def _write(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        with _NOBODY_READS:
+            print(line, file=self._stream, flush=True)
 
 
 class Bar:
@@ -99,25 +103,29 @@ class Bar:
         """Finishes the row of the phase before and starts one that pulses until the first step."""
         self._finish()
         self._eta = TimeLeft()
-        self._task = self._bar.add_task(text, total=None, figures="")
+        with _NOBODY_READS:
+            self._task = self._bar.add_task(text, total=None, figures="")
 
     def step(self, record: Mapping[str, Any], fraction: float) -> None:
         """Moves the bar."""
         if self._task is None:
             self.phase("training")
-        assert self._task is not None
         left = self._eta.update(fraction)
         figures = describe(record) + (f"  left {format_seconds(left)}" if left is not None else "")
-        self._bar.update(self._task, total=1.0, completed=min(fraction, 1.0), figures=figures)
+        with _NOBODY_READS:
+            if self._task is not None:
+                self._bar.update(self._task, total=1.0, completed=min(fraction, 1.0), figures=figures)
 
     def close(self) -> None:
         """Leaves the finished rows on the terminal."""
         self._finish()
-        self._bar.stop()
+        with _NOBODY_READS:
+            self._bar.stop()
 
     def _finish(self) -> None:
         if self._task is not None and self._bar.tasks[self._task].total is None:
-            self._bar.update(self._task, total=1.0, completed=1.0)
+            with _NOBODY_READS:
+                self._bar.update(self._task, total=1.0, completed=1.0)
         self._task = None
 
 

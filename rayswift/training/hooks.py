@@ -62,18 +62,18 @@ class RunHooks:
     def after_step(self, state: TrainState, record: StepRecord) -> None:
         """See `Hooks`. Raises DataError on every rank once too many rows are bad."""
         metrics = step_metrics(state, record, self._horizon, self._device)
-        if self._evaluator is not None and self._due(state, self._job.train.eval_every):
+        ended = self._horizon.ended(state)
+        if self._evaluator is not None and (ended or self._due(state, self._job.train.eval_every)):
             metrics["eval_loss"] = self._held_out_loss(self._evaluator)
         self._record(metrics)
         if record.num_bad_rows:
             self._account(record.bad_rows, self._quarantine)
-        if self._due(state, self._job.train.save_every):
+        if not ended and self._due(state, self._job.train.save_every):
             self._save(state, finished=False)
+        self._saver.poll()
 
     def after_last_step(self, state: TrainState) -> None:
-        """Evaluate and save the finished run, and wait until the checkpoint is committed."""
-        if self._evaluator is not None and state.step and not self._due(state, self._job.train.eval_every):
-            self._record({"step": state.step, "eval_loss": self._held_out_loss(self._evaluator)})
+        """Save the finished run, and wait until the checkpoint is committed."""
         self._save(state, finished=True)
         self._saver.wait()
 

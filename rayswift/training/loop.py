@@ -143,4 +143,4 @@ def _record(
 
 def _seed_step(seed: int, step: int, data_rank: int) -> None:
     """Randomness (dropout) is a function of seed, step and rank: nothing to save, and a resumed run repeats it."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + data_rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + data_rank) % 2**63)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -14,7 +15,7 @@ from rayswift.config.job import Job
 from rayswift.training.loop import StepRecord
 from rayswift.training.run_dir import EVENTS, METRICS, JsonlLog, RunDir
 from rayswift.training.state import Horizon, TrainState
-from rayswift.training.trackers import Detached
+from rayswift.training.trackers import Detached, Tracker
 
 _FLUSH_EVERY_S = 10.0
 
@@ -32,8 +33,8 @@ def step_metrics(state: TrainState, record: StepRecord, horizon: Horizon, device
     return {
         "step": state.step,
         "epoch": round(horizon.epoch(state), 6),
-        "loss": record.stats.loss,
-        "grad_norm": record.stats.grad_norm,
+        "loss": _number(record.stats.loss),
+        "grad_norm": _number(record.stats.grad_norm),
         "lr": record.lr,
         "tokens": record.tokens,
         "rows": record.rows,
@@ -47,6 +48,11 @@ def step_metrics(state: TrainState, record: StepRecord, horizon: Horizon, device
     }
 
 
+def _number(value: float | None) -> float | None:
+    """None for what JSON has no number for: the loss or the norm of a step that was skipped."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 class RunLog:
     """The metrics and events of a run, continued after the step a resumed run starts from."""
 
@@ -56,7 +62,7 @@ class RunLog:
         self._events = JsonlLog(run_dir, EVENTS, up_to_step=sys.maxsize)
         self._flushed = time.monotonic()
         self._trackers = [
-            Detached(name, plugins.load("training.trackers", name, path="logging.trackers"), _start(job), self._warn)
+            Detached(name, lambda name=name: _tracker(name), _start(job), self._warn)  # type: ignore[misc]
             for name in job.logging.trackers
         ]
         self._board = _Board(run_dir, up_to_step) if job.logging.tensorboard and run_dir.is_local else None
@@ -67,7 +73,7 @@ class RunLog:
         for tracker in self._trackers:
             tracker.log(record)
         if self._board is not None:
-            self._board.add(record)
+            self._show(self._board, record)
         if time.monotonic() - self._flushed > _FLUSH_EVERY_S:
             self.flush()
 
@@ -89,6 +95,14 @@ class RunLog:
             self._board.close()
         self._metrics.close()
         self._events.close()
+
+    def _show(self, board: _Board, record: dict[str, Any]) -> None:
+        """Hand a record to TensorBoard, which is given up at its first failure: it may not stop a run."""
+        try:
+            board.add(record)
+        except Exception as error:
+            self._warn(f"TensorBoard stopped: {type(error).__name__}: {error}; the run goes on without it")
+            self._board = None
 
     def _warn(self, message: str) -> None:
         self.event("warning", 0, message=message)
@@ -113,6 +127,12 @@ class _Board:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _tracker(name: str) -> Tracker:
+    """Made in the tracker's own thread, because a third party may raise on import."""
+    made: Tracker = plugins.load("training.trackers", name, path="logging.trackers")()
+    return made
 
 
 def _start(job: Job) -> tuple[str, str, dict[str, Any]]:

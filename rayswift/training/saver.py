@@ -64,6 +64,11 @@ class Saver:
         self._pending = self._pool.submit(self._commit, writing, url, manifest)
         self._saved_step = step
 
+    def poll(self) -> None:
+        """Raise CheckpointError at once when the pending save has failed; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
     def wait(self) -> None:
         """Return when the pending save is committed. Raises CheckpointError with the reason when it failed."""
         pending, self._pending = self._pending, None
@@ -92,6 +97,7 @@ class Saver:
             return
         files = {name: entry for part in gathered for name, entry in part.items()}
         folder.write_text(checkpoint.MANIFEST, manifest(files).model_dump_json(indent=1) + "\n")
+        self._run_dir.sync(checkpoint.FOLDER)  # only what is on disk under its name may replace an older checkpoint
         checkpoint.prune(self._run_dir, self._keep)
 
     def _replace_manifest(self, url: str, manifest: Callable[[dict[str, FileEntry]], CheckpointManifest]) -> None:

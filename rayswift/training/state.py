@@ -28,6 +28,10 @@ class Horizon:
         """Whether no further step is due, as far as steps tell; the end of the rows is found by reading."""
         return self.train.max_steps is not None and state.step >= self.train.max_steps
 
+    def ended(self, state: TrainState) -> bool:
+        """Whether the step that led here was the last: no further one is due, or every row was visited."""
+        return self.reached(state) or state.ledger.rows_visited >= self.rows_total
+
     def progress(self, state: TrainState) -> float:
         """The fraction of the run that lies behind, 0 to 1: of its steps when they are bounded, else of its rows."""
         if self.train.max_steps is not None:

@@ -76,9 +76,11 @@ def test_the_number_of_ranks_changes_no_loss_and_no_row(
     for ranks in (2, 4):
         many = order_of(f"many{ranks}", tmp_path, tiny_model_dir, rows, ranks=ranks, **{"data.packing": packing})
         assert train(many) == ended
+        assert figures(many, "step") == figures(one, "step") == [0.0, *range(1, ended.step + 1)], "one line per step"
         for key in ("loss", "grad_norm", "eval_loss"):
             assert figures(many, key) == pytest.approx(figures(one, key), abs=1e-5), key
         assert figures(many, "tokens") == figures(one, "tokens")
+    assert "eval_loss" in RunDir(one.job.run_dir).read_jsonl("metrics.jsonl")[-1], "the last step is evaluated"
     quarantined = RunDir(one.job.run_dir).read_jsonl("quarantine.jsonl")
     assert {(row["file"], row["line"]) for row in quarantined} == {(str(rows), 41)}
 

@@ -63,3 +63,17 @@ def test_a_run_resumed_from_another_folder_counts_a_row_once(tmp_path: Path) -> 
     assert len(quarantine.rows) == 1
     with pytest.raises(DataError, match="2 of 50"):
         quarantine.add([replace(found[0], sha256="of another a.jsonl")])
+
+
+def test_a_crash_while_writing_forgets_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    first = Quarantine(str(path), 100, 1.0)
+    first.add([bad(n) for n in range(5)])
+
+    def power_cut(fd: int) -> None:
+        raise OSError("power cut")
+
+    monkeypatch.setattr("os.fsync", power_cut)
+    with pytest.raises(OSError, match="power cut"):
+        first.add([bad(5)])
+    assert [row.row for row in Quarantine(str(path), 100, 1.0).rows] == [0, 1, 2, 3, 4]

@@ -67,5 +67,16 @@ def test_a_terminal_gets_a_bar_with_the_figures() -> None:
     assert "50%" in text
 
 
+@pytest.mark.parametrize("kind", [Plain, Bar])
+def test_work_goes_on_when_nobody_reads_any_more(kind: type[Plain] | type[Bar]) -> None:
+    stream = Terminal()
+    progress = kind(stream)
+    progress.phase("training")
+    stream.close()
+    progress.step(RECORD, 0.5)
+    progress.phase("writing the report")
+    progress.close()
+
+
 def test_a_pipe_gets_lines() -> None:
     assert isinstance(open_progress(io.StringIO()), Plain)

@@ -155,6 +155,10 @@ def test_dropout_repeats_with_the_seed_and_differs_without() -> None:
     assert losses(1, rank=0) != losses(1, rank=1)
 
 
+def test_any_seed_a_job_may_have_can_be_used() -> None:
+    assert run(FakeEngine(dropout=0.3), three_steps(), seed=2**31 - 1)[1].losses
+
+
 def test_dropout_of_a_step_does_not_depend_on_where_the_run_began() -> None:
     whole = run(FakeEngine(dropout=0.3), three_steps())[1].losses
     engine = FakeEngine(dropout=0.3)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,12 @@ def test_metrics_are_the_contract() -> None:
 
 def test_a_skipped_step_says_so() -> None:
     horizon = Horizon(TrainSpec(), rows_total=20)
-    assert step_metrics(TrainState(1, Ledger.start("f")), record_of(skipped=True), horizon, CPU)["skipped"] is True
+    record = record_of(skipped=True)
+    record = replace(record, stats=replace(record.stats, loss_sum=math.nan, grad_norm=math.inf))
+    found = step_metrics(TrainState(1, Ledger.start("f")), record, horizon, CPU)
+    assert found["skipped"] is True
+    assert (found["loss"], found["grad_norm"]) == (None, None), "JSON has no number for them"
+    json.dumps(found, allow_nan=False)
 
 
 def test_peak_memory_of_a_process_is_its_own() -> None:
@@ -95,6 +102,19 @@ def test_a_tracker_that_fails_becomes_an_event(folder: RunDir, monkeypatch: pyte
     (event,) = folder.read_jsonl(EVENTS)
     assert event["event"] == "warning"
     assert event["message"].startswith("tracker mlflow stopped: ModuleNotFoundError")
+
+
+def test_a_tensorboard_that_fails_becomes_an_event_and_is_given_up(
+    folder: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    log = RunLog(folder, make_job(**{"logging.tensorboard": True}), up_to_step=0)
+    log.step({"step": 1, "loss": 1.0})
+    log.step({"step": 2, "loss": 1.0})
+    log.close()
+    assert [record["step"] for record in folder.read_jsonl(METRICS)] == [1, 2]
+    (event,) = folder.read_jsonl(EVENTS)
+    assert event["message"].startswith("TensorBoard stopped: ModuleNotFoundError")
 
 
 def test_tensorboard_gets_the_numbers(folder: RunDir) -> None:
