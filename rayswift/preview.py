@@ -122,7 +122,7 @@ def _see(
         num_bad=sum(isinstance(found, str) for _, found in looked_at),
         mean_tokens=sum(lengths) / len(lengths),
         max_tokens=max(lengths),
-        trained_share=sum(sum(example.loss_mask) for example in examples) / sum(lengths),
+        trained_share=sum(_num_trained(example) for example in examples) / sum(lengths),
         fill=fill(lengths, bins, job.data.max_length),
         rows=tuple(_seen_row(place, found, tokenizer) for place, found in looked_at[:num_rows]),
     )
@@ -166,7 +166,12 @@ def _seen_row(place: str, found: list[Example] | str, tokenizer: PreTrainedToken
     if isinstance(found, str):
         return SeenRow(place, bad=found)
     pieces = [piece for example in found for piece in _pieces(example, tokenizer)]
-    return SeenRow(place, tuple(pieces), sum(len(e.input_ids) for e in found), sum(sum(e.loss_mask) for e in found))
+    return SeenRow(place, tuple(pieces), sum(len(e.input_ids) for e in found), sum(map(_num_trained, found)))
+
+
+def _num_trained(example: Example) -> int:
+    """Tokens that count for anything, whatever they count."""
+    return sum(weight > 0 for weight in example.loss_mask)
 
 
 def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:

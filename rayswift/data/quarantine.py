@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 
 from rayswift.data.types import BadRow
@@ -72,9 +73,22 @@ def _read(path: str) -> list[BadRow]:
 
 
 def _write(path: str, rows: Iterable[BadRow]) -> None:
-    """Object stores cannot append and the budget bounds the rows, so the file is written whole."""
+    """Object stores cannot append and the budget bounds the rows, so the file is written whole.
+
+    On a disk it is written beside and renamed: rows before the last checkpoint are never met again, and a crash
+    half way would forget them.
+    """
     from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
 
     filesystem, name = url_to_fs(path)
     filesystem.makedirs(name.rpartition("/")[0], exist_ok=True)
-    filesystem.pipe_file(name, "".join(row.to_json() + "\n" for row in rows).encode())
+    content = "".join(row.to_json() + "\n" for row in rows).encode()
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.pipe_file(name, content)
+        return
+    with open(f"{name}.tmp", "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(f"{name}.tmp", name)

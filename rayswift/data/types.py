@@ -43,7 +43,7 @@ class Example:
     """A tokenized row. `loss_mask[t] >= 0` is what predicting `input_ids[t]` counts; both have the same length."""
 
     input_ids: list[int]
-    loss_mask: list[Any]
+    loss_mask: list[float]
     """Numbers: 0, 1, or the weight that a row gives a message."""
 
     def __post_init__(self) -> None:
