@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import ray
 
-from rayswift.errors import PlanError, RaySwiftError, WorkerError
+from rayswift.errors import ConfigError, PlanError, RaySwiftError, WorkerError
 from rayswift.planning.hardware import ClusterSpec, find_gpu
 
 _ENVIRONMENT = {
@@ -151,7 +151,7 @@ def _start_local() -> str:
     """Start a cluster of this machine's cores and accelerators; its temp folder is private and short for sockets."""
     # Nothing drains a node of one machine's own cluster: its watcher would only cost a process.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    folder = tempfile.mkdtemp(prefix="rayswift-", dir=os.environ.get("RAYSWIFT_TMPDIR"))
+    folder = _private_folder()
     free = shutil.disk_usage("/dev/shm").free if sys.platform == "linux" else _OBJECT_STORE_BYTES
     object_store_bytes = max(100 * 10**6, min(_OBJECT_STORE_BYTES, int(free * _LOCAL_OBJECT_STORE_FRACTION)))
     try:
@@ -160,6 +160,20 @@ def _start_local() -> str:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
+
+
+def _private_folder() -> str:
+    """A new folder of the session's own. Raises ConfigError when the place for it is not there or full."""
+    place = os.environ.get("RAYSWIFT_TMPDIR")
+    try:
+        return tempfile.mkdtemp(prefix="rayswift-", dir=place)
+    except OSError as error:
+        raise ConfigError(
+            f"has no room for Ray's session folder: {error.strerror}",
+            path="RAYSWIFT_TMPDIR" if place else "TMPDIR",
+            value=place or tempfile.gettempdir(),
+            fix="name a writable folder with a short path",
+        ) from error
 
 
 def _init_local(folder: str, object_store_bytes: int) -> None:

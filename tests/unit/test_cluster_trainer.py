@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from rayswift.cluster import session, trainer
 from rayswift.cluster.trainer import find_user_error
-from rayswift.errors import CheckpointError, DataError, PlanError, WorkerError
+from rayswift.errors import CheckpointError, ConfigError, DataError, PlanError, WorkerError
 from rayswift.parallel.mesh import collective_backend
 from tests.job_cases import make_job
 
@@ -154,3 +155,28 @@ def test_configure_sets_what_the_user_has_not_set(by_user: bool, monkeypatch: py
 @pytest.mark.parametrize(("cpus", "threads"), [(0.25, "1"), (1.0, "1"), (6.0, "6")])
 def test_workers_get_threads_for_their_share_of_the_cores(cpus: float, threads: str) -> None:
     assert session.process_environment(cpus)["OMP_NUM_THREADS"] == threads
+
+
+def test_a_missing_place_for_rays_files_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAYSWIFT_TMPDIR", str(tmp_path / "absent"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=r"RAYSWIFT_TMPDIR=.*absent has no room .*No such file"), session.session():
+        pass
+
+
+@pytest.mark.parametrize(("error", "kept"), [(PlanError("x"), False), (KeyboardInterrupt(), False), (OSError(), True),
+                                             (WorkerError("x"), True)])  # fmt: skip
+def test_rays_logs_are_kept_when_the_error_does_not_explain_itself(
+    error: BaseException,
+    kept: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RAYSWIFT_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(session.ray, "init", lambda **_: None)
+    with pytest.raises(type(error)), session.session():
+        raise error
+    assert bool(list(tmp_path.iterdir())) == kept
+    assert ("logs of this session are kept in" in capsys.readouterr().err) == kept
