@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ _ENVIRONMENT = {
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
 _SET_BY_USER = frozenset(os.environ)
+_KNOCK_TIMEOUT_S = 10.0
 _OBJECT_STORE_BYTES = 2 * 10**9
 _LOCAL_OBJECT_STORE_FRACTION = 0.2
 _ACCELERATORS = {"GPU": "cuda", "NPU": "npu"}
@@ -136,8 +138,9 @@ def _is_for_train(name: str) -> bool:
 
 def _join(address: str) -> None:
     try:
+        _knock(address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PlanError(
             f"cannot be reached: {reason}",
@@ -145,6 +148,22 @@ def _join(address: str) -> None:
             value=address,
             fix="start it (ray up cluster.yaml), correct the address, or leave it null for a local cluster",
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raises OSError when nothing listens at HOST:PORT: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return  # `auto`, or a name that Ray resolves
+    # A head node may listen on its network address only, and Ray takes that one for the loopback address too.
+    hosts = [host, ray.util.get_node_ip_address()] if host in ("127.0.0.1", "localhost") else [host]
+    for number, place in enumerate(hosts, 1):
+        try:
+            socket.create_connection((place, int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+            return
+        except OSError:
+            if number == len(hosts):
+                raise
 
 
 def _start_local() -> str:

@@ -225,12 +225,19 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
     """`train.lr: 0.1 -> 0.2` for each value in which two jobs' identities differ."""
     lines: list[str] = []
     for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
+        before, after = _by_index(old.get(key)), _by_index(new.get(key))
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += differing_keys(before, after, f"{prefix}{key}.")
         elif before != after:
             lines.append(f"{prefix}{key}: {json.dumps(before)} -> {json.dumps(after)}")
     return lines
+
+
+def _by_index(value: Any) -> Any:
+    """A list of settings as a mapping, so that the one that differs is named and not the whole list."""
+    if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        return {str(index): item for index, item in enumerate(value)}
+    return value
 
 
 def _folders(run_dir: RunDir) -> list[str]:

@@ -148,3 +148,10 @@ def test_the_room_of_its_own_checkpoints_is_not_missing_to_a_run(
     with (run_dir / "checkpoints" / "step-00000007" / "shards").open("wb") as sparse:
         sparse.truncate(1 << 30)
     assert prepare(Job.model_validate(plain)).checkpoint is not None
+
+
+def test_the_setting_that_differs_is_named_within_a_source(run_dir: Path, plain: dict[str, Any]) -> None:
+    commit(run_dir, plain)
+    plain["data"]["train"][0]["limit"] = 5
+    with pytest.raises(ConfigError, match=r"different job \(data\.train\.0\.limit: null -> 5\)"):
+        prepare(Job.model_validate(plain))

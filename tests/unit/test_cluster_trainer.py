@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from unittest import mock
 
@@ -180,3 +181,21 @@ def test_rays_logs_are_kept_when_the_error_does_not_explain_itself(
         raise error
     assert bool(list(tmp_path.iterdir())) == kept
     assert ("logs of this session are kept in" in capsys.readouterr().err) == kept
+
+
+def test_an_address_where_nothing_listens_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.ray, "init", lambda **_: pytest.fail("Ray would try for minutes"))
+    with socket.socket() as held:  # bound and not listening: nobody else takes the port, and it refuses
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        for given in (address, f"ray://{address}"):
+            refusal = rf"cluster\.address={given} cannot be reached: .*refused"
+            with pytest.raises(PlanError, match=refusal), session.session(given):
+                pass
+
+
+def test_an_address_without_a_port_is_rays_to_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(session.ray, "init", lambda **options: asked.append(options["address"]))
+    with session.session("auto"):
+        assert asked == ["auto"]
