@@ -245,3 +245,10 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
     for path in tracked:
         if path.is_file() and path.suffix in (".py", ".md", ".yaml", ".toml", ".txt", "") and path != Path(__file__):
             assert not bad.search(path.read_text(errors="replace")), path
+
+
+def test_no_folder_has_a_name_that_tools_leave_out() -> None:
+    """pytest, ruff and many ignore files skip such folders without a word: tests in them would never run."""
+    skipped = {"build", "dist", "venv", "node_modules", "site-packages"}
+    for top in ("rayswift", "tests", "jobs", "serve", "bench", "examples"):
+        assert not [p for p in (ROOT / top).rglob("*") if p.is_dir() and p.name in skipped]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from rayswift.planning.layout import Layout
-from tests.dist.forked import RankFailed, run_ranks
 from tests.engine_cases import DOCS_PER_STEP, Reference, build, documents, take_step, tiny_model
 from tests.job_cases import make_job
+from tests.ranks.forked import RankFailed, run_ranks
 
 STEPS, LR = 4, 0.1
 LAYOUTS = {

@@ -20,8 +20,8 @@ from rayswift.training import checkpoint
 from rayswift.training.run import WorkOrder, local_open, run_rank
 from rayswift.training.run_dir import RunDir
 from rayswift.training.state import TrainState
-from tests.dist.forked import RankFailed, run_ranks
 from tests.job_cases import CPU_BOX, ENGINES, make_job
+from tests.ranks.forked import RankFailed, run_ranks
 
 
 @pytest.fixture(scope="module")
