@@ -119,7 +119,7 @@ def _train(job: Job, prepared: Prepared, progress: Progress, clock: _Phases) -> 
 
 def _fit(prepared: Prepared, made: Plan) -> None:
     from rayswift.cluster.trainer import fit
-    from rayswift.training.run import WorkOrder
+    from rayswift.training.order import WorkOrder
 
     fit(WorkOrder(prepared.job, made, prepared.train_stream, prepared.eval_stream))
 

@@ -21,7 +21,7 @@ from rayswift.cluster.worker import work
 from rayswift.config.job import Job
 from rayswift.errors import PlanError, RaySwiftError, WorkerError
 from rayswift.parallel.mesh import collective_backend
-from rayswift.training.run import WorkOrder
+from rayswift.training.order import WorkOrder
 from rayswift.training.run_dir import RunDir
 
 _RAY_FOLDER = "ray"

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from rayswift.data.ledger import Ledger
-from rayswift.training.run import WorkOrder
+from rayswift.training.order import WorkOrder
 
 
 def work(config: dict[str, Any]) -> None:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MAX_TASKS = 4096
-_AHEAD_BYTES = 16 << 20
-"""Prepared rows that may wait in the object store. Without a bound, hours of rows are prepared ahead on cores that
-the training step could use; a chunk of text takes about a megabyte."""
+_AHEAD_BYTES_PER_CPU = 2 << 20
+"""Prepared rows that may wait in the object store, for each CPU of the cluster: about a chunk of text. Without a bound,
+hours of rows are prepared ahead on cores that the training step could use."""
 
 
 def stream_dataset(
@@ -85,11 +85,15 @@ def _context() -> Any:
     """Settings of this dataset alone: the caller's context is left as it is."""
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(object_store_memory=_AHEAD_BYTES)
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=_ahead_bytes())
     context.execution_no_progress_timeout_s = -1  # a checkpoint may pause the consumer for as long as it takes
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     return context
+
+
+def _ahead_bytes() -> int:
+    return int(_AHEAD_BYTES_PER_CPU * max(1.0, ray.cluster_resources().get("CPU", 1.0)))
 
 
 @cache

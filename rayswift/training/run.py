@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import pyarrow as pa
 import torch
@@ -18,13 +17,11 @@ from rayswift.config.job import Job
 from rayswift.data.blocks import local_blocks, step_inputs
 from rayswift.data.ledger import Ledger
 from rayswift.data.quarantine import Quarantine
-from rayswift.data.stream import StreamPlan
 from rayswift.data.types import StepInput
 from rayswift.errors import CheckpointError
 from rayswift.methods import Method
 from rayswift.parallel.engine import Engine
 from rayswift.parallel.mesh import find_device
-from rayswift.planning.planner import Plan
 from rayswift.training import checkpoint
 from rayswift.training.build import base_sha256, broadcast, build_engine, build_method, refuse_leaking_packing
 from rayswift.training.checkpoint import CheckpointManifest
@@ -33,21 +30,11 @@ from rayswift.training.hooks import RunHooks
 from rayswift.training.lock import sole_writer
 from rayswift.training.loop import train
 from rayswift.training.metrics import RunLog
+from rayswift.training.order import WorkOrder
 from rayswift.training.prefetch import Prefetched
 from rayswift.training.run_dir import HELD_OUT_QUARANTINE, QUARANTINE, RunDir
 from rayswift.training.saver import Saver
 from rayswift.training.state import Horizon, TrainState
-
-
-@dataclass(frozen=True)
-class WorkOrder:
-    """Everything a worker needs, small enough to pickle."""
-
-    job: Job
-    plan: Plan
-    train_stream: StreamPlan
-    eval_stream: StreamPlan | None
-
 
 OpenBlocks = Callable[[WorkOrder, Ledger], Callable[[], Iterable[pa.Table]]]
 """Given the ledger to continue from, called by all ranks: how this rank opens its blocks."""

@@ -17,7 +17,8 @@ from rayswift.cluster.preflight import prepare
 from rayswift.errors import CheckpointError
 from rayswift.planning.planner import plan
 from rayswift.training import checkpoint
-from rayswift.training.run import WorkOrder, local_open, run_rank
+from rayswift.training.order import WorkOrder
+from rayswift.training.run import local_open, run_rank
 from rayswift.training.run_dir import RunDir
 from rayswift.training.state import TrainState
 from tests.job_cases import CPU_BOX, ENGINES, make_job
