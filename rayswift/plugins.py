@@ -23,13 +23,18 @@ def names(family: str) -> list[str]:
     return sorted({*own, *(e.name for e in entry_points(group=f"rayswift.{family}"))})
 
 
-def load_module(family: str, name: str, *, path: str = "name") -> ModuleType:
-    """The module behind a name. Raises ConfigError with a suggestion for a name nobody defines."""
+def check_name(family: str, name: str, *, path: str = "name") -> None:
+    """Raises ConfigError with a suggestion for a name nobody defines. Imports nothing that the name stands for."""
     known = names(family)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
         raise ConfigError(f"is not one of the {family}", path=path, value=name, fix=hint)
+
+
+def load_module(family: str, name: str, *, path: str = "name") -> ModuleType:
+    """The module behind a name. Errors as `check_name`."""
+    check_name(family, name, path=path)
     for entry in entry_points(group=f"rayswift.{family}"):
         if entry.name == name:
             return importlib.import_module(entry.value)

@@ -61,10 +61,8 @@ def prepare(job: Job) -> Prepared:
 
 def _check_trackers(job: Job) -> None:
     """Raises ConfigError for a name that is no tracker; whether a tracker works is found without stopping the run."""
-    known = plugins.names("training.trackers")
     for number, name in enumerate(job.logging.trackers):
-        if name not in known:
-            plugins.load("training.trackers", name, path=f"logging.trackers.{number}")
+        plugins.check_name("training.trackers", name, path=f"logging.trackers.{number}")
 
 
 def _absolute(job: Job) -> Job:

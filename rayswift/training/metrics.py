@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,8 +63,7 @@ class RunLog:
         self._events = JsonlLog(run_dir, EVENTS, up_to_step=sys.maxsize)
         self._flushed = time.monotonic()
         self._trackers = [
-            Detached(name, lambda name=name: _tracker(name), _start(job), self._warn)  # type: ignore[misc]
-            for name in job.logging.trackers
+            Detached(name, partial(_tracker, name), _start(job), self._warn) for name in job.logging.trackers
         ]
         self._board = _Board(run_dir, up_to_step) if job.logging.tensorboard and run_dir.is_local else None
 

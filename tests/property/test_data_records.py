@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -33,8 +33,8 @@ def test_every_byte_is_in_one_record(text: str) -> None:
 @settings(max_examples=150, deadline=None)
 @given(text=TEXTS, span_rows=st.integers(1, 4))
 @example(text='a,"b\n"x\ny",z\nc" d,e\nf,g\n', span_rows=1)
-def test_rows_do_not_depend_on_spans(text: str, span_rows: int, tmp_path_factory: object) -> None:
-    path = Path(str(tmp_path_factory.getbasetemp())) / "rows.csv"  # type: ignore[attr-defined]
+def test_rows_do_not_depend_on_spans(text: str, span_rows: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "rows.csv"
     path.write_bytes(b"q,a\n" + text.encode())
 
     def rows(size: int) -> list[tuple[int, int | None, object]]:

@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -130,8 +132,8 @@ def die_while_saving(rank: int, order: WorkOrder, step: int) -> None:
         writing.result()
         os._exit(9)
 
-    Saver._commit = die  # type: ignore[method-assign]
-    train_rank(rank, order)
+    with mock.patch.object(Saver, "_commit", die):
+        train_rank(rank, order)
 
 
 def test_a_checkpoint_that_lost_its_writer_is_never_used(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
@@ -188,10 +190,10 @@ def run_out_of_disk(rank: int, order: WorkOrder) -> str:
     def full(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    if rank == 1:
-        FileSystemWriter.write_data = full  # type: ignore[method-assign]
+    broken = mock.patch.object(FileSystemWriter, "write_data", full) if rank == 1 else nullcontext()
     try:
-        train_rank(rank, order)
+        with broken:
+            train_rank(rank, order)
     except CheckpointError as error:
         return str(error)
     return "no error"

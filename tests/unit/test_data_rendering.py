@@ -12,9 +12,9 @@ from rayswift.data.blocks import local_blocks, step_inputs
 from rayswift.data.detect import normalise
 from rayswift.data.formats import RowError
 from rayswift.data.ledger import Ledger
-from rayswift.data.rendering import render
+from rayswift.data.rendering import Rendering, render
 from rayswift.data.sources import index_sources, read_rows
-from rayswift.data.tokenize import encode
+from rayswift.data.tokenize import Truncation, encode
 from rayswift.data.types import Example, Message, Sample
 from rayswift.errors import ConfigError
 from tests.data_cases import (
@@ -178,8 +178,9 @@ def test_reasoning_is_rendered_by_the_template_or_refused() -> None:
     first, second = examples(sample, tokenizer)
     assert trained_runs(first, tokenizer) == ["<think>hm</think>yo<|im_end|>"]
     assert trained_runs(second, tokenizer) == ["<think>so</think>b<|im_end|>"]
-    for rendering in ("chat", "text"):
-        (found,) = encode([sample], make_tokenizer(), max_length=64, rendering=rendering)  # type: ignore[arg-type]
+    renderings: tuple[Rendering, ...] = ("chat", "text")
+    for rendering in renderings:
+        (found,) = encode([sample], make_tokenizer(), max_length=64, rendering=rendering)
         assert "`reasoning_content`, which the tokenizer's chat template does not render" in str(found)
 
 
@@ -291,8 +292,9 @@ def test_what_cannot_be_trained_is_a_bad_row_and_the_others_are_not() -> None:
 def test_a_turn_that_is_too_long_costs_only_that_turn_where_each_is_a_text() -> None:
     tokenizer = make_tokenizer(THINKING)
     turns = (Message("user", "hi"), Message("assistant", "yo"), Message("user", "w " * 99), Message("assistant", "no"))
-    for truncation in ("right", "delete"):
-        (found,) = encode([Sample(turns)], tokenizer, max_length=64, rendering="chat", truncation=truncation)  # type: ignore[arg-type]
+    truncations: tuple[Truncation, ...] = ("right", "delete")
+    for truncation in truncations:
+        (found,) = encode([Sample(turns)], tokenizer, max_length=64, rendering="chat", truncation=truncation)
         assert isinstance(found, list), found
         (example,) = found
         assert trained_runs(example, tokenizer) == ["<think>\n\n</think>\n\nyo<|im_end|>"]
