@@ -68,7 +68,7 @@ def _plan(prepared: Prepared) -> Plan:
     from rayswift.planning.planner import plan as make_plan
 
     job = prepared.job
-    engines = {name: plugins.load("parallel.engines", name).supports for name in plugins.names("parallel.engines")}
+    engines = {name: plugins.load("parallel.engines", name).capability for name in plugins.names("parallel.engines")}
     needs = plugins.load("methods", job.method.name, path="method.name").needs
     return make_plan(job, prepared.shape, cluster_spec(job.cluster.device), engines=engines, needs=needs)
 

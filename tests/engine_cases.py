@@ -22,7 +22,7 @@ from rayswift.data.types import PackedBatch
 from rayswift.methods.sft import Sft
 from rayswift.parallel.engine import StepStats
 from rayswift.parallel.engines.fsdp2 import Fsdp2
-from rayswift.planning.layout import Layout
+from rayswift.planning.layout import Layout, Seat
 
 VOCAB_SIZE = 128
 MAX_LENGTH = 32
@@ -131,7 +131,7 @@ def build(job: Job, layout: Layout, *, tied: bool = False) -> Fsdp2:
     dtype = getattr(torch, job.model.dtype) if lora else torch.float32
     rank = dist.get_rank() if dist.is_initialized() else 0
     model = tiny_model(lora=lora, tied=tied, dtype=dtype)
-    return Fsdp2(model, job, layout, torch.device("cpu"), layout.data_rank(rank))
+    return Fsdp2(model, job, Seat(layout, rank), torch.device("cpu"))
 
 
 def take_step(

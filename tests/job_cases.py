@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rayswift.config.job import Job
+from rayswift.planning.capability import Capability
 from rayswift.planning.hardware import ClusterSpec, find_gpu
 from rayswift.planning.model_shape import ModelShape
 
@@ -18,7 +19,7 @@ SHAPE_8B = ModelShape(
     architecture="Qwen3ForCausalLM", hidden_size=4096, num_layers=36, num_heads=32, num_kv_heads=8,
     vocab_size=151_936, intermediate_size=12_288, num_params=8_190_735_360,
 )  # fmt: skip
-ENGINES = {"fsdp2": frozenset({"dp_replicate", "dp_shard", "float32", "bfloat16", "full", "lora"})}
+ENGINES = {"fsdp2": Capability(frozenset({"dp_replicate", "dp_shard", "float32", "bfloat16", "full", "lora"}))}
 
 
 def gpu_cluster(num_devices: int, memory_bytes: int = 80 * 10**9, num_cpus: float = 96) -> ClusterSpec:

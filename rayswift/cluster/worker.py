@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from rayswift.data.ledger import Ledger
+from rayswift.planning.layout import Seat
 from rayswift.training.order import WorkOrder
 
 
@@ -22,11 +23,13 @@ def work(config: dict[str, Any]) -> None:
 
     from rayswift.training.run import run_rank
 
+    order: WorkOrder = config["order"]
     context = ray.train.get_context()
-    run_rank(config["order"], context.get_world_rank(), context.get_local_rank(), _open_blocks)
+    seat = Seat(order.plan.layout, context.get_world_rank())
+    run_rank(order, seat, context.get_local_rank(), _open_blocks)
 
 
-def _open_blocks(order: WorkOrder, ledger: Ledger) -> Callable[[], Iterable[pa.Table]]:
+def _open_blocks(order: WorkOrder, seat: Seat, ledger: Ledger) -> Callable[[], Iterable[pa.Table]]:
     """How this data rank reads its share of the stream: a head start of its own, then what rank 0 split."""
     import torch.distributed as dist
 
@@ -34,18 +37,16 @@ def _open_blocks(order: WorkOrder, ledger: Ledger) -> Callable[[], Iterable[pa.T
     from rayswift.models.loading import load_tokenizer
     from rayswift.training.prefetch import Prefetched
 
-    layout = order.plan.layout
-    data_rank = layout.data_rank(dist.get_rank())
     head, rest = head_start(
         order.train_stream,
         load_tokenizer(order.job.model.path),
-        data_rank=data_rank,
-        data_size=layout.data_size,
+        data_rank=seat.data_rank,
+        data_size=seat.data_size,
         global_batch_size=order.job.train.global_batch_size,
         ledger=ledger,
     )
     group = dist.new_group(backend="gloo")  # the stream is handed out in a thread, beside the model's collectives
-    stream = Prefetched(lambda: _split_blocks(order, rest, data_rank, group))
+    stream = Prefetched(lambda: _split_blocks(order, rest, seat.data_rank, group))
     return lambda: itertools.chain(head, stream)
 
 

@@ -44,7 +44,7 @@ Number = float  # `2e-5`, which is a string to YAML 1.1, is read as one too
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "float8"]
 
 
 class MethodSpec(BaseModel):
@@ -67,7 +67,10 @@ class ModelSpec(Section):
     path: str
     """A local Hugging Face folder, or a hub id with an optional revision: `org/name@revision`."""
     dtype: Dtype = "float32"
-    """The type forward and backward are computed in. Trained parameters are kept in float32."""
+    """The type forward and backward are computed in. Trained parameters are kept in float32. `float16` scales the loss,
+    `float8` multiplies matrices in FP8 (torchao) and computes the rest in bfloat16."""
+    quantization: Literal["nf4"] | None = None
+    """Keep the frozen base of an adapter in 4 bits (bitsandbytes, double quantization): QLoRA."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """The attention implementation of transformers."""
     activation_checkpointing: bool = False
@@ -191,7 +194,17 @@ class ParallelSpec(Section):
     cp: PositiveInt = 1
     """Context parallel size."""
     ep: PositiveInt = 1
-    """Expert parallel size."""
+    """Expert parallel size: the experts of a mixture are spread over so many of the dp_shard workers."""
+    schedule: Literal["1f1b", "interleaved_1f1b", "zero_bubble", "zbv"] = "1f1b"
+    """The pipeline schedule. All but `1f1b` put two stages on each worker."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lies in the host's memory between uses: the optimizer's state, or that, parameters and gradients."""
+    nvme: str | None = None
+    """A folder on fast local disks of every node that takes what `offload` moves out (DeepSpeed's ZeRO-Infinity)."""
+    zero_stage: Literal[1, 2, 3] | None = None
+    """DeepSpeed's ZeRO stage; null leaves it to the engine."""
+    deepspeed: str | None = None
+    """A DeepSpeed JSON as Hugging Face users write it, `auto` values included; it is checked against the job."""
 
 
 class ClusterSection(Section):

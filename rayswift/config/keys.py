@@ -64,11 +64,11 @@ _NOTES = {
     "val_set_size": "held-out rows are files of their own",
     "warmup_ratio": "the warmup is counted in steps",
 }
-_NO_QUANTIZED_BASE = "this version trains no quantized base; use adapter.name=lora with model.dtype=bfloat16"
+_QUANTIZED_BASE = "a base in 4 bits is model.quantization=nf4, with adapter.name=lora"
 # What other trainers have and a job has not, with what to do instead.
 _ABSENT = {
-    "load_in_4bit": _NO_QUANTIZED_BASE, "load_in_8bit": _NO_QUANTIZED_BASE, "quantization_bit": _NO_QUANTIZED_BASE,
-    "quant_bits": _NO_QUANTIZED_BASE, "quant_method": _NO_QUANTIZED_BASE,
+    "load_in_4bit": _QUANTIZED_BASE, "load_in_8bit": _QUANTIZED_BASE, "quantization_bit": _QUANTIZED_BASE,
+    "quant_bits": _QUANTIZED_BASE, "quant_method": _QUANTIZED_BASE,
     "chat_template": "the chat template is the tokenizer's own: chat_template.jinja in the folder of model.path",
     "template": "the chat template is the tokenizer's own: chat_template.jinja in the folder of model.path",
 }  # fmt: skip

@@ -10,6 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from rayswift.config.job import Job
+from rayswift.planning.capability import Capability
+from rayswift.planning.layout import Seat
+
 if TYPE_CHECKING:
     import torch
 
@@ -36,10 +40,14 @@ class StepStats:
 class Engine(Protocol):
     """A sharded model with its optimizer. Every method is called by all ranks in the same order."""
 
-    supports: ClassVar[frozenset[str]]
-    """Mesh axes larger than one, dtypes, adapters (`full`, `lora`) and needs of methods it can run."""
+    capability: ClassVar[Capability]
+    """What it can run; the planner matches it with the job."""
     data_rank: int
     data_size: int
+
+    def __init__(self, model: Any, job: Job, seat: Seat, device: torch.device) -> None:
+        """`model` is a PreTrainedModel, or a PeftModel around one, on the CPU; the engine may take it apart."""
+        ...
 
     def forward_backward(self, micro_batches: Sequence[PackedBatch], method: Method, count: float) -> StepStats:
         """Stats with the loss summed over data ranks; leaves gradients of loss / count on the parameters."""

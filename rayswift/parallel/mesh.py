@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from rayswift.errors import PlanError
-from rayswift.planning.layout import Layout
+from rayswift.planning.layout import Seat
 
 
 def find_device(kind: str, local_rank: int = 0) -> torch.device:
@@ -40,8 +42,30 @@ def collective_backend(device_type: str) -> str:
     return f"cpu:gloo,{device_type}:{native}" if native else "gloo"
 
 
-def data_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
-    """The (dp_replicate, dp_shard) mesh that FSDP2 shards and replicates over."""
-    return init_device_mesh(
-        device.type, (layout.dp_replicate, layout.dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
+@dataclass(frozen=True)
+class Meshes:
+    """The ranks of a layout under three views of one mesh, outermost axis first, tp innermost in each."""
+
+    dense: DeviceMesh
+    """(pp, dp_replicate, fsdp, tp). Dense parameters are sharded over `fsdp`, which is dp_shard and cp together: ranks
+    of a context parallel group hold different tokens, so their gradients are summed like those of data ranks."""
+    data: DeviceMesh
+    """(pp, dp_replicate, dp_shard, cp, tp): the axes of the layout."""
+    sparse: DeviceMesh
+    """(pp, dp_replicate, dp_rest, ep, tp). Experts are spread over `ep` and sharded over `dp_rest`."""
+
+
+def build_meshes(seat: Seat, device: torch.device) -> Meshes:
+    """The meshes of a layout over the processes in the order of the seat. Called by all ranks."""
+    axes = seat.layout
+    world = DeviceMesh(device.type, torch.tensor(seat.order), mesh_dim_names=("world",))
+    outer, rest = {"pp": axes.pp, "dp_replicate": axes.dp_replicate}, axes.dp_shard // axes.ep
+    return Meshes(
+        dense=_view(world, {**outer, "fsdp": axes.dp_shard * axes.cp, "tp": axes.tp}),
+        data=_view(world, {**outer, "dp_shard": axes.dp_shard, "cp": axes.cp, "tp": axes.tp}),
+        sparse=_view(world, {**outer, "dp_rest": rest * axes.cp, "ep": axes.ep, "tp": axes.tp}),
     )
+
+
+def _view(world: DeviceMesh, sizes: dict[str, int]) -> DeviceMesh:
+    return world._unflatten(0, tuple(sizes.values()), tuple(sizes))

@@ -30,7 +30,7 @@ def recompute_blocks(model: PreTrainedModel) -> None:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Shard every block and the rest over `mesh`'s dp_shard axis, replicated over dp_replicate.
+    """Shard every block and the rest over the last axis of `mesh`, replicated over the first.
 
     Gradients are SUMMED over ranks, because losses are sums divided by a global count: gloo lacks the
     pre-multiplied sum that a divide factor of 1 asks for, hence the forced plain sum. Only the root casts its

@@ -12,6 +12,7 @@ from typing import Any
 
 from rayswift.config.job import Job
 from rayswift.errors import PlanError
+from rayswift.planning.capability import Capability
 from rayswift.planning.hardware import ClusterSpec
 from rayswift.planning.layout import Layout
 from rayswift.planning.memory import MemoryEstimate, estimate
@@ -85,7 +86,7 @@ def plan(
     shape: ModelShape,
     cluster: ClusterSpec,
     *,
-    engines: Mapping[str, frozenset[str]],
+    engines: Mapping[str, Capability],
     needs: frozenset[str] = frozenset(),
 ) -> Plan:
     """The plan for a job. `engines` maps each engine to what it supports. Raises PlanError with reason and fix."""
@@ -148,11 +149,18 @@ def _layout(job: Job, workers: int) -> Layout:
             value=workers,
             fix=f"set cluster.workers={fixed * shard} or parallel.dp_shard=auto",
         )
+    if shard % p.ep:
+        raise PlanError(
+            f"does not divide parallel.dp_shard={shard}, whose workers it spreads the experts over",
+            path="parallel.ep",
+            value=p.ep,
+            fix=f"use a divisor of {shard}, or more workers",
+        )
     return Layout(dp_replicate=p.dp_replicate, dp_shard=shard, cp=p.cp, tp=p.tp, pp=p.pp, ep=p.ep)
 
 
 def _engine(
-    job: Job, layout: Layout, engines: Mapping[str, frozenset[str]], needs: frozenset[str]
+    job: Job, layout: Layout, engines: Mapping[str, Capability], needs: frozenset[str]
 ) -> tuple[str, tuple[Rejected, ...]]:
     """The first engine that supports what layout, adapter, dtype and method ask for, and why others do not."""
     wanted = needs | {axis for axis, size in asdict(layout).items() if size > 1} | {job.model.dtype}
@@ -160,12 +168,12 @@ def _engine(
     names = list(engines) if job.parallel.engine == "auto" else [job.parallel.engine]
     rejected: list[Rejected] = []
     for name in names:
-        missing = wanted - engines.get(name, frozenset())
+        missing = wanted - engines.get(name, Capability(frozenset())).supports
         if not missing:
             return name, tuple(rejected)
         rejected.append(Rejected(f"engine {name}", f"does not support {', '.join(sorted(missing))}"))
     reasons = "; ".join(f"{r.what} {r.reason}" for r in rejected)
-    everything = sorted(set().union(*engines.values()))
+    everything = sorted(set().union(*(engine.supports for engine in engines.values())))
     raise PlanError(
         f"no engine of this version can run the job: {reasons}",
         path="parallel.engine",

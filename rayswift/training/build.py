@@ -14,6 +14,7 @@ from rayswift.data.types import PackedBatch
 from rayswift.errors import ConfigError
 from rayswift.methods import Method
 from rayswift.parallel.engine import Engine
+from rayswift.planning.layout import Seat
 from rayswift.planning.planner import Plan
 
 _LEAK_TOLERANCE = 1e-5  # nats; a fresh random model, the least sensitive there is, leaks 0.02 and more
@@ -26,7 +27,7 @@ def build_method(job: Job) -> Method:
     return method
 
 
-def build_engine(job: Job, plan: Plan, device: torch.device, rank: int) -> Engine:
+def build_engine(job: Job, plan: Plan, seat: Seat, device: torch.device) -> Engine:
     """Load, adapt, then hand over to the engine, which recomputes, shards and builds the optimizer."""
     from rayswift.models.adapters import add_lora
     from rayswift.models.loading import load_model
@@ -35,7 +36,7 @@ def build_engine(job: Job, plan: Plan, device: torch.device, rank: int) -> Engin
     base = load_model(job.model, dtype=torch.float32 if trained_whole else getattr(torch, job.model.dtype))
     model = base if job.adapter is None else add_lora(base, job.adapter, job.train.seed)
     engine_class = plugins.load("parallel.engines", plan.engine, path="parallel.engine")
-    engine: Engine = engine_class(model, job, plan.layout, device, plan.layout.data_rank(rank))
+    engine: Engine = engine_class(model, job, seat, device)
     return engine
 
 

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 
 from rayswift.config.job import Job
 from rayswift.data.blocks import local_blocks, step_inputs
@@ -22,6 +21,7 @@ from rayswift.errors import CheckpointError
 from rayswift.methods import Method
 from rayswift.parallel.engine import Engine
 from rayswift.parallel.mesh import find_device
+from rayswift.planning.layout import Seat
 from rayswift.training import checkpoint
 from rayswift.training.build import base_sha256, broadcast, build_engine, build_method, refuse_leaking_packing
 from rayswift.training.checkpoint import CheckpointManifest
@@ -36,28 +36,28 @@ from rayswift.training.run_dir import HELD_OUT_QUARANTINE, QUARANTINE, RunDir
 from rayswift.training.saver import Saver
 from rayswift.training.state import Horizon, TrainState
 
-OpenBlocks = Callable[[WorkOrder, Ledger], Callable[[], Iterable[pa.Table]]]
-"""Given the ledger to continue from, called by all ranks: how this rank opens its blocks."""
+OpenBlocks = Callable[[WorkOrder, Seat, Ledger], Callable[[], Iterable[pa.Table]]]
+"""Given its seat and the ledger to continue from, called by all ranks: how this rank opens its blocks."""
 
 
-def run_rank(order: WorkOrder, rank: int, local_rank: int, open_blocks: OpenBlocks) -> TrainState:
+def run_rank(order: WorkOrder, seat: Seat, local_rank: int, open_blocks: OpenBlocks) -> TrainState:
     """The state after training to the end. The process group is up, with gloo on the host."""
-    with sole_writer(RunDir(order.job.run_dir)) if rank == 0 else nullcontext():
-        return _run(order, rank, local_rank, open_blocks)
+    with sole_writer(RunDir(order.job.run_dir)) if seat.rank == 0 else nullcontext():
+        return _run(order, seat, local_rank, open_blocks)
 
 
-def _run(order: WorkOrder, rank: int, local_rank: int, open_blocks: OpenBlocks) -> TrainState:
-    job, plan = order.job, order.plan
+def _run(order: WorkOrder, seat: Seat, local_rank: int, open_blocks: OpenBlocks) -> TrainState:
+    job, plan, rank = order.job, order.plan, seat.rank
     device = find_device(plan.device, local_rank)
     torch.manual_seed(job.train.seed)
     run_dir = RunDir(job.run_dir)
     removed = checkpoint.clean(run_dir) if rank == 0 else []
     manifest = _agree_on_checkpoint(job, run_dir, rank)
     state = _initial_state(order, manifest)
-    read = open_blocks(order, state.ledger)
+    read = open_blocks(order, seat, state.ledger)
     steps = Prefetched(lambda: _step_inputs(order, read()))
     method = build_method(job)
-    engine = build_engine(job, plan, device, rank)
+    engine = build_engine(job, plan, seat, device)
     if manifest is not None:
         _load(engine, f"{job.run_dir}/{checkpoint.folder_name(manifest.step)}")
     if job.data.packing:
@@ -95,17 +95,16 @@ def _run(order: WorkOrder, rank: int, local_rank: int, open_blocks: OpenBlocks) 
     return state
 
 
-def local_open(order: WorkOrder, ledger: Ledger) -> Callable[[], Iterable[pa.Table]]:
+def local_open(order: WorkOrder, seat: Seat, ledger: Ledger) -> Callable[[], Iterable[pa.Table]]:
     """This rank's blocks prepared in its own process, without Ray: for tests and benches."""
     from rayswift.models.loading import load_tokenizer
 
-    rank = order.plan.layout.data_rank(dist.get_rank())
     tokenizer = load_tokenizer(order.job.model.path)
     return lambda: local_blocks(
         order.train_stream,
         tokenizer,
-        data_rank=rank,
-        data_size=order.plan.layout.data_size,
+        data_rank=seat.data_rank,
+        data_size=seat.data_size,
         global_batch_size=order.job.train.global_batch_size,
         ledger=ledger,
     )

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from rayswift.cluster.preflight import prepare
 from rayswift.errors import CheckpointError
+from rayswift.planning.layout import Seat
 from rayswift.planning.planner import plan
 from rayswift.training import checkpoint
 from rayswift.training.order import WorkOrder
@@ -54,7 +55,7 @@ def order_of(name: str, output: Path, model: Path, rows: Path, *, ranks: int, **
 
 
 def train_rank(rank: int, order: WorkOrder) -> TrainState:
-    return run_rank(order, rank, rank, local_open)
+    return run_rank(order, Seat(order.plan.layout, rank), rank, local_open)
 
 
 def train(order: WorkOrder) -> TrainState:

@@ -14,7 +14,7 @@ from rayswift.data.types import PackedBatch
 from rayswift.errors import ConfigError
 from rayswift.parallel.engines.fsdp2 import Fsdp2
 from rayswift.parallel.logprobs import token_logprobs
-from rayswift.planning.layout import Layout
+from rayswift.planning.layout import Layout, Seat
 from rayswift.training.build import refuse_leaking_packing
 from tests.engine_cases import Document, documents, share, tiny_model
 from tests.job_cases import make_job
@@ -57,7 +57,7 @@ def rows() -> list[Document]:
 def test_a_packed_document_has_the_logprobs_it_has_alone(arch: str, attention: str, rows: list[Document]) -> None:
     model = tiny_model(arch)
     model.set_attn_implementation(attention)
-    engine = Fsdp2(model, make_job(), Layout(), torch.device("cpu"))
+    engine = Fsdp2(model, make_job(), Seat(Layout()), torch.device("cpu"))
     assert largest_leak(engine.forward, rows) < 1e-5
     refuse_leaking_packing(engine, make_job())
 
@@ -105,7 +105,7 @@ def test_rounding_is_no_leak() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_random_model_in_any_precision_does_not_leak_and_is_caught_when_it_does(dtype: str) -> None:
     job = make_job(**{"model.dtype": dtype})
-    engine = Fsdp2(tiny_model("qwen3"), job, Layout(), torch.device("cpu"))
+    engine = Fsdp2(tiny_model("qwen3"), job, Seat(Layout()), torch.device("cpu"))
     refuse_leaking_packing(engine, job)
     forward = engine._model.forward
     engine._model.forward = lambda **given: forward(**{**given, "position_ids": None})
@@ -116,5 +116,5 @@ def test_a_random_model_in_any_precision_does_not_leak_and_is_caught_when_it_doe
 def test_the_engine_overrides_a_config_that_asks_for_a_cache(rows: list[Document]) -> None:
     model = tiny_model("qwen3")
     model.config.use_cache = True
-    engine = Fsdp2(model, make_job(), Layout(), torch.device("cpu"))
+    engine = Fsdp2(model, make_job(), Seat(Layout()), torch.device("cpu"))
     assert largest_leak(engine.forward, rows) < 1e-5

@@ -133,7 +133,7 @@ def test_loss_of_a_step_is_its_mean_and_zero_for_nothing() -> None:
 
 @pytest.mark.parametrize("name", plugins.names("parallel.engines"))
 def test_an_engine_declares_what_it_supports(name: str) -> None:
-    supports = plugins.load("parallel.engines", name).supports
+    supports = plugins.load("parallel.engines", name).capability.supports
     axes = {"dp_replicate", "dp_shard", "cp", "tp", "pp", "ep"}
     known = {"float32", "bfloat16", "float16", "full", "lora", "reference", "rollout", "scalar_head"} | axes
     assert isinstance(supports, frozenset)

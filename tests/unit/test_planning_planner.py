@@ -11,6 +11,7 @@ import pytest
 
 from rayswift.config.job import Job
 from rayswift.errors import PlanError
+from rayswift.planning.capability import Capability
 from rayswift.planning.hardware import ClusterSpec
 from rayswift.planning.layout import Layout
 from rayswift.planning.model_shape import ModelShape
@@ -104,7 +105,7 @@ def test_refusals_name_path_value_rule_and_fix(changes: dict[str, object], clust
         ({"parallel.tp": 2}, "tp"),
         ({"parallel.pp": 2}, "pp"),
         ({"parallel.cp": 2}, "cp"),
-        ({"parallel.ep": 2}, "ep"),
+        ({"parallel.ep": 2, "parallel.dp_shard": 2}, "ep"),
         ({"model.dtype": "float16"}, "float16"),
         ({"parallel.tp": 2, "model.dtype": "float16"}, "float16, tp"),
     ],
@@ -122,7 +123,7 @@ def test_what_a_method_needs_is_matched_with_what_an_engine_supports() -> None:
 
 
 def test_an_engine_that_cannot_is_kept_with_its_reason() -> None:
-    engines = {"narrow": frozenset({"float32", "full"}), **ENGINES}
+    engines = {"narrow": Capability(frozenset({"float32", "full"})), **ENGINES}
     made = plan(make_job(**{"cluster.workers": 2}), SMALL_SHAPE, CPU_BOX, engines=engines)
     assert made.engine == "fsdp2"
     assert made.rejected == (Rejected("engine narrow", "does not support dp_shard"),)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rayswift.config.job import Job
 from rayswift.parallel.engine import StepStats
-from rayswift.planning.layout import Layout
+from rayswift.planning.capability import Capability
+from rayswift.planning.layout import Seat
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
 class Fsdp2:
     """A Hugging Face model under FSDP2, or plain on a world of one, where sharding would only copy."""
 
-    supports: ClassVar[frozenset[str]] = frozenset({"dp_replicate", "dp_shard", "float32", "bfloat16", "full", "lora"})
+    capability: ClassVar[Capability] = Capability(
+        frozenset({"dp_replicate", "dp_shard", "float32", "bfloat16", "full", "lora"})
+    )
 
-    def __init__(self, model: Any, job: Job, layout: Layout, device: torch.device, rank: int = 0) -> None:
-        """`model` is a PreTrainedModel, or a PeftModel around one. Recompute, then shard, then the optimizer."""
+    def __init__(self, model: Any, job: Job, seat: Seat, device: torch.device) -> None:
+        """See `Engine`. Recompute, then shard, then the optimizer."""
         import torch
 
         from rayswift.parallel import mesh, optim, sharding
@@ -35,12 +38,12 @@ class Fsdp2:
         self._torch, self._device, self._train = torch, device, job.train
         self._full = job.adapter is None
         self._dtype = getattr(torch, job.model.dtype)
-        self.data_rank, self.data_size = rank, layout.data_size
-        self._sharded = layout.world_size > 1
+        self.data_rank, self.data_size = seat.data_rank, seat.data_size
+        self._sharded = seat.layout.world_size > 1
         if job.model.activation_checkpointing:
             sharding.recompute_blocks(model)
         if self._sharded:
-            sharding.shard(model, mesh.data_mesh(layout, device), self._dtype)
+            sharding.shard(model, mesh.build_meshes(seat, device).dense["dp_replicate", "fsdp"], self._dtype)
         self._model = model.to(device) if not self._sharded else model
         self._optimizer = optim.build_optimizer(self._model, job.train)
         self._host_group = self._new_host_group()

@@ -1,0 +1,36 @@
+"""What an engine can do, as data that the planner matches with what a job wants.
+
+Features are words: the mesh axes larger than one (`tp`, ...), dtypes (`bfloat16`), what is trained (`full`, `lora`),
+how the base is stored (`nf4`), where state lies (`offload_optimizer`, `offload_parameters`, `offload_nvme`), settings
+only some engines know (`zero_stage`), `tied` embeddings, and the needs of methods.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Features that one engine supports, but not together: why, and what works instead."""
+
+    features: frozenset[str]
+    reason: str
+    instead: str
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What an engine supports. Of several that fit, `auto` takes the one with the lowest `preference`."""
+
+    supports: frozenset[str]
+    conflicts: tuple[Conflict, ...] = ()
+    preference: int = 0
+
+    def missing(self, wanted: frozenset[str]) -> frozenset[str]:
+        """The wanted features that are not supported at all."""
+        return wanted - self.supports
+
+    def broken(self, wanted: frozenset[str]) -> Conflict | None:
+        """The first conflict among the wanted features, if there is one."""
+        return next((conflict for conflict in self.conflicts if conflict.features <= wanted), None)
