@@ -93,7 +93,7 @@ def plan(
     workers = _workers(job, cluster)
     layout = _layout(job, workers)
     engine, rejected = _engine(job, layout, engines, needs)
-    placement = place(workers, cluster)
+    placement = place(layout, cluster)
     _check_batch(job, layout)
     capacity = _capacity(cluster, workers)
     memory = estimate(shape, job, layout)
