@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from rayswift import plugins
 from rayswift.config.job import AdapterSpec, Job
 from rayswift.data.collate import PackedSequence, collate
 from rayswift.data.packing import pack
 from rayswift.data.types import PackedBatch
 from rayswift.methods.sft import Sft
-from rayswift.parallel.engine import StepStats
-from rayswift.parallel.engines.fsdp2 import Fsdp2
+from rayswift.parallel.engine import Engine, StepStats
 from rayswift.planning.layout import Layout, Seat
 
 VOCAB_SIZE = 128
@@ -48,6 +48,8 @@ def tiny_model(
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
     other = {} if arch == "gpt2" else {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8}
+    if arch.endswith("moe"):
+        other |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     other["tie_word_embeddings"] = tied
     ends = {"bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model(arch, vocab_size=VOCAB_SIZE, initializer_range=0.1, **ends, **sizes, **other)
@@ -125,17 +127,18 @@ class Reference:
         return {name: p.detach() for name, p in self._trained.items()}
 
 
-def build(job: Job, layout: Layout, *, tied: bool = False) -> Fsdp2:
+def build(job: Job, layout: Layout, *, arch: str = "qwen3", tied: bool = False, engine: str = "fsdp2") -> Any:
     """This rank's engine around the tiny model."""
     lora = job.adapter is not None
     dtype = getattr(torch, job.model.dtype) if lora else torch.float32
     rank = dist.get_rank() if dist.is_initialized() else 0
-    model = tiny_model(lora=lora, tied=tied, dtype=dtype)
-    return Fsdp2(model, job, Seat(layout, rank), torch.device("cpu"))
+    model = tiny_model(arch, lora=lora, tied=tied, dtype=dtype)
+    engine_class = plugins.load("parallel.engines", engine)
+    return engine_class(model, job, Seat(layout, rank), torch.device("cpu"))
 
 
 def take_step(
-    engine: Fsdp2, number: int, *, packing: bool = True, micro_batches: int = 1, lr: float = 0.1
+    engine: Engine, number: int, *, packing: bool = True, micro_batches: int = 1, lr: float = 0.1
 ) -> StepStats:
     """The stats of one SFT step over the documents of step `number`, the same ones for every layout."""
     batches = share(

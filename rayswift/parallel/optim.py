@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rayswift.config.job import TrainSpec
 
@@ -13,12 +16,14 @@ def build_optimizer(model: nn.Module, train: TrainSpec) -> torch.optim.Optimizer
 
     Call it AFTER sharding: an optimizer built before holds the unsharded tensors and silently trains nothing.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    kinds: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        kinds.setdefault((parameter.ndim >= 2, mesh), []).append(parameter)  # one kernel call takes one mesh only
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": train.weight_decay if is_matrix else 0.0}
+        for (is_matrix, _), parameters in sorted(kinds.items(), key=lambda kind: not kind[0][0])
     ]
-    groups = [group for group in groups if group["params"]]
     if train.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum)
     return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=True)

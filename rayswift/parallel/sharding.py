@@ -1,16 +1,89 @@
-"""Wraps a Hugging Face model's blocks with FSDP2. Knows where blocks are, not what they compute."""
+"""Spreads a Hugging Face model over the meshes of a layout. Knows where its blocks are, not what they compute.
+
+The order of application is that of `parallelize`: tensor parallel, experts, context, precision, recompute, FSDP.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Shard
+
+from rayswift.config.job import Job
+from rayswift.parallel.context import use_ulysses
+from rayswift.parallel.experts import spread_experts
+from rayswift.parallel.mesh import Meshes
+from rayswift.parallel.precision import compute_dtype, use_float8
+from rayswift.parallel.tensor import apply_tensor_parallel, unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What FSDP needs to know of a layout: which meshes, which precision, where parameters lie."""
+
+    mesh: DeviceMesh
+    """(dp_replicate, fsdp), for dense parameters."""
+    expert_mesh: DeviceMesh
+    """(dp_replicate, dp_rest), for experts that are spread over `ep`."""
+    dtype: torch.dtype
+    offload: OffloadPolicy
+    reshard_after_forward: bool = True
+
+    @classmethod
+    def of(cls, meshes: Meshes, job: Job, device: torch.device, *, reshard_after_forward: bool = True) -> Sharding:
+        """The sharding a job asks for."""
+        offload = CPUOffloadPolicy(pin_memory=device.type != "cpu")
+        return cls(
+            mesh=meshes.dense["dp_replicate", "fsdp"],
+            expert_mesh=meshes.sparse["dp_replicate", "dp_rest"],
+            dtype=compute_dtype(job.model.dtype),
+            offload=offload if job.parallel.offload == "parameters" else OffloadPolicy(),
+            reshard_after_forward=reshard_after_forward,
+        )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What of a parallelized model needs care later."""
+
+    experts: list[nn.Module]
+    """Modules whose parameters are spread over `ep`."""
+    partial: list[nn.Module]
+    """Modules whose gradients are to be summed over `tp` before the step."""
+
+
+def spread(model: nn.Module, job: Job, meshes: Meshes) -> Spread:
+    """Everything that changes what a block computes on this rank, before it is sharded."""
+    tp, ep, cp = meshes.dense["tp"], meshes.sparse["ep"], meshes.data["cp"]
+    partial = apply_tensor_parallel(model, tp, skip=".experts" if ep.size() > 1 else None) if tp.size() > 1 else []
+    experts = spread_experts(unwrapped(model), ep) if ep.size() > 1 else []
+    if cp.size() > 1:
+        use_ulysses(unwrapped(model))
+    adapt(model, job)
+    return Spread(experts, partial)
+
+
+def adapt(model: nn.Module, job: Job) -> None:
+    """What a single process needs, too: matrices in FP8, blocks that are recomputed."""
+    if job.model.dtype == "float8":
+        use_float8(model)
+    if job.model.activation_checkpointing:
+        recompute_blocks(cast(Any, model))
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -29,27 +102,54 @@ def recompute_blocks(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
-    """Shard every block and the rest over the last axis of `mesh`, replicated over the first.
+def shard(model: nn.Module, sharding: Sharding, experts: list[nn.Module] | None = None) -> None:
+    """Shard experts, every block, and the rest with FSDP2, in place.
 
     Gradients are SUMMED over ranks, because losses are sums divided by a global count: gloo lacks the
     pre-multiplied sum that a divide factor of 1 asks for, hence the forced plain sum. Only the root casts its
     output to float32; a block that did would feed float32 into the next one.
     """
-    mixed = compute_dtype != torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32) if mixed else None
-    root_policy = (
-        MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-        if mixed
-        else None
-    )
+    # The logits of a spread head are a view of their DTensor; they are only read.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    for module in experts or ():
+        _shard_one(module, sharding, mesh=sharding.expert_mesh)
     for block in find_blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy())
-    fully_shard(model, mesh=mesh, mp_policy=root_policy or MixedPrecisionPolicy())
+        _shard_one(block, sharding)
+    _shard_one(model, sharding, root=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def _shard_one(module: nn.Module, sharding: Sharding, *, mesh: DeviceMesh | None = None, root: bool = False) -> None:
+    mixed = sharding.dtype != torch.float32
+    policy = MixedPrecisionPolicy(
+        param_dtype=sharding.dtype if mixed else None,
+        reduce_dtype=torch.float32 if mixed else None,
+        output_dtype=torch.float32 if mixed and root else None,
+    )
+    mesh = mesh or sharding.mesh
+    ways = mesh.size(1)
+    fully_shard(
+        module,
+        mesh=mesh,
+        mp_policy=policy,
+        offload_policy=sharding.offload,
+        reshard_after_forward=sharding.reshard_after_forward,
+        shard_placement_fn=lambda parameter: _placement(parameter, ways),
+    )
+
+
+def _placement(parameter: nn.Parameter, ways: int) -> Shard | None:
+    """Beside a first dim that tensor or expert parallelism has cut, FSDP cuts the second one where it is even.
+
+    Two cuts of one dim would be strided shards, which not every part of torch can read.
+    """
+    if not isinstance(parameter, DTensor) or parameter.ndim < 2:
+        return None
+    cut = {place.dim for place in parameter.placements if not place.is_replicate()}  # type: ignore[attr-defined]
+    return Shard(1) if 0 in cut and 1 not in cut and parameter.shape[1] % ways == 0 else None
 
 
 def sync_gradients(model: nn.Module, enabled: bool) -> None:

@@ -24,6 +24,11 @@ LAYOUTS = {
     "fsdp2 2": Layout(dp_shard=2),
     "fsdp2 4": Layout(dp_shard=4),
     "hsdp 2x2": Layout(dp_replicate=2, dp_shard=2),
+    "tp 2": Layout(tp=2),
+    "tp 2 x fsdp2 2": Layout(dp_shard=2, tp=2),
+    "cp 2": Layout(cp=2),
+    "cp 2 x fsdp2 2": Layout(dp_shard=2, cp=2),
+    "cp 2 x tp 2": Layout(cp=2, tp=2),
 }
 
 

@@ -39,7 +39,7 @@ THIRD_PARTY: dict[int, set[str]] = {
         "torch", "tokenizers", "transformers", "peft", "safetensors", "huggingface_hub", "jinja2", "numpy", "pyarrow",
         "pandas", "fsspec", "accelerate",
     },
-    4: set(),
+    4: {"deepspeed", "torchao"},
     5: {"matplotlib", "tensorboard", "tensorboardX", "wandb", "mlflow", "trackio", "vllm", "starlette"},
     6: {"ray", "fastapi"},
     7: {"typer", "openai"},

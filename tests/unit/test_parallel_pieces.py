@@ -135,7 +135,10 @@ def test_loss_of_a_step_is_its_mean_and_zero_for_nothing() -> None:
 def test_an_engine_declares_what_it_supports(name: str) -> None:
     supports = plugins.load("parallel.engines", name).capability.supports
     axes = {"dp_replicate", "dp_shard", "cp", "tp", "pp", "ep"}
-    known = {"float32", "bfloat16", "float16", "full", "lora", "reference", "rollout", "scalar_head"} | axes
+    dtypes = {"float32", "bfloat16", "float16", "float8"}
+    offload = {"offload_optimizer", "offload_parameters", "offload_nvme"}
+    known = axes | dtypes | offload | {"full", "lora", "nf4", "zero_stage"}
+    known |= {"tied", "moe", "packing", "recompute", "reference", "rollout", "scalar_head"}
     assert isinstance(supports, frozenset)
     assert supports <= known
     assert supports & {"float32", "bfloat16", "float16"}

@@ -1,7 +1,7 @@
-"""FSDP2: one process, DDP (dp_shard=1), FSDP and HSDP, told apart by the mesh alone.
+"""FSDP2 on a mesh: one process, DDP, FSDP, HSDP, tensor, context and expert parallel, told apart by the mesh alone.
 
-Knows how a model is recomputed, sharded and stepped; knows nothing of files, Ray or metrics. The module loads
-torch inside the class, so that a driver can read `supports` without it.
+Knows how a model is spread and stepped; knows nothing of files, Ray or metrics. The module loads torch inside the
+class, so that a driver can read `capability` without it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rayswift.config.job import Job
 from rayswift.parallel.engine import StepStats
-from rayswift.planning.capability import Capability
+from rayswift.planning.capability import Capability, Conflict
 from rayswift.planning.layout import Seat
 
 if TYPE_CHECKING:
@@ -26,38 +26,82 @@ class Fsdp2:
     """A Hugging Face model under FSDP2, or plain on a world of one, where sharding would only copy."""
 
     capability: ClassVar[Capability] = Capability(
-        frozenset({"dp_replicate", "dp_shard", "float32", "bfloat16", "full", "lora"})
+        supports=frozenset(
+            {
+                *("dp_replicate", "dp_shard", "cp", "tp", "ep"),
+                *("float32", "bfloat16", "float16", "float8"),
+                *("full", "lora", "nf4", "offload_parameters"),
+            }
+        ),
+        conflicts=(
+            Conflict(
+                frozenset({"nf4", "tp"}),
+                "packed 4-bit weights have no rows and columns that tensor parallelism could cut",
+                "use parallel.dp_shard instead of parallel.tp",
+            ),
+            Conflict(
+                frozenset({"nf4", "ep"}),
+                "bitsandbytes leaves stacked experts in full precision",
+                "use parallel.dp_shard alone",
+            ),
+            Conflict(
+                frozenset({"ep", "cp"}),
+                "experts would be spread over ranks whose tokens are parts of sequences",
+                "use parallel.tp instead of parallel.cp",
+            ),
+            Conflict(
+                frozenset({"float8", "tp"}),
+                "the FP8 layers of torchao replace the ones that the tensor parallel plan names",
+                "use parallel.dp_shard instead of parallel.tp, or model.dtype=bfloat16",
+            ),
+            Conflict(
+                frozenset({"float8", "lora"}),
+                "an adapter's layers are too small for FP8 and its base is not trained",
+                "use model.dtype=bfloat16",
+            ),
+        ),
     )
 
     def __init__(self, model: Any, job: Job, seat: Seat, device: torch.device) -> None:
-        """See `Engine`. Recompute, then shard, then the optimizer."""
+        """See `Engine`. Spread what is computed, shard what is kept, then build the optimizer."""
         import torch
 
-        from rayswift.parallel import mesh, optim, sharding
+        from rayswift.parallel import mesh, optim, precision, sharding, tensor
 
         self._torch, self._device, self._train = torch, device, job.train
         self._full = job.adapter is None
-        self._dtype = getattr(torch, job.model.dtype)
+        self._dtype = precision.compute_dtype(job.model.dtype)
+        self._scale = precision.LossScale() if job.model.dtype == "float16" else None
         self.data_rank, self.data_size = seat.data_rank, seat.data_size
+        self._leads = seat.data_leader(seat.data_rank) == seat.rank
         self._sharded = seat.layout.world_size > 1
-        if job.model.activation_checkpointing:
-            sharding.recompute_blocks(model)
-        if self._sharded:
-            sharding.shard(model, mesh.build_meshes(seat, device).dense["dp_replicate", "fsdp"], self._dtype)
-        self._model = model.to(device) if not self._sharded else model
+        self._meshes = mesh.build_meshes(seat, device) if self._sharded else None
+        if self._meshes is None:
+            sharding.adapt(model, job)
+            self._partial, self._vocabulary, self._context = [], None, None
+            self._model = model.to(device)
+        else:
+            found = sharding.spread(model, job, self._meshes)
+            sharding.shard(model, sharding.Sharding.of(self._meshes, job, device), found.experts)
+            self._partial = found.partial
+            self._vocabulary = tensor.vocabulary_mesh(model)
+            self._context = self._meshes.data["cp"] if seat.layout.cp > 1 else None
+            self._model = model
         self._optimizer = optim.build_optimizer(self._model, job.train)
-        self._host_group = self._new_host_group()
+        self._host_group = torch.distributed.new_group(backend="gloo") if self._sharded else None
 
     def forward_backward(self, micro_batches: Sequence[PackedBatch], method: Method, count: float) -> StepStats:
         """See `Engine`. Gradients are reduced once, in the backward pass of the last micro-batch."""
+        from rayswift.parallel.forward import to_device
         from rayswift.parallel.sharding import sync_gradients
 
         self._model.train()
         loss_sum = self._torch.zeros((), device=self._device)
+        factor = (self._scale.value if self._scale else 1.0) / max(count, 1e-12)
         for index, batch in enumerate(micro_batches):
             sync_gradients(self._model, index == len(micro_batches) - 1)
-            loss = method.loss(self._logprobs(batch), self._to_device(batch))
-            (loss / max(count, 1e-12)).backward()
+            loss = method.loss(self._logprobs(batch), to_device(batch, self._device))
+            (loss * factor).backward()
             loss_sum += loss.detach()
         return StepStats(loss_sum=self.sum_over_data([float(loss_sum)])[0], count=count)
 
@@ -72,78 +116,62 @@ class Fsdp2:
         from dataclasses import replace
 
         from rayswift.parallel.grads import clip_gradients
+        from rayswift.parallel.tensor import sum_partial_gradients
 
-        norm = clip_gradients(self._model.parameters(), self._train.max_grad_norm)
+        if self._partial and self._meshes is not None:
+            sum_partial_gradients(self._partial, self._meshes.dense["tp"])
+        scale = self._scale.value if self._scale else 1.0
+        norm = clip_gradients(self._model.parameters(), self._train.max_grad_norm, scale=scale)
         finite = math.isfinite(norm)
         if finite:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
         self._optimizer.zero_grad()
-        return replace(stats, grad_norm=norm, skipped=not finite)
+        metrics = dict(stats.metrics)
+        if self._scale is not None:
+            metrics["loss_scale"] = scale
+            self._scale.update(finite)
+        return replace(stats, grad_norm=norm, skipped=not finite, metrics=metrics)
 
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
-        """See `Engine`. Runs over a host group, so that counting never waits for the device."""
-        totals = self._torch.tensor(list(values), dtype=self._torch.float64)
-        if self.data_size > 1:
+        """See `Engine`. Runs over a host group, so that counting never waits for the device.
+
+        Of the ranks that read the same rows one speaks for all.
+        """
+        totals = self._torch.tensor(list(values), dtype=self._torch.float64) * self._leads
+        if self._host_group is not None:
             self._torch.distributed.all_reduce(totals, group=self._host_group)
         return [float(total) for total in totals.tolist()]
 
     def state(self) -> dict[str, Any]:
-        """See `Engine`: keys `model` and `optim`, frozen parameters of an adapter run left out."""
-        from torch.distributed.checkpoint.state_dict import get_state_dict
+        """See `Engine`: keys `model` and `optim`, of trained parameters only, and with float16 `scale`."""
+        from rayswift.parallel.state import engine_state
 
-        model, optim = get_state_dict(self._model, self._optimizer, options=self._state_options())
-        if not self._full:  # a frozen head tied to the embedding comes along under its second name
-            trained = {n for n, p in self._model.named_parameters(remove_duplicate=False) if p.requires_grad}
-            model = {name: tensor for name, tensor in model.items() if name in trained}
-        return {"model": model, "optim": optim}
+        state = engine_state(self._model, self._optimizer, full=self._full)
+        return state | ({"scale": self._scale.state()} if self._scale else {})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `Engine`."""
-        from torch.distributed.checkpoint.state_dict import set_state_dict
+        from rayswift.parallel.state import load_engine_state
 
-        set_state_dict(
-            self._model,
-            self._optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optim"],
-            options=self._state_options(),
-        )
+        load_engine_state(self._model, self._optimizer, state, full=self._full)
+        if self._scale is not None:
+            self._scale.load(state["scale"])
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `Engine`."""
         from torch.distributed.tensor import DTensor
 
         for name, tensor in self.state()["model"].items():
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            yield name, full.detach().cpu()
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield name, whole.detach().cpu()
 
     def _logprobs(self, batch: PackedBatch) -> torch.Tensor:
-        """Log-probabilities [B, T]. No attention mask and no cache: with either, packed documents leak silently."""
-        from rayswift.parallel.logprobs import token_logprobs
+        """Log-probabilities [B, T]. Without FSDP, which casts parameters, autocast chooses the precision."""
+        from rayswift.parallel.forward import batch_logprobs, to_device
 
-        batch = self._to_device(batch)
+        batch = to_device(batch, self._device)
         mixed = self._dtype != self._torch.float32 and not self._sharded
         with self._torch.autocast(self._device.type, dtype=self._dtype, enabled=mixed):
-            logits_BTV = self._model(
-                input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
-            ).logits
-        return token_logprobs(logits_BTV, batch.targets_BT)
-
-    def _to_device(self, batch: PackedBatch) -> PackedBatch:
-        if self._device.type == "cpu":
-            return batch
-        from dataclasses import fields
-
-        return type(batch)(
-            **{f.name: getattr(batch, f.name).to(self._device, non_blocking=True) for f in fields(batch)}
-        )
-
-    def _state_options(self) -> Any:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-        return StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=self._full)
-
-    def _new_host_group(self) -> Any:
-        return self._torch.distributed.new_group(backend="gloo") if self.data_size > 1 else None
+            return batch_logprobs(self._model, batch, vocabulary=self._vocabulary, context=self._context)

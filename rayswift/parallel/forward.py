@@ -1,0 +1,40 @@
+"""The forward pass every engine shares: tokens in, log-probabilities of the targets out."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from rayswift.data.types import PackedBatch
+from rayswift.parallel.context import KEYWORD, ContextPart, pad_to
+from rayswift.parallel.logprobs import token_logprobs
+
+
+def batch_logprobs(
+    model: Any, batch: PackedBatch, *, vocabulary: DeviceMesh | None = None, context: DeviceMesh | None = None
+) -> torch.Tensor:
+    """Log-probabilities [B, T] of the targets, the same on every rank of a vocabulary or context mesh.
+
+    No attention mask and no cache: with either, packed documents leak silently.
+    """
+    length = batch.input_ids_BT.shape[1]
+    if context is None:
+        logits_BTV = model(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits
+        return token_logprobs(logits_BTV, batch.targets_BT, vocabulary)
+    batch = pad_to(batch, context.size())
+    part = ContextPart(context, batch.position_ids_BT)
+    logits_BtV = model(
+        input_ids=part.cut(batch.input_ids_BT), position_ids=part.cut(batch.position_ids_BT), use_cache=False,
+        **{KEYWORD: part},
+    ).logits  # fmt: skip
+    return part.join(token_logprobs(logits_BtV, part.cut(batch.targets_BT), vocabulary))[:, :length]
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """The batch on a device."""
+    if device.type == "cpu":
+        return batch
+    return type(batch)(**{f.name: getattr(batch, f.name).to(device, non_blocking=True) for f in fields(batch)})

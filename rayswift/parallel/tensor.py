@@ -1,0 +1,120 @@
+"""Tensor parallelism: transformers' own plan for an architecture, applied on our mesh, adapters included.
+
+Knows the styles of transformers 5.17 and which of them need care in training; knows no architecture. What the plan
+leaves out is replicated. Two things differ from `apply_tensor_parallelism`: the head keeps its share of the vocabulary
+(see `logprobs.py`), so that full logits never exist on a rank, and norms inside the sharded region get their gradients
+summed once per step: the hook of transformers would sum an accumulated gradient again with every micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+_GATHERED = {"colwise_gather_output", "colwise_rep"}
+_PARTIAL = "replicated_with_grad_allreduce"
+
+
+def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, skip: str | None = None) -> list[nn.Module]:
+    """Shard `model` over `mesh` in place; the modules whose own gradients each rank holds a part of.
+
+    `model` is a PreTrainedModel or a PeftModel around one. Entries of the plan whose name contains `skip` are left out.
+    """
+    base = unwrapped(model)
+    plan = {name: style for name, style in _plan(base).items() if skip is None or skip not in name}
+    partial: list[nn.Module] = []
+    for name, module in list(base.named_modules()):
+        style = _style(name, plan, is_weight=False)
+        if style == _PARTIAL:
+            partial.append(module)
+        elif hasattr(module, "base_layer"):
+            _apply_to_adapter(module, style, mesh)
+        elif not name.endswith("base_layer") and ".lora_" not in name:
+            _apply(module, style, _own_styles(name, module, plan), mesh)
+    base.tie_weights()
+    return partial
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The PreTrainedModel itself, inside a PeftModel or not."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def vocabulary_mesh(model: nn.Module) -> DeviceMesh | None:
+    """The mesh that the head's output is spread over, None where every rank computes whole logits."""
+    weight = getattr(unwrapped(model).get_output_embeddings(), "weight", None)
+    names = weight.device_mesh.mesh_dim_names if isinstance(weight, DTensor) else None
+    return weight.device_mesh["tp"] if weight is not None and names and "tp" in names else None
+
+
+def _plan(base: Any) -> dict[str, str]:
+    """The model's plan with the head left spread out, and with a tied embedding spread like the head."""
+    plan = dict(base.tp_plan)
+    names = {id(module): name for name, module in base.named_modules()}
+    head = names.get(id(base.get_output_embeddings()), "")
+    if plan.get(head) in _GATHERED:
+        plan[head] = "colwise"
+        if base.get_output_embeddings().weight is base.get_input_embeddings().weight:
+            plan[names[id(base.get_input_embeddings())]] = "embedding_rowwise"
+    return plan
+
+
+def _style(name: str, plan: Mapping[str, str], *, is_weight: bool) -> str | None:
+    from transformers.distributed.tensor_parallel import _get_parameter_tp_plan
+
+    style: str | None = _get_parameter_tp_plan(parameter_name=name, tp_plan=dict(plan), is_weight=is_weight)
+    return style
+
+
+def _own_styles(name: str, module: nn.Module, plan: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(parameter, style) of each own parameter that the plan shards: by its own name, or by its module's."""
+    for parameter, _ in list(module.named_parameters(recurse=False)):
+        style = _style(f"{name}.{parameter}" if name else parameter, plan, is_weight=True)
+        if style is not None:
+            yield parameter, style
+
+
+def _apply(module: nn.Module, style: str | None, own: Iterator[tuple[str, str]], mesh: DeviceMesh) -> None:
+    """Shard a module's parameters, then exchange its inputs and outputs as its style says."""
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    for parameter, parameter_style in own:
+        trained = module._parameters[parameter].requires_grad  # type: ignore[union-attr]
+        ALL_PARALLEL_STYLES[parameter_style].shard_param(module, parameter, mesh)
+        module._parameters[parameter].requires_grad_(trained)  # type: ignore[union-attr]
+    if style is not None:
+        ALL_PARALLEL_STYLES[style].install_forward(module, mesh)
+
+
+def _apply_to_adapter(module: Any, style: str | None, mesh: DeviceMesh) -> None:
+    """A low-rank pair follows its base layer: B is cut like an output, A like an input, the other one is replicated."""
+    if style is None:
+        return
+    sharded = {"colwise": "lora_B", "packed_colwise": "lora_B", "rowwise": "lora_A"}.get(style)
+    if sharded is None and style not in _GATHERED:  # shards nothing, only changes what flows through the whole layer
+        _apply(module, style, iter(()), mesh)
+        return
+    _apply(module.base_layer, style, _every(module.base_layer, style), mesh)
+    for layer in getattr(module, sharded).values() if sharded else ():
+        _apply(layer, style, _every(layer, style), mesh)
+
+
+def _every(module: nn.Module, style: str) -> Iterator[tuple[str, str]]:
+    return iter([(name, style) for name, _ in module.named_parameters(recurse=False)])
+
+
+def sum_partial_gradients(modules: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Sum over `mesh` the gradients that each rank has a part of; once per step, whatever was accumulated."""
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            grad = parameter.grad
+            if grad is not None:
+                local = grad.to_local() if isinstance(grad, DTensor) else grad
+                torch.distributed.all_reduce(local, group=mesh.get_group())
