@@ -18,8 +18,9 @@ from contextlib import contextmanager
 
 import ray
 
+from rayswift.cluster.nodes import living_nodes, weakest_device
 from rayswift.errors import ConfigError, PlanError, RaySwiftError, WorkerError
-from rayswift.planning.hardware import ClusterSpec, find_gpu
+from rayswift.planning.hardware import ClusterSpec
 
 _ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -99,16 +100,17 @@ def cluster_spec(device: str) -> ClusterSpec:
     found = next((kind for name, kind in _ACCELERATORS.items() if resources.get(name)), "cpu")
     device = _local_accelerator(found) if device == "auto" else device
     key = next((name for name, kind in _ACCELERATORS.items() if kind == device), "GPU")
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    gpu_name, gpu_bytes = _device_memory(device)
+    nodes = living_nodes(device)
+    gpu, gpu_bytes = weakest_device(device, nodes)
     return ClusterSpec(
         device=device,
         num_devices=0 if device == "cpu" else 1 if device == "mps" else int(resources.get(key, 0)),
         num_cpus=resources.get("CPU", 0.0),
         memory_bytes=int(resources.get("memory", 0)),
         device_memory_bytes=gpu_bytes,
-        gpu=find_gpu(gpu_name, gpu_bytes) if gpu_name and gpu_bytes else None,
+        gpu=gpu,
         num_nodes=len(nodes),
+        nodes=nodes,
     )
 
 
@@ -216,16 +218,3 @@ def _local_accelerator(found: str) -> str:
 
     current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return current.type if current is not None else found
-
-
-def _device_memory(device: str) -> tuple[str | None, int | None]:
-    """(name, bytes) of a device of this kind on this machine; unknown for a CPU or when the driver has none."""
-    if device == "cpu":
-        return None, None
-    import torch
-
-    if not torch.accelerator.is_available() or device == "mps":
-        return None, None
-    backend = getattr(torch, device)
-    properties = backend.get_device_properties(0)
-    return str(properties.name), int(properties.total_memory)

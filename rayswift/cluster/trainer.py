@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any, cast
 
-import ray.train
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupContext
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+from rayswift.cluster.nodes import picture, room_on_nodes
 from rayswift.cluster.session import configure, process_environment
 from rayswift.cluster.worker import work
 from rayswift.config.job import Job
 from rayswift.errors import PlanError, RaySwiftError, WorkerError
 from rayswift.parallel.mesh import collective_backend
+from rayswift.planning.placement import Placement, num_groups, whole_groups
 from rayswift.training.order import WorkOrder
 from rayswift.training.run_dir import RunDir
 
 _RAY_FOLDER = "ray"
+_NODE_LABEL = "ray.io/node-id"  # every node has it
+_LOOK_AGAIN_S = 0.2
 
 
 def fit(order: WorkOrder) -> None:
@@ -34,9 +39,9 @@ def fit(order: WorkOrder) -> None:
     `cluster.scheduling_timeout_s`, and WorkerError when workers died more than `cluster.max_failures` times.
     """
     job, plan = order.job, order.plan
-    configure(job.cluster.scheduling_timeout_s)
+    placement, group, timeout_s = plan.placement, plan.layout.tp, job.cluster.scheduling_timeout_s
+    configure(timeout_s)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    placement = plan.placement
     trainer = _Trainer(
         work,
         train_loop_config={"order": order},
@@ -45,6 +50,8 @@ def fit(order: WorkOrder) -> None:
             use_gpu="GPU" in placement.resources_per_worker,
             resources_per_worker=placement.resources_per_worker,
             placement_strategy=placement.strategy,
+            # Ray makes a selector per worker of it for each start, which _KeepGroupsWhole may complete.
+            label_selector=placement.label_selector if placement.label_selector or group > 1 else None,
         ),
         torch_config=TorchConfig(backend=collective_backend(plan.device)),
         run_config=cast(
@@ -55,7 +62,7 @@ def fit(order: WorkOrder) -> None:
                     max_failures=job.cluster.max_failures, controller_failure_limit=job.cluster.max_failures
                 ),
                 worker_runtime_env={"env_vars": process_environment(placement.resources_per_worker.get("CPU", 1.0))},
-                callbacks=cast(Any, [_StopOnUserError(), _StopWithoutWorkers(job.cluster.scheduling_timeout_s)]),
+                callbacks=cast(Any, _callbacks(placement, group, timeout_s)),
                 **_storage(job.run_dir),
             ),
         ),
@@ -66,6 +73,13 @@ def fit(order: WorkOrder) -> None:
         raise _translate(error, job) from error
     finally:
         RunDir(job.run_dir).remove(_RAY_FOLDER)
+
+
+def _callbacks(placement: Placement, group: int, timeout_s: float) -> list[Any]:
+    """What watches over the run inside Ray's controller."""
+    watching = [_StopOnUserError(), _StopWithoutWorkers(placement, group, timeout_s)]
+    several = 1 < group < placement.num_workers
+    return [*watching, _KeepGroupsWhole(placement, group, timeout_s)] if several else watching
 
 
 class _Trainer(TorchTrainer):
@@ -91,25 +105,61 @@ class _StopOnUserError(WorkerGroupCallback):
                 raise found
 
 
+class _KeepGroupsWhole(WorkerGroupCallback):
+    """Names the node of each worker where Ray's packing, which counts workers only, would tear groups apart.
+
+    A placement has no node names of its own: they would outlive the nodes. They are chosen at each start, from what is
+    free then.
+    """
+
+    def __init__(self, placement: Placement, group: int, timeout_s: float) -> None:
+        self._placement, self._group, self._timeout_s = placement, group, timeout_s
+
+    def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
+        """Complete the selectors of the placement group about to be made. Raises PlanError at the deadline."""
+        deadline = time.monotonic() + self._timeout_s
+        while (nodes := self._choose()) is None:
+            if time.monotonic() > deadline:
+                raise _not_placed(self._placement, self._group, self._timeout_s)
+            time.sleep(_LOOK_AGAIN_S)
+        for selector, node in zip(worker_group_context.label_selector or [], nodes, strict=False):
+            selector[_NODE_LABEL] = node
+
+    def _choose(self) -> tuple[str, ...] | None:
+        return whole_groups(room_on_nodes(self._placement), self._placement.num_workers, self._group)
+
+
 class _StopWithoutWorkers(ControllerCallback):
     """Workers that were not placed in time end the run; a node that died while they started is worth another try.
 
     Ray counts both as failures of its controller and would wait for the whole deadline again each time.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, placement: Placement, group: int, timeout_s: float) -> None:
+        self._placement, self._group, self._timeout_s = placement, group, timeout_s
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Raise PlanError when the controller is about to try again because the deadline has passed."""
         error = getattr(current_state, "training_failed_error", None)
-        if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
-            raise PlanError(
-                f"passed and the workers were not placed; free resources: {ray.available_resources()}",
-                path="cluster.scheduling_timeout_s",
-                value=self._timeout_s,
-                fix="lower cluster.workers, free the cluster, or add nodes",
-            )
+        failure = getattr(error, "controller_failure", None)
+        if isinstance(failure, PlanError):
+            raise failure
+        if isinstance(failure, WorkerGroupStartupTimeoutError):
+            raise _not_placed(self._placement, self._group, self._timeout_s)
+
+
+def _not_placed(placement: Placement, group: int, timeout_s: float) -> PlanError:
+    """The refusal, with what is free on each node."""
+    fitting = num_groups(room_on_nodes(placement).values(), group) * group
+    need = ", ".join(f"{name} {amount:g}" for name, amount in placement.resources_per_worker.items())
+    together = f", {group} on a node" if group > 1 else ""
+    return PlanError(
+        f"passed with room for {min(fitting, placement.num_workers)} of {placement.num_workers} workers "
+        f"(each {need}{together})",
+        path="cluster.scheduling_timeout_s",
+        value=timeout_s,
+        fix=f"lower cluster.workers, free the cluster, or add nodes\n{picture(placement)}",
+    )
 
 
 def find_user_error(error: BaseException | None) -> RaySwiftError | None:

@@ -2,18 +2,22 @@
 
 The stream is opened here and not by the driver, because after a restart it begins where the newest checkpoint
 stands, which only the workers know. While Ray Data's processes start, each rank prepares the first few rows itself.
+Who sits where on the mesh is found here too: only the workers know which nodes they came to.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from rayswift.data.ledger import Ledger
+from rayswift.errors import PlanError
 from rayswift.planning.layout import Seat
+from rayswift.planning.locality import arrange
+from rayswift.planning.planner import Plan
 from rayswift.training.order import WorkOrder
 
 
@@ -24,9 +28,48 @@ def work(config: dict[str, Any]) -> None:
     from rayswift.training.run import run_rank
 
     order: WorkOrder = config["order"]
-    context = ray.train.get_context()
-    seat = Seat(order.plan.layout, context.get_world_rank())
-    run_rank(order, seat, context.get_local_rank(), _open_blocks)
+    seat, local_rank = take_seat(order.plan, ray.train.get_context().get_world_rank())
+    run_rank(order, seat, local_rank, _open_blocks)
+
+
+def take_seat(plan: Plan, rank: int) -> tuple[Seat, int]:
+    """This process's place on the mesh, and its number among the processes of its node. Called by all ranks.
+
+    Ray's own local rank goes by IP address, which several nodes may share. Its workers see all devices that the run
+    has on their node, in the order of their ranks. Raises PlanError when a tensor parallel group would cross nodes.
+    """
+    import ray
+
+    nodes = _gathered(ray.get_runtime_context().get_node_id())
+    order = arrange(nodes, plan.layout)
+    if order is None:
+        raise _torn_apart(plan, nodes)
+    return Seat(plan.layout, rank, order), nodes[:rank].count(nodes[rank])
+
+
+def _gathered(node: str) -> list[str]:
+    """The node of every rank."""
+    import torch.distributed as dist
+
+    nodes = [node] * dist.get_world_size()
+    if len(nodes) > 1:
+        dist.all_gather_object(nodes, node)
+    return nodes
+
+
+def _torn_apart(plan: Plan, nodes: Sequence[str]) -> PlanError:
+    """The refusal, with the ranks of each node."""
+    from rayswift.cluster.nodes import picture
+
+    ranks: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        ranks.setdefault(node, []).append(rank)
+    return PlanError(
+        "lets a tensor parallel group cross nodes: in no order do the workers fill their nodes with whole groups",
+        path="parallel.tp",
+        value=plan.layout.tp,
+        fix=f"free whole nodes, or use a smaller parallel.tp\n{picture(plan.placement, ranks)}",
+    )
 
 
 def _open_blocks(order: WorkOrder, seat: Seat, ledger: Ledger) -> Callable[[], Iterable[pa.Table]]:

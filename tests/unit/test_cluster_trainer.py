@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,6 +20,7 @@ from rayswift.cluster import session, trainer
 from rayswift.cluster.trainer import find_user_error
 from rayswift.errors import CheckpointError, ConfigError, DataError, PlanError, WorkerError
 from rayswift.parallel.mesh import collective_backend
+from rayswift.planning.placement import Placement
 from tests.job_cases import make_job
 
 MINE = DataError("3 of 9 rows are bad", path="data.max_bad_fraction", value=0.01)
@@ -108,21 +112,69 @@ def state_after(failure: Exception) -> mock.Mock:
     return mock.Mock(training_failed_error=ControllerError(failure))
 
 
+TWO_WORKERS = Placement(2, {"CPU": 1.0}, "PACK", 0.0)
+
+
 def test_workers_that_were_not_placed_in_time_end_the_run_with_a_plan_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.ray, "available_resources", lambda: {"CPU": 1.0})
-    callback = trainer._StopWithoutWorkers(5.0)
-    with pytest.raises(PlanError, match=r"cluster\.scheduling_timeout_s=5\.0 passed .*'CPU': 1\.0"):
+    monkeypatch.setattr(trainer, "room_on_nodes", lambda _: {"a": 1, "b": 0})
+    monkeypatch.setattr(trainer, "picture", lambda _: "node  free")
+    callback = trainer._StopWithoutWorkers(TWO_WORKERS, 1, 5.0)
+    with pytest.raises(PlanError) as caught:
         callback.after_controller_state_update(mock.Mock(), state_after(WorkerGroupStartupTimeoutError(2)))
+    assert str(caught.value) == (
+        "cluster.scheduling_timeout_s=5.0 passed with room for 1 of 2 workers (each CPU 1); "
+        "lower cluster.workers, free the cluster, or add nodes\nnode  free"
+    )
 
 
 def test_a_node_that_dies_while_workers_start_is_survived() -> None:
-    callback = trainer._StopWithoutWorkers(5.0)
+    callback = trainer._StopWithoutWorkers(TWO_WORKERS, 1, 5.0)
     failure = WorkerGroupStartupFailedError("a node died")
     callback.after_controller_state_update(mock.Mock(), state_after(failure))
     callback.after_controller_state_update(mock.Mock(), mock.Mock(training_failed_error=None))
     policy = DefaultFailurePolicy(FailureConfig(max_failures=1, controller_failure_limit=1))
     decisions = [policy.make_decision(ControllerError(failure)) for _ in range(2)]
     assert decisions == [FailureDecision.RETRY, FailureDecision.RAISE]
+
+
+FOUR_WORKERS = Placement(4, {"CPU": 1.0}, "PACK", 0.0)
+
+
+def started(room: Iterator[dict[str, int]], monkeypatch: pytest.MonkeyPatch, timeout_s: float = 60) -> list[Any]:
+    """The selectors of four workers in groups of two, as they are when Ray makes their placement group."""
+    monkeypatch.setattr(trainer, "room_on_nodes", lambda _: next(room))
+    monkeypatch.setattr(trainer, "picture", lambda _: "node  free")
+    monkeypatch.setattr(trainer, "_LOOK_AGAIN_S", 0)
+    selectors: list[dict[str, str]] = [{"pool": "x"} for _ in range(4)]
+    callback = trainer._KeepGroupsWhole(FOUR_WORKERS, 2, timeout_s)
+    callback.before_worker_group_start(mock.Mock(label_selector=selectors))
+    return selectors
+
+
+def test_workers_are_sent_to_nodes_where_packing_would_tear_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    selectors = started(iter([{"a": 3, "b": 3}]), monkeypatch)
+    assert selectors == [{"pool": "x", "ray.io/node-id": node} for node in "aabb"]
+    assert started(iter([{"a": 2, "b": 2}]), monkeypatch) == [{"pool": "x"}] * 4, "packing is right by itself"
+
+
+def test_workers_that_are_just_being_stopped_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms = iter([{"a": 1, "b": 1}, {"a": 1, "b": 3}, {"a": 3, "b": 3}])
+    assert [selector["ray.io/node-id"] for selector in started(rooms, monkeypatch)] == ["a", "a", "b", "b"]
+
+
+def test_groups_that_find_no_node_end_the_run_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PlanError, match=r"room for 2 of 4 workers \(each CPU 1, 2 on a node\)") as caught:
+        started(itertools.repeat({"a": 3, "b": 1}), monkeypatch, timeout_s=0)
+    with pytest.raises(PlanError) as final:
+        trainer._StopWithoutWorkers(FOUR_WORKERS, 2, 0).after_controller_state_update(
+            mock.Mock(), state_after(caught.value)
+        )
+    assert final.value is caught.value
+
+
+def test_only_several_groups_of_several_workers_are_watched_over() -> None:
+    kinds = [len(trainer._callbacks(FOUR_WORKERS, group, 1)) for group in (1, 2, 4)]
+    assert kinds == [2, 3, 2]
 
 
 def test_the_users_error_wins_over_rays() -> None:
