@@ -92,7 +92,7 @@ TYPED = {"ray.io/accelerator-type": "A100"}
     [
         ([], ("A100-80GB", 85 * GB)),
         ([node("g", labels=TYPED, GPU=8.0)], ("A100-80GB", 85 * GB)),  # of the same type as the driver's own
-        ([shaped("g", "a100-8x40")], ("A100-80GB", 40 * GB)),
+        ([shaped("g", "a100-8x40")], ("A100-40GB", 40 * GB)),
         ([node("g", labels={"ray.io/accelerator-type": "L40S"}, GPU=8.0)], ("A100-80GB", 48 * GB)),
     ],
 )
