@@ -7,6 +7,7 @@ AutoscalingCluster` is not used: it calls `ray stop --force`, which would end ev
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -14,7 +15,6 @@ import re
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -67,6 +67,14 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 90) -> 
     return found
 
 
+def runs(process: psutil.Process) -> bool:
+    """Whether it has not ended; one that only waits for its parent to notice has."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def scaled(config: dict[str, Any], address: str) -> dict[str, Any]:
     """The file's own pools with two CPUs a node, on Ray's fake provider; idle nodes go after some seconds."""
     kept = {"cluster_name", "max_workers", "upscaling_speed"}
@@ -98,6 +106,7 @@ class FakeCluster:
         from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
         self.folder, self.mark = folder, secrets.token_hex(16)
+        self.seen: set[psutil.Process] = set()
         port, dashboard = free_port(), free_port()
         self.url, self.address = f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}"
         token = folder / "auth_token"
@@ -184,25 +193,28 @@ class FakeCluster:
         )  # fmt: skip
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of this cluster that still runs."""
-        found = []
+        """Every process of this cluster that still runs: the marked ones, and what they started."""
         for process in psutil.process_iter():
             try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
-                    found.append(process)
+                # A process that renames itself may write over the mark: it counts by its parent.
+                if process.environ().get(MARK) == self.mark:
+                    self.seen |= {process, *process.children(recursive=True)}
             except psutil.Error:
                 continue  # ended meanwhile, or somebody else's
-        return found
+        return [process for process in self.seen if runs(process)]
 
     def stop(self) -> None:
-        """End the cluster's processes and no other; the monitor first, or it would go on starting nodes."""
-        for process in sorted(self.processes(), key=lambda p: "monitor.py" not in " ".join(p.cmdline() or [])):
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.Error:
-                continue
+        """End the cluster's processes and no other. Again until there is none: the monitor may just start a node."""
+
+        def kill() -> bool:
+            left = self.processes()
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            return not left
+
+        wait_for(kill, "the end of the cluster's processes", 30)
         self.head.wait(timeout=30)
-        wait_for(lambda: not [p.kill() for p in self.processes()], "the end of the cluster's processes", 30)
 
 
 @pytest.fixture
@@ -257,6 +269,7 @@ def test_a_job_runs_on_the_pool_that_was_asked_for_which_then_goes_away(
 
     wait_for(lambda: not cluster.workers(), "the end of an idle node")  # the request has ended with the job
 
+    assert len(cluster.processes()) > 5  # gcs, raylet, monitor, dashboard, agents: the way they are found works
     cluster.stop()
     assert not cluster.processes()
     with socket.socket() as dashboard:

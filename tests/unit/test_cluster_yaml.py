@@ -237,6 +237,7 @@ def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         utils.client_cache.cache_clear()
         ec2, iam = boto3.resource("ec2", "us-west-2"), boto3.client("iam", "us-west-2")
         vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")
+        vpc.create_subnet(CidrBlock="10.0.16.0/20", AvailabilityZone="us-west-2b")  # Ray would take the first it finds
         subnet = vpc.create_subnet(CidrBlock="10.0.0.0/20", AvailabilityZone="us-west-2b")
         group = vpc.create_security_group(GroupName="rayswift", Description="nodes of one cluster")
         group.authorize_ingress(IpPermissions=[{"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group.id}]}])
