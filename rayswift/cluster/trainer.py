@@ -70,6 +70,8 @@ def fit(order: WorkOrder) -> None:
     try:
         trainer.fit()
     except (TrainingFailedError, RayError) as error:
+        if _has_timed_out(error):  # with max_failures=0 the controller gives up before a callback hears of it
+            raise _not_placed(placement, group, timeout_s) from error
         raise _translate(error, job) from error
     finally:
         RunDir(job.run_dir).remove(_RAY_FOLDER)
@@ -144,8 +146,13 @@ class _StopWithoutWorkers(ControllerCallback):
         failure = getattr(error, "controller_failure", None)
         if isinstance(failure, PlanError):
             raise failure
-        if isinstance(failure, WorkerGroupStartupTimeoutError):
+        if _has_timed_out(error):
             raise _not_placed(self._placement, self._group, self._timeout_s)
+
+
+def _has_timed_out(error: object) -> bool:
+    """Whether the controller failed because the workers were not placed in time."""
+    return isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
 
 
 def _not_placed(placement: Placement, group: int, timeout_s: float) -> PlanError:
