@@ -11,13 +11,16 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
 import rayswift
 from rayswift.errors import ConfigError, RaySwiftError
+
+if TYPE_CHECKING:
+    from rayswift.config.load import LoadedJob
 
 app = typer.Typer(
     name="rayswift",
@@ -36,12 +39,23 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file: train.lr=2e-5.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+_TAKE_SETTINGS = ("plan", "train", "submit", "data")  # commands with KEY=VALUE
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits with its code: the entry point `rayswift`."""
-    sys.exit(run(lambda: app(args=None if args is None else list(args), prog_name="rayswift", standalone_mode=False)))
+    typed = sys.argv[1:] if args is None else list(args)
+    sys.exit(run(lambda: app(args=_with_old_options(typed), prog_name="rayswift", standalone_mode=False)))
+
+
+def _with_old_options(args: list[str]) -> list[str]:
+    """The arguments, with options that other trainers have written as the settings they are here."""
+    if not args or args[0] not in _TAKE_SETTINGS or not any(arg.startswith("--") for arg in args):
+        return args
+    from rayswift.config.spellings import as_overrides
+
+    return as_overrides(args)
 
 
 def script(command: str, *options: str) -> NoReturn:
@@ -80,6 +94,16 @@ def _told(message: str, code: int) -> int:
 
 def _print(plain: Any, text: str, as_json: bool) -> None:
     print(json.dumps(plain, indent=1, default=str) if as_json else text)
+
+
+def _load(job: str, overrides: Sequence[str] | None, method: str | None = None) -> LoadedJob:
+    """The job a command was given; of keys in an old spelling a person is told the new one, on stderr."""
+    from rayswift.config.load import load_job
+
+    loaded = load_job(job, overrides or (), method=method)
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return loaded
 
 
 def _version(wanted: bool) -> None:
@@ -166,9 +190,7 @@ def plan(
 
     Example: rayswift plan examples/sft.yaml cluster.workers=2
     """
-    from rayswift.config.load import load_job
-
-    loaded = load_job(job, overrides or ())
+    loaded = _load(job, overrides)
     if show_config:
         settings = {key: {"value": loaded.value(key), "from": origin} for key, origin in loaded.origins.items()}
         lines = [f"{key} = {entry['value']}  ({entry['from']})" for key, entry in settings.items()]
@@ -191,10 +213,9 @@ def train(
 
     Example: rayswift train examples/sft.yaml train.lr=2e-5 data.train.0.path=mine.jsonl
     """
-    from rayswift.config.load import load_job
     from rayswift.progress import open_progress
 
-    loaded = load_job(job, overrides or (), method=method)
+    loaded = _load(job, overrides, method=method)
     progress = open_progress()
     try:
         from rayswift import api
@@ -287,9 +308,8 @@ def submit(
     Example: rayswift submit examples/sft.yaml --address URL train.max_steps=10
     """
     from rayswift.cluster.submit import submit as submit_job
-    from rayswift.config.load import load_job
 
-    load_job(job, overrides or ())  # a wrong job is told here, before anything is uploaded
+    _load(job, overrides)  # a wrong job is told here, before anything is uploaded
     log = sys.stderr if as_json else sys.stdout
     sent = submit_job(job, overrides or (), address=address, working_dir=working_dir, wait=wait, log=log)
     if as_json:
@@ -325,10 +345,9 @@ def data_inspect(
 
     Example: rayswift data inspect examples/sft.yaml --rows 3
     """
-    from rayswift.config.load import load_job
     from rayswift.preview import preview
 
-    seen = preview(load_job(job, overrides or ()).job, num_rows=rows)
+    seen = preview(_load(job, overrides).job, num_rows=rows)
     _print(seen.to_plain(), seen.text(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), as_json)
 
 

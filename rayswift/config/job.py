@@ -281,6 +281,21 @@ class Job(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _settings_belong_together(self) -> Job:
+        if self.model.quantization is not None and self.adapter is None:
+            raise ValueError(
+                f"model.quantization={self.model.quantization} freezes the base, and without an adapter there is "
+                "nothing else to train; set adapter.name=lora, or model.quantization=null"
+            )
+        p = self.parallel
+        if p.nvme is not None and p.offload == "none" and p.deepspeed is None:
+            raise ValueError(
+                f"parallel.nvme={p.nvme} takes what parallel.offload moves out, which is nothing; "
+                "set parallel.offload=optimizer or parameters, or parallel.nvme=null"
+            )
+        return self
+
     @property
     def run_dir(self) -> str:
         """The run directory, `output/name`, as a path or URL."""

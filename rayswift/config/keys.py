@@ -21,7 +21,7 @@ FOREIGN = {
     "adam_beta1": "train.betas", "adam_beta2": "train.betas", "attn_implementation": "model.attention",
     "attn_impl": "model.attention", "base_model": "model.path", "batch_size": "train.global_batch_size",
     "bf16": "model.dtype=bfloat16", "cutoff_len": "data.max_length", "dataset": "data.train.0.path",
-    "datasets": "data.train.0.path", "deepspeed": "parallel.engine", "epoch": "train.epochs",
+    "datasets": "data.train.0.path", "deepspeed": "parallel.deepspeed", "epoch": "train.epochs",
     "eval_dataset": "data.eval.0.path", "eval_steps": "train.eval_every", "finetuning_type": "adapter.name",
     "flash_attn": "model.attention", "fp16": "model.dtype=float16", "fsdp": "parallel.dp_shard",
     "gpus": "cluster.workers", "grad_clip": "train.max_grad_norm",
@@ -38,7 +38,9 @@ FOREIGN = {
     "num_gpus": "cluster.workers", "num_processes": "cluster.workers", "num_train_epochs": "train.epochs",
     "num_workers_per_node": "cluster.workers", "optim": "train.optimizer", "output_dir": "output",
     "per_device_train_batch_size": "train.micro_batch_size", "pipeline_model_parallel_size": "parallel.pp",
-    "pipeline_parallel_size": "parallel.pp", "preprocessing_num_workers": "data.num_workers",
+    "pipeline_parallel_size": "parallel.pp", "context_parallel_size": "parallel.cp",
+    "sequence_parallel_size": "parallel.cp", "expert_parallel_size": "parallel.ep",
+    "expert_model_parallel_size": "parallel.ep", "preprocessing_num_workers": "data.num_workers",
     "quarantine": "data.max_bad_fraction", "r": "adapter.rank", "report_to": "logging.trackers",
     "resume_from_checkpoint": "train.resume", "run_name": "name", "sample_packing": "data.packing",
     "save_steps": "train.save_every", "save_total_limit": "train.keep_checkpoints",
@@ -151,6 +153,11 @@ def suggestion(loc: tuple[str | int, ...], model: type[BaseModel] = Job, *, root
     if found := difflib.get_close_matches(word, leaves, n=1, cutoff=0.75):
         return f"did you mean {leaves[found[0]]}?"
     return f"the keys there are {', '.join(names)}" if names else "there is nothing to set there"
+
+
+def is_foreign(word: str) -> bool:
+    """Whether another trainer has a setting of this name."""
+    return word in FOREIGN or word in _ABSENT
 
 
 def _closest(word: str, names: list[str]) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from rayswift import plugins
-from rayswift.config import keys, problems, yamlfile
+from rayswift.config import keys, problems, spellings, yamlfile
 from rayswift.config.job import Job
 from rayswift.errors import ConfigError, RaySwiftError
 
@@ -26,11 +26,13 @@ from rayswift.errors import ConfigError, RaySwiftError
 class LoadedJob:
     """A valid job and where each of its values was written.
 
-    `origins` maps every dotted leaf of the job to `FILE line N`, `FILE`, `command line` or `default`.
+    `origins` maps every dotted leaf of the job to `FILE line N`, `FILE`, `command line` or `default`; `notes` tell
+    which keys were written in an old spelling.
     """
 
     job: Job
     origins: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def value(self, path: str) -> Any:
         """The plain value at a dotted leaf."""
@@ -47,14 +49,16 @@ def load_job(file: str, overrides: Sequence[str] = (), *, method: str | None = N
     a job that names another one.
     """
     raw, written = _read(file)
-    for text in overrides:
-        key, value = _split(text)
-        _assign(raw, key, value)
-        written = {k: v for k, v in written.items() if not k.startswith(f"{key}.")} | {key: "command line"}
+    old = _take_over(raw, written)
+    typed = spellings.settings(map(_split, overrides))
+    for one in typed:
+        _assign(raw, one.key, one.value)
+        origin = "command line" + (f", as {one.spelled}" if spellings.is_old(one.spelled) else "")
+        written = {k: v for k, v in written.items() if not k.startswith(f"{one.key}.")} | {one.key: origin}
     if method is not None:
         _insist(raw, method)
     job = validate(raw, written, source=file)
-    return LoadedJob(job, _origins(job, written))
+    return LoadedJob(job, _origins(job, written), spellings.notes((*old, *typed)))
 
 
 def validate(raw: Mapping[str, Any], written: Mapping[str, str] | None = None, *, source: str = "the job") -> Job:
@@ -89,6 +93,20 @@ def job_schema() -> dict[str, Any]:
     for config in options.values():
         schema["$defs"] |= config.get("$defs", {})
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _take_over(raw: dict[str, Any], written: dict[str, str]) -> list[spellings.Setting]:
+    """The old spellings at the top of a job file, which they are moved away from to the keys that they stand for."""
+    top = {key: raw.pop(key) for key in list(raw) if spellings.is_old(key)}
+    found = spellings.settings(top.items())
+    for one in found:
+        section, _, field = one.key.partition(".")
+        there = raw.get(section)
+        if isinstance(there, dict) and there.get(field, one.value) != one.value:
+            raise spellings.two_values(one, spellings.Setting(one.key, there[field], one.key, there[field]))
+        _assign(raw, one.key, one.value)
+        written[one.key] = f"{written[one.spelled]}, as {one.spelled}"
+    return found
 
 
 def _read(file: str) -> tuple[dict[str, Any], dict[str, str]]:
