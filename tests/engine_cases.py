@@ -39,14 +39,15 @@ class Document:
 
 
 def tiny_model(
-    arch: str = "qwen3", *, lora: bool = False, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Any:
-    """A random model of two blocks whose weights are large enough for a leak or a missing step to be seen."""
+    arch: str = "qwen3", *, lora: bool = False, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0,
+    layers: int = 2,
+) -> Any:  # fmt: skip
+    """A random model of a few blocks whose weights are large enough for a leak or a missing step to be seen."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from rayswift.models.adapters import add_lora
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    sizes = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "max_position_embeddings": 128}
     other = {} if arch == "gpt2" else {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8}
     if arch.endswith("moe"):
         other |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -127,12 +128,14 @@ class Reference:
         return {name: p.detach() for name, p in self._trained.items()}
 
 
-def build(job: Job, layout: Layout, *, arch: str = "qwen3", tied: bool = False, engine: str = "fsdp2") -> Any:
+def build(
+    job: Job, layout: Layout, *, arch: str = "qwen3", tied: bool = False, layers: int = 2, engine: str = "fsdp2"
+) -> Any:
     """This rank's engine around the tiny model."""
     lora = job.adapter is not None
     dtype = getattr(torch, job.model.dtype) if lora else torch.float32
     rank = dist.get_rank() if dist.is_initialized() else 0
-    model = tiny_model(arch, lora=lora, tied=tied, dtype=dtype)
+    model = tiny_model(arch, lora=lora, tied=tied, dtype=dtype, layers=layers)
     engine_class = plugins.load("parallel.engines", engine)
     return engine_class(model, job, Seat(layout, rank), torch.device("cpu"))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -38,3 +39,24 @@ def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     if device.type == "cpu":
         return batch
     return type(batch)(**{f.name: getattr(batch, f.name).to(device, non_blocking=True) for f in fields(batch)})
+
+
+def alike(batches: Sequence[PackedBatch], *, count: int, multiple_of: int = 1) -> list[PackedBatch]:
+    """At least `count` micro-batches of one shape, T a multiple; rows and batches that are added count nothing."""
+    rows = max(batch.input_ids_BT.shape[0] for batch in batches)
+    length = max(batch.input_ids_BT.shape[1] for batch in batches)
+    length += -length % multiple_of
+    same = [_grown(batch, rows, length) for batch in batches]
+    empty = replace(same[0], weights_BT=torch.zeros_like(same[0].weights_BT))
+    return same + [empty] * (count - len(same))
+
+
+def _grown(batch: PackedBatch, rows: int, length: int) -> PackedBatch:
+    batch = pad_to(batch, length) if batch.input_ids_BT.shape[1] < length else batch
+    missing = rows - batch.input_ids_BT.shape[0]
+    if not missing:
+        return batch
+    parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    grown = {name: torch.cat([part, torch.zeros_like(part[:1]).expand(missing, -1)]) for name, part in parts.items()}
+    grown["position_ids_BT"][-missing:] = torch.arange(length, device=grown["position_ids_BT"].device)
+    return PackedBatch(**grown)

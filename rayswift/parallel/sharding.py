@@ -102,32 +102,38 @@ def recompute_blocks(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def shard(model: nn.Module, sharding: Sharding, experts: list[nn.Module] | None = None) -> None:
+def shard(
+    model: nn.Module, sharding: Sharding, experts: list[nn.Module] | None = None, *, casts_output: bool = True
+) -> None:
     """Shard experts, every block, and the rest with FSDP2, in place.
 
     Gradients are SUMMED over ranks, because losses are sums divided by a global count: gloo lacks the
     pre-multiplied sum that a divide factor of 1 asks for, hence the forced plain sum. Only the root casts its
-    output to float32; a block that did would feed float32 into the next one.
+    output to float32 (`casts_output`); a block or a stage that did would feed float32 into the next one.
     """
     # The logits of a spread head are a view of their DTensor; they are only read.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    own = set(map(id, model.modules()))
     for module in experts or ():
-        _shard_one(module, sharding, mesh=sharding.expert_mesh)
+        if id(module) in own:
+            _shard_one(module, sharding, mesh=sharding.expert_mesh)
     for block in find_blocks(model):
         _shard_one(block, sharding)
-    _shard_one(model, sharding, root=True)
+    _shard_one(model, sharding, casts_output=casts_output)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
 
 
-def _shard_one(module: nn.Module, sharding: Sharding, *, mesh: DeviceMesh | None = None, root: bool = False) -> None:
+def _shard_one(
+    module: nn.Module, sharding: Sharding, *, mesh: DeviceMesh | None = None, casts_output: bool = False
+) -> None:
     mixed = sharding.dtype != torch.float32
     policy = MixedPrecisionPolicy(
         param_dtype=sharding.dtype if mixed else None,
         reduce_dtype=torch.float32 if mixed else None,
-        output_dtype=torch.float32 if mixed and root else None,
+        output_dtype=torch.float32 if mixed and casts_output else None,
     )
     mesh = mesh or sharding.mesh
     ways = mesh.size(1)
@@ -156,3 +162,10 @@ def sync_gradients(model: nn.Module, enabled: bool) -> None:
     """Reduce gradients in the next backward pass, or keep them for the next micro-batch."""
     if isinstance(model, FSDPModule):
         cast(FSDPModule, model).set_requires_gradient_sync(enabled)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what a forward pass without a backward one has gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -8,7 +8,7 @@ summed once per step: the hook of transformers would sum an accumulated gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ def _every(module: nn.Module, style: str) -> Iterator[tuple[str, str]]:
     return iter([(name, style) for name, _ in module.named_parameters(recurse=False)])
 
 
-def sum_partial_gradients(modules: list[nn.Module], mesh: DeviceMesh) -> None:
+def sum_partial_gradients(modules: Sequence[nn.Module], mesh: DeviceMesh) -> None:
     """Sum over `mesh` the gradients that each rank has a part of; once per step, whatever was accumulated."""
     for module in modules:
         for parameter in module.parameters(recurse=False):

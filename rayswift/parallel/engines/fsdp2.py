@@ -6,7 +6,6 @@ class, so that a driver can read `capability` without it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -66,29 +65,26 @@ class Fsdp2:
         """See `Engine`. Spread what is computed, shard what is kept, then build the optimizer."""
         import torch
 
-        from rayswift.parallel import mesh, optim, precision, sharding, tensor
+        from rayswift.parallel import mesh, precision, sharding, tensor
+        from rayswift.parallel.trained import HostSum, Trained
 
-        self._torch, self._device, self._train = torch, device, job.train
-        self._full = job.adapter is None
+        self._torch, self._device = torch, device
         self._dtype = precision.compute_dtype(job.model.dtype)
-        self._scale = precision.LossScale() if job.model.dtype == "float16" else None
         self.data_rank, self.data_size = seat.data_rank, seat.data_size
-        self._leads = seat.data_leader(seat.data_rank) == seat.rank
         self._sharded = seat.layout.world_size > 1
-        self._meshes = mesh.build_meshes(seat, device) if self._sharded else None
-        if self._meshes is None:
-            sharding.adapt(model, job)
-            self._partial, self._vocabulary, self._context = [], None, None
-            self._model = model.to(device)
-        else:
-            found = sharding.spread(model, job, self._meshes)
-            sharding.shard(model, sharding.Sharding.of(self._meshes, job, device), found.experts)
-            self._partial = found.partial
+        self._vocabulary = self._context = None
+        if self._sharded:
+            meshes = mesh.build_meshes(seat, device)
+            found = sharding.spread(model, job, meshes)
+            sharding.shard(model, sharding.Sharding.of(meshes, job, device), found.experts)
             self._vocabulary = tensor.vocabulary_mesh(model)
-            self._context = self._meshes.data["cp"] if seat.layout.cp > 1 else None
-            self._model = model
-        self._optimizer = optim.build_optimizer(self._model, job.train)
-        self._host_group = torch.distributed.new_group(backend="gloo") if self._sharded else None
+            self._context = meshes.data["cp"] if seat.layout.cp > 1 else None
+            self._trained = Trained(model, job, partial=found.partial, tp=meshes.dense["tp"])
+        else:
+            sharding.adapt(model, job)
+            self._trained = Trained(model.to(device), job)
+        self._model = model
+        self._host_sum = HostSum(seat)
 
     def forward_backward(self, micro_batches: Sequence[PackedBatch], method: Method, count: float) -> StepStats:
         """See `Engine`. Gradients are reduced once, in the backward pass of the last micro-batch."""
@@ -97,7 +93,7 @@ class Fsdp2:
 
         self._model.train()
         loss_sum = self._torch.zeros((), device=self._device)
-        factor = (self._scale.value if self._scale else 1.0) / max(count, 1e-12)
+        factor = self._trained.loss_scale / max(count, 1e-12)
         for index, batch in enumerate(micro_batches):
             sync_gradients(self._model, index == len(micro_batches) - 1)
             loss = method.loss(self._logprobs(batch), to_device(batch, self._device))
@@ -112,60 +108,24 @@ class Fsdp2:
             return self._logprobs(batch)
 
     def optimizer_step(self, stats: StepStats, lr: float) -> StepStats:
-        """See `Engine`. A step whose gradients are not finite is skipped and counted, never applied."""
-        from dataclasses import replace
-
-        from rayswift.parallel.grads import clip_gradients
-        from rayswift.parallel.tensor import sum_partial_gradients
-
-        if self._partial and self._meshes is not None:
-            sum_partial_gradients(self._partial, self._meshes.dense["tp"])
-        scale = self._scale.value if self._scale else 1.0
-        norm = clip_gradients(self._model.parameters(), self._train.max_grad_norm, scale=scale)
-        finite = math.isfinite(norm)
-        if finite:
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
-        self._optimizer.zero_grad()
-        metrics = dict(stats.metrics)
-        if self._scale is not None:
-            metrics["loss_scale"] = scale
-            self._scale.update(finite)
-        return replace(stats, grad_norm=norm, skipped=not finite, metrics=metrics)
+        """See `Engine`."""
+        return self._trained.step(stats, lr)
 
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
-        """See `Engine`. Runs over a host group, so that counting never waits for the device.
-
-        Of the ranks that read the same rows one speaks for all.
-        """
-        totals = self._torch.tensor(list(values), dtype=self._torch.float64) * self._leads
-        if self._host_group is not None:
-            self._torch.distributed.all_reduce(totals, group=self._host_group)
-        return [float(total) for total in totals.tolist()]
+        """See `Engine`."""
+        return self._host_sum(values)
 
     def state(self) -> dict[str, Any]:
-        """See `Engine`: keys `model` and `optim`, of trained parameters only, and with float16 `scale`."""
-        from rayswift.parallel.state import engine_state
-
-        state = engine_state(self._model, self._optimizer, full=self._full)
-        return state | ({"scale": self._scale.state()} if self._scale else {})
+        """See `Engine`."""
+        return self._trained.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `Engine`."""
-        from rayswift.parallel.state import load_engine_state
-
-        load_engine_state(self._model, self._optimizer, state, full=self._full)
-        if self._scale is not None:
-            self._scale.load(state["scale"])
+        self._trained.load_state(state)
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See `Engine`."""
-        from torch.distributed.tensor import DTensor
-
-        for name, tensor in self.state()["model"].items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            yield name, whole.detach().cpu()
+        return self._trained.weights()
 
     def _logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probabilities [B, T]. Without FSDP, which casts parameters, autocast chooses the precision."""
