@@ -146,10 +146,10 @@ def test_a_group_that_would_cross_nodes_is_refused(layout: Layout, cluster: Clus
 
 def test_the_planner_refuses_before_anything_is_started() -> None:
     engines = {"any": replace(ENGINES["fsdp2"], supports=ENGINES["fsdp2"].supports | {"tp"})}
-    job = make_job(**{"parallel.tp": 16})
+    shape = replace(SMALL_SHAPE, num_heads=16, num_kv_heads=16)
     with pytest.raises(PlanError, match=r"parallel\.tp=16 is more than the 8 workers"):
-        plan(job, SMALL_SHAPE, gpu_nodes(8, 8), engines=engines)
-    made = plan(make_job(**{"parallel.tp": 8}), SMALL_SHAPE, gpu_nodes(8, 8), engines=engines)
+        plan(make_job(**{"parallel.tp": 16}), shape, gpu_nodes(8, 8), engines=engines)
+    made = plan(make_job(**{"parallel.tp": 8}), shape, gpu_nodes(8, 8), engines=engines)
     assert made.layout == Layout(tp=8, dp_shard=2)
     assert Plan.from_plain(json.loads(json.dumps(made.to_plain()))) == made
 
