@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import threading
 import time
@@ -69,8 +69,16 @@ def _plan(prepared: Prepared) -> Plan:
 
     job = prepared.job
     engines = {name: plugins.load("parallel.engines", name).capability for name in plugins.names("parallel.engines")}
-    needs = plugins.load("methods", job.method.name, path="method.name").needs
-    return make_plan(job, prepared.shape, cluster_spec(job.cluster.device), engines=engines, needs=needs)
+    packages = {capability.requires for capability in engines.values()} - {None}
+    return make_plan(
+        job,
+        prepared.shape,
+        cluster_spec(job.cluster.device),
+        engines=engines,
+        needs=plugins.load("methods", job.method.name, path="method.name").needs,
+        model_plan=prepared.model_plan,
+        absent=frozenset(name for name in packages if importlib.util.find_spec(name) is None),
+    )
 
 
 def _open_run(job: Job, prepared: Prepared, made: Plan) -> RunDir:

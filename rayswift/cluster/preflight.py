@@ -6,33 +6,44 @@ Order: model folder, data, run directory, disk. Each check raises one error that
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from rayswift import plugins
 from rayswift.cluster import existing
-from rayswift.config.job import DataSource, Job
+from rayswift.config import deepspeed_check
+from rayswift.config.job import DataSource, Job, ParallelSpec
 from rayswift.data.inspect import preflight
 from rayswift.data.rendering import Rendering
 from rayswift.data.sources import FileIndex, index_sources
 from rayswift.data.stream import StreamPlan, plan_stream
 from rayswift.errors import ConfigError
 from rayswift.models.config_sizes import num_positions
+from rayswift.models.cutting import model_plan
 from rayswift.models.loading import check_folder
+from rayswift.planning.checks import check_layout
+from rayswift.planning.layout import Layout
+from rayswift.planning.model_plan import ModelPlan
 from rayswift.planning.model_shape import ModelShape, shape_from_config, shape_from_folder
 from rayswift.training.checkpoint import CheckpointManifest
+
+# What a setting needs, and the extra that installs it.
+_PACKAGES = {"float8": ("torchao", "fp8"), "nf4": ("bitsandbytes", "qlora")}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A job whose inputs were found good."""
+    """A job whose inputs were found good. `model_plan` looks up how the model can be cut: it takes seconds."""
 
     job: Job
     shape: ModelShape
     train_stream: StreamPlan
     eval_stream: StreamPlan | None
     checkpoint: CheckpointManifest | None
+    model_plan: Callable[[], ModelPlan] = ModelPlan
 
     @property
     def finished(self) -> bool:
@@ -46,14 +57,19 @@ class Prepared:
 def prepare(job: Job) -> Prepared:
     """The job's inputs, checked. Raises ConfigError, DataError, CheckpointError or PlanError; nothing is written."""
     job = _absolute(job)
+    _check_packages(job)
+    _check_engine(job)
     method = plugins.load("methods", job.method.name, path="method.name")
     config = check_folder(job.model.path, chat_template=method.rendering == "chat")
     _check_positions(job, config)
     shape = shape_from_folder(job.model.path) if os.path.isdir(job.model.path) else shape_from_config(config)
+    cuts = partial(model_plan, config)
+    _check_axes(job, shape, cuts)
     train_stream = _stream(job, job.data.train, "data.train", method.rendering, epochs=job.train.epochs)
     eval_stream = _stream(job, job.data.eval, "data.eval", method.rendering, epochs=1) if job.data.eval else None
     _check_trackers(job)
-    prepared = Prepared(job, shape, train_stream, eval_stream, existing.find_checkpoint(job, train_stream))
+    checkpoint = existing.find_checkpoint(job, train_stream)
+    prepared = Prepared(job, shape, train_stream, eval_stream, checkpoint, cuts)
     if not prepared.finished:
         existing.check_disk(job, shape)
     return prepared
@@ -63,6 +79,31 @@ def _check_trackers(job: Job) -> None:
     """Raises ConfigError for a name that is no tracker; whether a tracker works is found without stopping the run."""
     for number, name in enumerate(job.logging.trackers):
         plugins.check_name("training.trackers", name, path=f"logging.trackers.{number}")
+
+
+def _check_packages(job: Job) -> None:
+    """Raises ConfigError for a setting whose package is not installed here: the workers would find out too late."""
+    for path, value in (("model.dtype", job.model.dtype), ("model.quantization", job.model.quantization)):
+        package, extra = _PACKAGES.get(value or "", ("", ""))
+        if package and find_spec(package) is None:
+            raise ConfigError(f"needs the package {package}, which is not installed", path=path, value=value,
+                              fix=f"pip install 'rayswift[{extra}]'")  # fmt: skip
+
+
+def _check_engine(job: Job) -> None:
+    """Raises ConfigError for a name that is no engine, and for a DeepSpeed JSON that contradicts the job."""
+    if job.parallel.engine != "auto":
+        plugins.check_name("parallel.engines", job.parallel.engine, path="parallel.engine")
+    if job.parallel.deepspeed is not None:
+        deepspeed_check.check(job)
+
+
+def _check_axes(job: Job, shape: ModelShape, cuts: Callable[[], ModelPlan]) -> None:
+    """Raises PlanError for axes that this model cannot be cut along on any cluster."""
+    p = job.parallel
+    shard = p.ep if p.dp_shard == "auto" else p.dp_shard
+    if shard % p.ep == 0:
+        check_layout(job, shape, Layout(dp_shard=shard, cp=p.cp, tp=p.tp, pp=p.pp, ep=p.ep), cuts)
 
 
 def _absolute(job: Job) -> Job:
@@ -75,7 +116,16 @@ def _absolute(job: Job) -> Job:
     )
     base = os.path.expanduser(job.model.path)
     model = job.model.model_copy(update={"path": os.path.abspath(base) if os.path.isdir(base) else base})
-    return job.model_copy(update={"data": data, "model": model, "output": _absolute_path(job.output)})
+    update = {"data": data, "model": model, "output": _absolute_path(job.output)}
+    return job.model_copy(update={**update, "parallel": _absolute_deepspeed(job.parallel)})
+
+
+def _absolute_deepspeed(parallel: ParallelSpec) -> ParallelSpec:
+    """A DeepSpeed JSON that is a file here is one for the workers of this machine too; a shorthand stays."""
+    given = parallel.deepspeed
+    if given is None or not os.path.isfile(os.path.expanduser(given)):
+        return parallel
+    return parallel.model_copy(update={"deepspeed": _absolute_path(given)})
 
 
 def _absolute_source(source: DataSource) -> DataSource:

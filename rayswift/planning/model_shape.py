@@ -48,6 +48,7 @@ class ModelShape:
 
     `tied` says that the input embedding is the output head too. `active_params` are those a token passes through,
     None where it is all of them. `linears` are the layers an adapter can go on, None where only sizes are known.
+    Of a mixture, `expert_params` are those of all experts that tokens are routed to, `expert_size` is one's inner size.
     """
 
     architecture: str
@@ -62,9 +63,13 @@ class ModelShape:
     tied: bool = False
     active_params: int | None = None
     linears: tuple[Linear, ...] | None = None
+    num_experts: int = 1
+    expert_params: int = 0
+    expert_size: int | None = None
 
     def __post_init__(self) -> None:
         assert min(self.hidden_size, self.num_layers, self.vocab_size, self.num_params) > 0, self
+        assert (self.active_params or 1) <= self.num_params >= self.expert_params, self
 
     @property
     def attention_size(self) -> int:
@@ -76,6 +81,12 @@ class ModelShape:
         """Parameters that a token is multiplied with: a lookup in an input embedding that is no head is no product."""
         active = self.active_params or self.num_params
         return active if self.tied else max(1, active - self.vocab_size * self.hidden_size)
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many of the experts a token passes through, as far as the counts of parameters tell."""
+        unused = self.num_params - (self.active_params or self.num_params)
+        return max(1, round(self.num_experts * (1 - unused / self.expert_params))) if self.expert_params else 1
 
     def linear_layers(self) -> tuple[Linear, ...]:
         """The layers an adapter can go on, as stored or as a gated dense decoder of these sizes has them."""
@@ -115,6 +126,8 @@ def shape_from_config(config: Mapping[str, Any], stored: Mapping[str, tuple[int,
         num_params=1,
         head_dim=_first(text, ("head_dim",)),
         tied=_is_tied(config, text, stored),
+        num_experts=_first(text, _NUM_EXPERTS) or 1,
+        expert_size=_first(text, ("moe_intermediate_size",)),
     )
     return _estimated(shape, text) if stored is None else _counted(shape, text, stored)
 
@@ -178,18 +191,19 @@ def _counted(shape: ModelShape, text: Mapping[str, Any], stored: Mapping[str, tu
         if name.endswith(".weight") and len(size) == 2 and not name.endswith(_HEADS) and not _NO_LINEAR.search(name)
     )
     active = total - round(experts * (1 - _used_share(text)))
-    return replace(shape, num_params=total, active_params=active, linears=linears)
+    return replace(shape, num_params=total, active_params=active, expert_params=experts, linears=linears)
 
 
 def _estimated(shape: ModelShape, text: Mapping[str, Any]) -> ModelShape:
     """The shape with the parameters of a gated dense decoder of its sizes; experts multiply the feed-forward part."""
     hidden, layers = shape.hidden_size, shape.num_layers
-    experts = _first(text, _NUM_EXPERTS) or 1
-    inner = (_first(text, ("moe_intermediate_size",)) or shape.intermediate_size) if experts > 1 else 0
+    experts = shape.num_experts
+    inner = (shape.expert_size or shape.intermediate_size) if experts > 1 else 0
     key_size = shape.attention_size * shape.num_kv_heads // shape.num_heads
     attention = 2 * hidden * (shape.attention_size + key_size)
     routed = layers * 3 * hidden * inner * experts
     dense = 0 if experts > 1 else layers * 3 * hidden * shape.intermediate_size
     embeddings = shape.vocab_size * hidden * (1 if shape.tied else 2)
     total = layers * (attention + 2 * hidden) + dense + routed + embeddings + hidden
-    return replace(shape, num_params=total, active_params=total - round(routed * (1 - _used_share(text))))
+    active = total - round(routed * (1 - _used_share(text)))
+    return replace(shape, num_params=total, active_params=active, expert_params=routed)

@@ -12,9 +12,12 @@ import pytest
 import ray
 
 from rayswift import api
+from rayswift.cluster import preflight
 from rayswift.cluster.preflight import prepare
 from rayswift.config.job import Job
-from rayswift.errors import ConfigError, DataError, RaySwiftError
+from rayswift.errors import ConfigError, DataError, PlanError, RaySwiftError
+from rayswift.models.cutting import model_plan
+from rayswift.planning.model_plan import ModelPlan
 
 Spoil = Callable[[Path, dict[str, Any]], None]
 
@@ -93,6 +96,34 @@ def output_is_a_file(folder: Path, job: dict[str, Any]) -> None:
     (folder / "runs").write_text("not a folder")
 
 
+def unknown_engine(folder: Path, job: dict[str, Any]) -> None:
+    job["parallel"] = {"engine": "fsdp"}
+
+
+def heads_that_do_not_divide(folder: Path, job: dict[str, Any]) -> None:
+    job["parallel"] = {"tp": 3}
+
+
+def no_experts_to_spread(folder: Path, job: dict[str, Any]) -> None:
+    job["parallel"] = {"ep": 2}
+
+
+def more_stages_than_layers(folder: Path, job: dict[str, Any]) -> None:
+    job["parallel"] = {"pp": 2, "schedule": "zbv"}
+
+
+def an_architecture_that_cannot_be_cut(folder: Path, job: dict[str, Any]) -> None:
+    _copy_model(folder, job)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"model_type": "opt", "architectures": ["OPT"]}))
+    job["parallel"] = {"tp": 2}
+
+
+def a_deepspeed_json_that_contradicts(folder: Path, job: dict[str, Any]) -> None:
+    (folder / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    job["parallel"] = {"deepspeed": str(folder / "ds.json"), "zero_stage": 3}
+
+
 def _copy_model(folder: Path, job: dict[str, Any]) -> None:
     shutil.copytree(job["model"]["path"], folder / "model")
     job["model"]["path"] = str(folder / "model")
@@ -114,6 +145,11 @@ BAD_INPUT: list[tuple[Spoil, type[RaySwiftError], str]] = [
      r"^data\.max_length=128 is more than the 64 positions of GPT2LMHeadModel; use 64$"),
     (a_config_that_cannot_be, ConfigError, r"model\.path=.*num_attention_heads=0 is not a positive number"),
     (unknown_method, ConfigError, r"method\.name=stf .*did you mean sft\?"),
+    (unknown_engine, ConfigError, r"parallel\.engine=fsdp .*did you mean fsdp2\?"),
+    (heads_that_do_not_divide, PlanError, r"^parallel\.tp=3 does not divide num_kv_heads=2 of .*; use 1 or 2$"),
+    (no_experts_to_spread, PlanError, r"^parallel\.ep=2 has nothing to spread"),
+    (more_stages_than_layers, PlanError, r"^parallel\.pp=2 makes 4 stages \(2 on each worker .*; use at most 1$"),
+    (an_architecture_that_cannot_be_cut, PlanError, r"^parallel\.tp=2 has no way to cut OPT: "),
     (nothing_to_continue, ConfigError, r"train\.resume=must .*no valid checkpoint"),
     (output_is_a_file, ConfigError, r"output=.*runs cannot be written to"),
 ]  # fmt: skip
@@ -161,3 +197,49 @@ def test_a_tilde_is_the_home_of_the_user(
 def test_the_smallest_weight_offered_is_enough(plain: dict[str, Any]) -> None:
     plain["data"]["train"][0]["weight"] = 0.055
     assert prepare(Job.model_validate(plain)).train_stream.num_rows_total == 1
+
+
+def test_a_deepspeed_json_that_contradicts_the_job_is_told_and_a_good_one_is_found_from_anywhere(
+    tmp_path: Path, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_deepspeed_json_that_contradicts(tmp_path, plain)
+    with pytest.raises(ConfigError, match=r"stage=2 contradicts parallel\.zero_stage=3"):
+        prepare(Job.model_validate(plain))
+    monkeypatch.chdir(tmp_path)
+    plain["parallel"] = {"deepspeed": "ds.json"}
+    assert prepare(Job.model_validate(plain)).job.parallel.deepspeed == str(tmp_path / "ds.json")
+    plain["parallel"] = {"deepspeed": "zero3"}
+    assert prepare(Job.model_validate(plain)).job.parallel.deepspeed == "zero3"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"dtype": "float8"}}, r"model\.dtype=float8 needs the package torchao, .*'rayswift\[fp8\]'"),
+        ({"model": {"quantization": "nf4"}, "adapter": {}},
+         r"model\.quantization=nf4 needs the package bitsandbytes, .*'rayswift\[qlora\]'"),
+    ],
+)  # fmt: skip
+def test_a_package_that_is_missing_is_told_before_anything_starts(
+    plain: dict[str, Any], changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda _: None)
+    for section, values in changes.items():
+        plain[section] = plain.get(section, {}) | values
+    with pytest.raises(ConfigError, match=message):
+        prepare(Job.model_validate(plain))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "qwen3"}, ModelPlan(tp=True, pp=True, ep=False)),
+        ({"model_type": "qwen3_moe"}, ModelPlan(tp=True, pp=True, ep=True)),
+        ({"model_type": "gpt2"}, ModelPlan(tp=False, pp=False, ep=False)),
+        ({"model_type": "qwen2_5_vl"}, ModelPlan(tp=True, pp=True, ep=False)),  # of the language model in it
+        ({"model_type": "llava", "text_config": {"model_type": "llama"}}, ModelPlan(tp=True, pp=True, ep=False)),
+        ({"model_type": "surely_not_known"}, ModelPlan(tp=False, pp=False, ep=False)),
+    ],
+)
+def test_how_a_model_can_be_cut_is_what_transformers_says(config: dict[str, Any], expected: ModelPlan) -> None:
+    assert model_plan(config) == expected

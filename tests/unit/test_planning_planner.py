@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from rayswift.config import yamlfile
 from rayswift.config.job import Job
 from rayswift.errors import PlanError
 from rayswift.planning.capability import Capability
@@ -100,21 +101,24 @@ def test_refusals_name_path_value_rule_and_fix(changes: dict[str, object], clust
 
 
 @pytest.mark.parametrize(
-    ("changes", "missing"),
+    ("changes", "missing", "fix"),
     [
-        ({"parallel.tp": 2}, "tp"),
-        ({"parallel.pp": 2}, "pp"),
-        ({"parallel.cp": 2}, "cp"),
-        ({"parallel.ep": 2, "parallel.dp_shard": 2}, "ep"),
-        ({"model.dtype": "float16"}, "float16"),
-        ({"parallel.tp": 2, "model.dtype": "float16"}, "float16, tp"),
+        ({"parallel.tp": 2}, "tp", "parallel.tp=1 would work"),
+        ({"parallel.pp": 2}, "pp", "parallel.pp=1 would work"),
+        ({"parallel.cp": 2}, "cp", "parallel.cp=1 would work"),
+        ({"model.dtype": "float16"}, "float16", "model.dtype=bfloat16 would work"),
+        ({"parallel.tp": 2, "model.dtype": "float16"}, "float16, tp", "model.dtype=bfloat16 parallel.tp=1 would work"),
+        ({"parallel.zero_stage": 2}, "zero_stage", "parallel.zero_stage=null would work"),
+        ({"parallel.offload": "optimizer"}, "offload_optimizer", "parallel.offload=none would work"),
     ],
 )
-def test_what_no_engine_supports_is_refused_with_what_is_supported(changes: dict[str, object], missing: str) -> None:
-    text = refusal(make_job(**changes))
-    assert text.startswith("parallel.engine=auto no engine of this version can run the job")
-    assert f"engine fsdp2 does not support {missing};" in text
-    assert text.endswith("; this version supports bfloat16, dp_replicate, dp_shard, float32, full, lora")
+def test_what_no_engine_supports_is_refused_with_what_would_work(
+    changes: dict[str, object], missing: str, fix: str
+) -> None:
+    job = make_job(**changes)
+    text = refusal(job)
+    assert text == f"parallel.engine=auto cannot run the job: engine fsdp2 does not support {missing}; {fix}"
+    assert planned(followed(job, fix)).engine == "fsdp2"
 
 
 def test_what_a_method_needs_is_matched_with_what_an_engine_supports() -> None:
@@ -133,10 +137,10 @@ def test_an_engine_that_cannot_is_kept_with_its_reason() -> None:
 def followed(job: Job, fix: str) -> Job:
     """The job after a user typed the overrides that a fix names."""
     plain = job.model_dump(mode="json")
-    for override in shlex.split(fix.removesuffix(" would fit")):
+    for override in shlex.split(re.sub(" would (fit|work)( on .* devices)?$", "", fix)):
         key, value = override.split("=")
         section, field = key.split(".")
-        plain[section][field] = value if value == "auto" else json.loads(value)
+        plain[section] = {**(plain[section] or {}), field: yamlfile.value(value)}
     return Job.model_validate(plain)
 
 
@@ -160,7 +164,9 @@ def test_the_alternative_offered_really_fits(
     text = refusal(job, cluster, shape)
     assert re.match(r"model\.path=models/base needs .* per worker of Qwen3ForCausalLM with .*, but a worker has", text)
     fix = text.split("; ", 1)[1]
-    assert fix.endswith(" would fit")
+    assert " would fit" in fix
+    if found := re.search("on ([0-9]+) devices$", fix):
+        cluster = gpu_cluster(int(found[1]), num_cpus=12.0 * int(found[1]))
     made = planned(followed(job, fix), cluster, shape)
     assert made.memory.total <= 0.92 * made.capacity_bytes
 
