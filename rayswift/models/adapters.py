@@ -54,7 +54,8 @@ def add_lora(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> PeftModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted: PeftModel = get_peft_model(model, config)
+        # Adapters are cast below; peft would look for dtypes in packed weights, too.
+        adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             assert "lora_" in name, name

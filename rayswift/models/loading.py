@@ -19,6 +19,7 @@ from rayswift.config.job import ModelSpec, is_hub_id
 from rayswift.errors import ConfigError
 from rayswift.models.config_sizes import check_sizes
 from rayswift.models.folder import check_tokenizer, check_weights, has_chat_template, read_json
+from rayswift.models.quantized import quantized
 
 if TYPE_CHECKING:
     import torch
@@ -133,9 +134,10 @@ def load_tokenizer(path: str, *, field: str = "model.path") -> PreTrainedTokeniz
 def load_model(spec: ModelSpec, *, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
     """The causal language model of `spec`, on the CPU in `dtype` (None: as stored), with `use_cache` off.
 
-    With a cache the packed documents of a sequence would see each other. Only safetensors are read and no code of the
-    folder is run. Raises ConfigError when a weight is missing, which transformers alone would make up at random, and
-    when the weights have layers that the config has not, which it would leave out.
+    With a cache the packed documents of a sequence would see each other. `spec.quantization` packs all linear layers
+    but the head into 4 bits. Only safetensors are read and no code of the folder is run. Raises ConfigError when a
+    weight is missing, which transformers alone would make up at random, and when the weights have layers that the
+    config has not, which it would leave out.
     """
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -153,6 +155,7 @@ def load_model(spec: ModelSpec, *, dtype: torch.dtype | str | None = None) -> Pr
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
+            **quantized(spec),
         )
     model, report = loaded
     _refuse_other_sizes(report["mismatched_keys"], spec.path)

@@ -42,9 +42,8 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, skip: str | Non
 
 def unwrapped(model: nn.Module) -> Any:
     """The PreTrainedModel itself, inside a PeftModel or not."""
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
 
 
 def vocabulary_mesh(model: nn.Module) -> DeviceMesh | None:
