@@ -212,8 +212,12 @@ def _gathered(shape: ModelShape, job: Job, layout: Layout, part: Slice, lora: in
 
 def tokens_per_worker(job: Job, layout: Layout) -> int:
     """Tokens of one micro-batch on one worker."""
-    rows = min(job.train.micro_batch_size, ceil(job.train.global_batch_size / layout.data_size))
-    return ceil(rows * job.data.max_length / layout.cp)
+    return ceil(_rows(job, layout) * job.data.max_length / layout.cp)
+
+
+def _rows(job: Job, layout: Layout) -> int:
+    """Sequences of one micro-batch: there are no more than a data rank has in a step."""
+    return min(job.train.micro_batch_size, ceil(job.train.global_batch_size / layout.data_size))
 
 
 def _activations(shape: ModelShape, job: Job, layout: Layout, part: Slice) -> int:
@@ -223,8 +227,11 @@ def _activations(shape: ModelShape, job: Job, layout: Layout, part: Slice) -> in
     # Recomputation keeps the input of each block and brings back the inside of one block at a time.
     kept = part.num_layers * part.in_flight * (2 if recompute else a_layer) + (a_layer if recompute else 0)
     bytes_16bit = tokens_per_worker(job, layout) * shape.hidden_size * kept
-    rows = ceil(tokens_per_worker(job, layout) * layout.cp / job.data.max_length)
-    masks = rows * job.data.max_length**2 if job.data.packing and not job.model.attention.startswith("flash") else 0
+    masks = (
+        _rows(job, layout) * job.data.max_length**2
+        if job.data.packing and not job.model.attention.startswith("flash")
+        else 0
+    )
     return ceil(bytes_16bit * DTYPE_BYTES[job.model.dtype] / 2 + masks * part.in_flight)
 
 
