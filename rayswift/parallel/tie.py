@@ -40,12 +40,16 @@ class Tie:
         return {self._joined_name(name): value for name, value in optim.items()}
 
     def parted(self, optim: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        """`joined` undone: the state under the names that this rank's `own` state has."""
-        return {name: optim[self._joined_name(name)] for name in own}
+        """`joined` undone: the state under the names that this rank's `own` state has. Copies share no memory."""
+        return {name: _copied(optim[self._joined_name(name)]) for name in own}
 
     def _joined_name(self, name: str) -> str:
         embedding, head = self._names
         return name.replace(f".{head}.", f".{embedding}.")
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _local(tensor: Any) -> torch.Tensor:
