@@ -3,10 +3,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit check format bench clean
+.PHONY: help setup quickstart test test-unit check format bench clean deepspeed-ops
 
 PY := .venv/bin/python
 STAMP := .venv/.rayswift-stamp
+OPS_STAMP := .venv/.deepspeed-ops-stamp
 QUICKSTART_DIR ?= quickstart
 export OMP_NUM_THREADS ?= 1
 
@@ -22,7 +23,15 @@ $(STAMP): pyproject.toml constraints.txt .ci/setup
 quickstart: $(STAMP)  ## pretrain, fine-tune, export, serve and ask a small model on this machine
 	@$(PY) -m rayswift.cli quickstart text --output "$(QUICKSTART_DIR)" --force
 
-test: $(STAMP)  ## every suite, with the slowest tests listed
+deepspeed-ops: $(STAMP)  ## build the extension that offloading to NVMe needs, once; needs libaio-dev
+	@$(PY) -m rayswift.parallel.deepspeed_ops
+
+# What cannot be built is told, and its test skipped.
+$(OPS_STAMP): $(STAMP)
+	@$(PY) -m rayswift.parallel.deepspeed_ops || true
+	@touch $(OPS_STAMP)
+
+test: $(STAMP) $(OPS_STAMP)  ## every suite, with the slowest tests listed
 	@$(PY) -m pytest --durations=25
 
 test-unit: $(STAMP)  ## unit and property tests only

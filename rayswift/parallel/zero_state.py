@@ -87,10 +87,10 @@ class ZeroState:
         self._use_weights()
 
     def set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Train on from these float32 tensors, the same on all ranks."""
+        """Train on from these float32 tensors, some or all, the same on all ranks."""
         self._free_weights()
-        for name, parameter in self._parameters.items():
-            self._write(parameter, _WEIGHT, weights[name])
+        for name, tensor in weights.items():
+            self._write(self._parameters[name], _WEIGHT, tensor)
         self._use_weights()
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:

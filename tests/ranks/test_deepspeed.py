@@ -297,14 +297,15 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(tmp_pat
 
 
 def train_in_16_bits(rank: int, folder: Path) -> dict[str, tuple[bool, list[float]]]:
-    """Of each case: does it start from the exact float32 weights, and the losses."""
+    """Of each case: does it start from the exact float32 weights and fsdp2's scale, and the losses."""
     found = {}
     for name, (dtype, zero, lora) in IN_16_BITS.items():
         engine = build(Case(zero, lora=lora).job(folder, **{"model.dtype": dtype}), 2)
         model = tiny_model(lora=lora, dtype=getattr(torch, dtype) if lora else torch.float32)
         exact = {key: parameter.detach().float().numpy() for key, parameter in model.named_parameters()}
         same = all(np.array_equal(tensor, exact[key]) for key, tensor in weights_of(engine).items())
-        found[name] = same, [take_step(engine, number, micro_batches=2).loss for number in range(STEPS)]
+        scale = float(engine.state()["scale"]["value"]) if dtype == "float16" else 2.0**16
+        found[name] = same and scale == 2.0**16, [take_step(engine, n, micro_batches=2).loss for n in range(STEPS)]
     return found
 
 
