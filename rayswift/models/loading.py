@@ -172,6 +172,22 @@ def load_model(spec: ModelSpec, *, dtype: torch.dtype | str | None = None) -> Pr
     return model
 
 
+def shape_model(spec: ModelSpec, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that `load_model` gives, its parameters shapes without values; buffers are real. Reads no weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
+    folder = local_folder(spec.path, weights=False)
+    config = load_config(str(folder))
+    attention = attention_of(spec.attention, config)
+    with _refusals_named(spec.path, "model.path"), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()  # each name got a parameter of its own
+    model.config.use_cache = False
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
 def attention_of(asked: str, config: PretrainedConfig) -> str:
     """The attention implementation to load with: `eager` where the default, sdpa, is none of the architecture's.
 

@@ -42,6 +42,8 @@ class Engine(Protocol):
 
     capability: ClassVar[Capability]
     """What it can run; the planner matches it with the job."""
+    fills: ClassVar[bool]
+    """Whether ranks but the first may give it a model of shapes without values (parameters on the meta device)."""
     data_rank: int
     data_size: int
 

@@ -6,7 +6,9 @@ The order of application is that of `parallelize`: tensor parallel, experts, con
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,6 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 from rayswift.config.job import Job
 from rayswift.parallel.context import use_ulysses
 from rayswift.parallel.experts import spread_experts
+from rayswift.parallel.filling import Filler, Unit
 from rayswift.parallel.mesh import Meshes
 from rayswift.parallel.precision import compute_dtype, use_float8
 from rayswift.parallel.tensor import apply_tensor_parallel, unwrapped
@@ -70,12 +73,12 @@ class Spread:
 def spread(model: nn.Module, job: Job, meshes: Meshes) -> Spread:
     """Everything that changes what a block computes on this rank, before it is sharded."""
     tp, ep, cp = meshes.dense["tp"], meshes.sparse["ep"], meshes.data["cp"]
-    partial = apply_tensor_parallel(model, tp, skip=".experts" if ep.size() > 1 else None) if tp.size() > 1 else []
+    in_part = apply_tensor_parallel(model, tp, skip=".experts" if ep.size() > 1 else None) if tp.size() > 1 else []
     experts = spread_experts(unwrapped(model), ep) if ep.size() > 1 else []
     if cp.size() > 1:
         use_ulysses(unwrapped(model))
     adapt(model, job)
-    return Spread(experts, partial)
+    return Spread(experts, in_part)
 
 
 def adapt(model: nn.Module, job: Job) -> None:
@@ -102,28 +105,32 @@ def recompute_blocks(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def shard(
-    model: nn.Module, sharding: Sharding, experts: list[nn.Module] | None = None, *, casts_output: bool = True
-) -> None:
-    """Shard experts, every block, and the rest with FSDP2, in place.
+def shard(model: nn.Module, units: Sequence[Unit], filler: Filler) -> None:
+    """Fill and shard the units of `model` with FSDP2, in place.
 
     Gradients are SUMMED over ranks, because losses are sums divided by a global count: gloo lacks the
-    pre-multiplied sum that a divide factor of 1 asks for, hence the forced plain sum. Only the root casts its
-    output to float32 (`casts_output`); a block or a stage that did would feed float32 into the next one.
+    pre-multiplied sum that a divide factor of 1 asks for, hence the forced plain sum.
     """
     # The logits of a spread head are a view of their DTensor; they are only read.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    filler.fill(model, units)
+
+
+def units_of(
+    model: nn.Module, sharding: Sharding, experts: Sequence[nn.Module] = (), *, casts_output: bool = True
+) -> list[Unit]:
+    """What is sharded as one: experts, every block, and the rest.
+
+    Only the root casts its output to float32 (`casts_output`); a block or a stage that did would feed float32 into the
+    next one.
+    """
     own = set(map(id, model.modules()))
-    for module in experts or ():
-        if id(module) in own:
-            _shard_one(module, sharding, mesh=sharding.expert_mesh)
-    for block in find_blocks(model):
-        _shard_one(block, sharding)
-    _shard_one(model, sharding, casts_output=casts_output)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
+    mine = [module for module in experts if id(module) in own]
+    return [
+        *(Unit(module, partial(_shard_one, module, sharding, mesh=sharding.expert_mesh)) for module in mine),
+        *(Unit(block, partial(_shard_one, block, sharding)) for block in find_blocks(model)),
+        Unit(model, partial(_shard_one, model, sharding, casts_output=casts_output)),
+    ]
 
 
 def _shard_one(
@@ -145,6 +152,9 @@ def _shard_one(
         reshard_after_forward=sharding.reshard_after_forward,
         shard_placement_fn=lambda parameter: _placement(parameter, ways),
     )
+    sharded = cast(FSDPModule, module)
+    sharded.set_force_sum_reduction_for_comms(True)
+    sharded.set_gradient_divide_factor(1.0)
 
 
 def _placement(parameter: nn.Parameter, ways: int) -> Shard | None:
@@ -156,6 +166,11 @@ def _placement(parameter: nn.Parameter, ways: int) -> Shard | None:
         return None
     cut = {place.dim for place in parameter.placements if not place.is_replicate()}  # type: ignore[attr-defined]
     return Shard(1) if 0 in cut and 1 not in cut and parameter.shape[1] % ways == 0 else None
+
+
+def receiving_device(job: Job, device: torch.device) -> torch.device:
+    """Where weights arrive before they are sharded: FSDP wants those on the host that it keeps there."""
+    return torch.device("cpu") if job.parallel.offload == "parameters" else device
 
 
 def sync_gradients(model: nn.Module, enabled: bool) -> None:

@@ -14,6 +14,7 @@ from rayswift.data.types import PackedBatch
 from rayswift.errors import ConfigError
 from rayswift.methods import Method
 from rayswift.parallel.engine import Engine
+from rayswift.parallel.precision import compute_dtype
 from rayswift.planning.layout import Seat
 from rayswift.planning.planner import Plan
 
@@ -28,14 +29,19 @@ def build_method(job: Job) -> Method:
 
 
 def build_engine(job: Job, plan: Plan, seat: Seat, device: torch.device) -> Engine:
-    """Load, adapt, then hand over to the engine, which recomputes, shards and builds the optimizer."""
-    from rayswift.models.adapters import add_lora
-    from rayswift.models.loading import load_model
+    """Load, adapt, then hand over to the engine, which spreads, shards and builds the optimizer.
 
-    trained_whole = job.adapter is None
-    base = load_model(job.model, dtype=torch.float32 if trained_whole else getattr(torch, job.model.dtype))
-    model = base if job.adapter is None else add_lora(base, job.adapter, job.train.seed)
+    Of several ranks the first one reads the weights where the engine fills the others; a packed base is small, and
+    what packing it leaves beside the weights travels no other way, so each rank reads that.
+    """
+    from rayswift.models.adapters import add_lora
+    from rayswift.models.loading import load_model, shape_model
+
     engine_class = plugins.load("parallel.engines", plan.engine, path="parallel.engine")
+    reads = seat.rank == 0 or not engine_class.fills or job.model.quantization is not None
+    dtype = torch.float32 if job.adapter is None else compute_dtype(job.model.dtype)
+    base = load_model(job.model, dtype=dtype) if reads else shape_model(job.model, dtype=dtype)
+    model = base if job.adapter is None else add_lora(base, job.adapter, job.train.seed)
     engine: Engine = engine_class(model, job, seat, device)
     return engine
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class Deepspeed:
     """A Hugging Face model under ZeRO. Weights and optimizer state are float32 whatever is computed in."""
 
+    fills: ClassVar[bool] = False
     capability: ClassVar[Capability] = Capability(
         supports=frozenset(
             {

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class Fsdp2:
     """A Hugging Face model under FSDP2, or plain on a world of one, where sharding would only copy."""
 
+    fills: ClassVar[bool] = True
     capability: ClassVar[Capability] = Capability(
         supports=frozenset(
             {
@@ -65,7 +66,7 @@ class Fsdp2:
         """See `Engine`. Spread what is computed, shard what is kept, then build the optimizer."""
         import torch
 
-        from rayswift.parallel import mesh, precision, sharding, tensor
+        from rayswift.parallel import filling, mesh, precision, sharding, tensor
         from rayswift.parallel.trained import HostSum, Trained
 
         self._torch, self._device = torch, device
@@ -75,8 +76,10 @@ class Fsdp2:
         self._vocabulary = self._context = None
         if self._sharded:
             meshes = mesh.build_meshes(seat, device)
+            filler = filling.Filler(model, sharding.receiving_device(job, device))
             found = sharding.spread(model, job, meshes)
-            sharding.shard(model, sharding.Sharding.of(meshes, job, device), found.experts)
+            plan = sharding.Sharding.of(meshes, job, device)
+            sharding.shard(model, sharding.units_of(model, plan, found.experts), filler)
             self._vocabulary = tensor.vocabulary_mesh(model)
             self._context = meshes.data["cp"] if seat.layout.cp > 1 else None
             self._trained = Trained(model, job, partial=found.partial, tp=meshes.dense["tp"])

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 class Pipeline:
     """A model cut into stages along its blocks, each of them under FSDP2 and tensor parallelism as in `Fsdp2`."""
 
+    fills: ClassVar[bool] = True
     capability: ClassVar[Capability] = Capability(
         supports=frozenset(
             {
@@ -55,7 +56,7 @@ class Pipeline:
         """See `Engine`. Spread what is computed, cut into stages, shard each, then build the optimizer."""
         import torch
 
-        from rayswift.parallel import mesh, precision, sharding, stages, tensor
+        from rayswift.parallel import filling, mesh, precision, sharding, stages, tensor
         from rayswift.parallel.tie import untie
         from rayswift.parallel.trained import HostSum, Trained
 
@@ -70,12 +71,13 @@ class Pipeline:
         self._context = meshes.data["cp"] if seat.layout.cp > 1 else None
         self._hidden_size = int(tensor.unwrapped(model).config.get_text_config().hidden_size)
 
+        filler = filling.Filler(model, sharding.receiving_device(job, device))
         found = sharding.spread(model, job, meshes)
         tie = untie(model, self._ends(seat), seat.rank)
         self._stages = dict(zip(mine, stages.cut(model, mine, self._num_stages, self._run_stage), strict=True))
         plan = sharding.Sharding.of(meshes, job, device, reshard_after_forward=False)
-        for stage in self._stages.values():
-            sharding.shard(stage, plan, found.experts, casts_output=False)
+        stage_units = [sharding.units_of(s, plan, found.experts, casts_output=False) for s in self._stages.values()]
+        sharding.shard(model, [unit for units in stage_units for unit in units], filler)
         self._vocabulary = tensor.vocabulary_mesh(model)
         self._trained = Trained(
             model, job, partial=found.partial, tp=meshes.dense["tp"], stages=self._group, tie=tie
