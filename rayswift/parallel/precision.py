@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from rayswift.errors import ConfigError
 
 _MULTIPLE_OF = 16  # what the FP8 kernels want of both sizes of a matrix
 
@@ -49,8 +52,15 @@ class LossScale:
 def use_float8(model: nn.Module, *, emulate: bool = False) -> None:
     """Multiply the matrices of every block in FP8 with dynamic scales (torchao), in place; the head stays as it is.
 
-    `emulate` computes the same on a device without FP8, slowly.
+    `emulate` computes the same on a device without FP8, slowly. Raises ConfigError without torchao.
     """
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "needs torchao, which is not installed",
+            path="model.dtype",
+            value="float8",
+            fix="pip install 'rayswift[fp8]' on every node",
+        )
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
