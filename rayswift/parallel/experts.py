@@ -17,16 +17,22 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from rayswift.parallel.tensor import refuse_adapted_experts
+
 _EXPERTS, _STACKED = "moe_tp_experts", "grouped_gemm"
 
 
 def spread_experts(model: Any, mesh: DeviceMesh) -> list[nn.Module]:
-    """Spread the experts of `model` over `mesh` in place; the modules that hold them, to be sharded on their own."""
+    """Spread the experts of `model` over `mesh` in place; the modules that hold them, to be sharded on their own.
+
+    Raises PlanError for experts with an adapter.
+    """
     plan: dict[str, str] = model._ep_plan
     found = []
     for name, module in list(model.named_modules()):
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
         if plan.get(pattern) == _EXPERTS:
+            refuse_adapted_experts(module, "ep")
             stacked = {key.rsplit(".", 1)[1] for key, style in plan.items()
                        if style == _STACKED and key.rsplit(".", 1)[0] == pattern}  # fmt: skip
             _spread(module, stacked, mesh)

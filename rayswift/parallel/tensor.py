@@ -16,20 +16,26 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from rayswift.errors import PlanError
+
 _GATHERED = {"colwise_gather_output", "colwise_rep"}
-_PARTIAL = "replicated_with_grad_allreduce"
+_WHOLE_OUTSIDE = {*_GATHERED, "rowwise_split_input", "rowwise_rep"}  # what goes in and what comes out is replicated
+_PARTIAL, _MLA = "replicated_with_grad_allreduce", "mla_kv_a_proj"
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, skip: str | None = None) -> list[nn.Module]:
     """Shard `model` over `mesh` in place; the modules whose own gradients each rank holds a part of.
 
     `model` is a PreTrainedModel or a PeftModel around one. Entries of the plan whose name contains `skip` are left out.
+    Raises PlanError for an adapter that cannot be cut.
     """
     base = unwrapped(model)
     plan = {name: style for name, style in _plan(base).items() if skip is None or skip not in name}
     partial: list[nn.Module] = []
     for name, module in list(base.named_modules()):
         style = _style(name, plan, is_weight=False)
+        if style == _MLA:
+            module.config = base.config.get_text_config()  # where the style looks up which columns are rotary
         if style == _PARTIAL:
             partial.append(module)
         elif hasattr(module, "base_layer"):
@@ -96,13 +102,24 @@ def _apply_to_adapter(module: Any, style: str | None, mesh: DeviceMesh) -> None:
     """A low-rank pair follows its base layer: B is cut like an output, A like an input, the other one is replicated."""
     if style is None:
         return
+    refuse_adapted_experts(module, "tp")
     sharded = {"colwise": "lora_B", "packed_colwise": "lora_B", "rowwise": "lora_A"}.get(style)
-    if sharded is None and style not in _GATHERED:  # shards nothing, only changes what flows through the whole layer
+    if sharded is None and style not in _WHOLE_OUTSIDE:  # shards nothing, changes what flows through the whole
         _apply(module, style, iter(()), mesh)
         return
     _apply(module.base_layer, style, _every(module.base_layer, style), mesh)
     for layer in getattr(module, sharded).values() if sharded else ():
         _apply(layer, style, _every(layer, style), mesh)
+
+
+def refuse_adapted_experts(module: nn.Module, axis: str) -> None:
+    """Raises PlanError for a low-rank pair on stacked weights: its B holds the rows of all experts, in peft's order."""
+    if hasattr(module, "parameter_name"):
+        raise PlanError(
+            f"puts a low-rank pair on stacked experts, which parallel.{axis} cannot cut",
+            path="adapter.targets",
+            fix="name the attention's layers, such as q_proj and o_proj, or use parallel.dp_shard alone",
+        )
 
 
 def _every(module: nn.Module, style: str) -> Iterator[tuple[str, str]]:
@@ -117,3 +134,46 @@ def sum_partial_gradients(modules: Sequence[nn.Module], mesh: DeviceMesh) -> Non
             if grad is not None:
                 local = grad.to_local() if isinstance(grad, DTensor) else grad
                 torch.distributed.all_reduce(local, group=mesh.get_group())
+
+
+def check_agreement(model: nn.Module, mesh: DeviceMesh) -> bool:
+    """Whether gradients could be compared: False where one is not finite. Called by all ranks, before the first step.
+
+    Raises PlanError when a gradient that should be the same on all ranks of `mesh` is not. Then a parameter is used
+    inside the sharded region and the plan of its architecture does not say so: each rank has a part of its gradient,
+    and training would go on, wrong by that. A part differs by as much as itself, rounding by far less.
+    """
+    parts = {name: _samples(p.grad, mesh) for name, p in model.named_parameters() if _is_whole(p.grad)}
+    if not all(bool(part.isfinite().all()) for part in parts.values()):
+        return False
+    largest = max((float(part.norm()) for part in parts.values()), default=0.0)
+    for name, part in parts.items():
+        apart = float((part - part.mean(0)).norm())
+        if apart > 0.05 * float(part.norm()) and apart > 1e-4 * largest:
+            raise PlanError(
+                f"computes only a part of the gradient of {name} on each worker: transformers' tensor parallel plan of "
+                "this architecture leaves it out",
+                path="parallel.tp",
+                value=mesh.size(),
+                fix="use parallel.dp_shard instead of parallel.tp",
+            )
+    return True
+
+
+def _is_whole(grad: torch.Tensor | None) -> bool:
+    """Whether a gradient is not cut by tensor parallelism."""
+    if not isinstance(grad, DTensor):
+        return grad is not None
+    names = grad.device_mesh.mesh_dim_names or ()
+    return not any(
+        name == "tp" and not place.is_replicate() for name, place in zip(names, grad.placements, strict=True)
+    )
+
+
+def _samples(grad: Any, mesh: DeviceMesh) -> torch.Tensor:
+    """Up to about a thousand elements of a gradient on each rank of `mesh`, a row per rank, in float32."""
+    local = (grad.to_local() if isinstance(grad, DTensor) else grad).flatten()
+    own = local[:: max(1, len(local) // 1024)].float().contiguous()
+    rows = [torch.empty_like(own) for _ in range(mesh.size())]
+    torch.distributed.all_gather(rows, own, group=mesh.get_group())
+    return torch.stack(rows)

@@ -22,7 +22,7 @@ from rayswift.parallel.grads import clip_gradients
 from rayswift.parallel.optim import build_optimizer
 from rayswift.parallel.precision import LossScale
 from rayswift.parallel.state import engine_state, load_engine_state
-from rayswift.parallel.tensor import sum_partial_gradients
+from rayswift.parallel.tensor import check_agreement, sum_partial_gradients
 from rayswift.parallel.tie import Tie
 from rayswift.planning.layout import Seat
 
@@ -44,6 +44,7 @@ class Trained:
         self._model, self._max_norm, self._full = model, job.train.max_grad_norm, job.adapter is None
         self._partial, self._tp, self._stages = partial, tp, stages
         self._tie = tie
+        self._agrees = tp is None or tp.size() == 1
         self._optimizer = build_optimizer(model, job.train)
         self._scale = LossScale() if job.model.dtype == "float16" else None
 
@@ -56,6 +57,7 @@ class Trained:
         """Clip, check that gradients are finite, step, clear. A step that is not finite is skipped, never applied."""
         if self._tp is not None:
             sum_partial_gradients(self._partial, self._tp)
+            self._agrees = self._agrees or check_agreement(self._model, self._tp)
         if self._tie is not None:
             self._tie.sum_gradients()
         scale = self.loss_scale
