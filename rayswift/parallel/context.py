@@ -3,13 +3,15 @@
 Ulysses (arXiv 2309.14509): before attention an all-to-all trades tokens for heads, after it back again, so that
 attention itself is the ordinary one over whole sequences, packed or not. It goes in through transformers' attention
 interface; what it needs travels as a keyword argument, so that a recomputed block finds it again. A model that does not
-hand keyword arguments down to its attention is refused there, not computed wrongly.
+hand keyword arguments down to its attention is refused there, not computed wrongly; so is one of whose blocks some
+have no attention: they would see a part of the tokens only.
 
 Shape legend: B sequences, T tokens, t this rank's part of them, H heads, h this rank's part, D head dimension.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,7 @@ from rayswift.errors import PlanError
 
 NAME = "rayswift_ulysses"
 KEYWORD = "context_part"
+_KINDS = {"full_attention", "sliding_attention"}
 _NOT_COMPUTED = ("softcap", "s_aux")  # what some attentions add and the one below has not
 
 
@@ -32,6 +35,13 @@ class ContextPart:
     mesh: DeviceMesh
     position_ids_BT: torch.Tensor
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    exchanges: int = 0
+    """How often tokens were traded for heads so far."""
+
+    def check(self, num_blocks: int) -> None:
+        """Raises PlanError when fewer than `num_blocks` blocks that were computed traded tokens for heads."""
+        if self.exchanges < num_blocks:
+            raise _refusal(f"has {num_blocks - self.exchanges} blocks without attention", "this model")
 
     def cut(self, tensor_BT: torch.Tensor) -> torch.Tensor:
         """This rank's tokens [B, t]."""
@@ -53,11 +63,13 @@ def use_ulysses(model: Any) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
-    try:
+    AttentionMaskInterface.register(NAME, _window)
+    with suppress(ValueError):
         model.set_attn_implementation(NAME)
-    except ValueError as error:
-        raise _refusal("has an attention that cannot be exchanged", type(model).__name__) from error
+    if model.config._attn_implementation != NAME:  # of some models transformers only logs that it did nothing
+        raise _refusal("has an attention that cannot be exchanged", type(model).__name__)
+    if other := set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _KINDS:
+        raise _refusal(f"has blocks with {', '.join(sorted(other))}", type(model).__name__)
 
 
 def pad_to(batch: PackedBatch, multiple: int) -> PackedBatch:
@@ -86,6 +98,11 @@ def document_mask(position_ids_BT: torch.Tensor, window: int | None) -> torch.Te
     return (document_BT[:, :, None] == document_BT[:, None])[:, None] & seen_TT
 
 
+def _window(*_: Any, local_size: int | None = None, **__: Any) -> torch.Tensor | None:
+    """What stands for a mask: how far back a layer sees, None where it sees everything."""
+    return None if local_size is None else torch.tensor(local_size)
+
+
 def _attend(
     module: torch.nn.Module,
     query_BHtD: torch.Tensor,
@@ -94,15 +111,15 @@ def _attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention output [B, t, H, D] as transformers wants it."""
     part: ContextPart | None = kwargs.get(KEYWORD)
-    if part is None or attention_mask is not None:
+    if part is None or (attention_mask is not None and attention_mask.ndim):
         raise _refusal("does not hand down what its attention needs", type(module).__name__)
     if name := next((name for name in _NOT_COMPUTED if kwargs.get(name) is not None), None):
         raise _refusal(f"has an attention with {name}", type(module).__name__)
+    part.exchanges += 1
     heads = query_BHtD.shape[1]
     if key_BHtD.shape[1] % part.mesh.size():
         repeats = heads // key_BHtD.shape[1]
@@ -110,7 +127,7 @@ def _attend(
     query_BhTD, key_BhTD, value_BhTD = (
         _exchange(x, 1, 2, part.mesh) for x in (query_BHtD, key_BHtD, value_BHtD)
     )  # fmt: skip
-    mask = part.mask(sliding_window)
+    mask = part.mask(None if attention_mask is None else int(attention_mask))
     out_BhTD = torch.nn.functional.scaled_dot_product_attention(
         query_BhTD, key_BhTD, value_BhTD, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout,
         enable_gqa=query_BhTD.shape[1] != key_BhTD.shape[1],
@@ -118,9 +135,9 @@ def _attend(
     return _exchange(out_BhTD, 2, 1, part.mesh).transpose(1, 2).contiguous(), None
 
 
-def _refusal(rule: str, value: str) -> PlanError:
-    return PlanError(f"cannot be context parallel: it {rule}", path="parallel.cp", value=value,
-                     fix="set parallel.cp=1")  # fmt: skip
+def _refusal(rule: str, who: str) -> PlanError:
+    return PlanError(f"cannot cut the sequences of {who}: it {rule}", path="parallel.cp",
+                     fix="use parallel.cp=1; parallel.dp_shard shards the model too")  # fmt: skip
 
 
 def _exchange(x: torch.Tensor, split: int, join: int, mesh: DeviceMesh) -> torch.Tensor:

@@ -19,7 +19,8 @@ def batch_logprobs(
 ) -> torch.Tensor:
     """Log-probabilities [B, T] of the targets, the same on every rank of a vocabulary or context mesh.
 
-    No attention mask and no cache: with either, packed documents leak silently.
+    No attention mask and no cache: with either, packed documents leak silently. Raises PlanError for a model of whose
+    blocks some do not exchange what is outside of their part of the tokens.
     """
     length = batch.input_ids_BT.shape[1]
     if context is None:
@@ -31,6 +32,7 @@ def batch_logprobs(
         input_ids=part.cut(batch.input_ids_BT), position_ids=part.cut(batch.position_ids_BT), use_cache=False,
         **{KEYWORD: part},
     ).logits  # fmt: skip
+    part.check(model.config.get_text_config().num_hidden_layers)
     return part.join(token_logprobs(logits_BtV, part.cut(batch.targets_BT), vocabulary))[:, :length]
 
 
