@@ -2,7 +2,8 @@
 
 Read from transformers' pipeline plan: which modules come before the blocks, which list these are in, what comes after.
 A stage is a view of the model in which the modules of other stages pass on what they get, so that masks, rotary
-embeddings and everything else between blocks is computed by the model itself. Knows no architecture.
+embeddings and everything else between blocks is computed by the model itself. Knows no architecture: a model that does
+more to hidden states on their way than its modules do is found by sending some through a stage without any.
 
 Shape legend: B sequences, t this rank's tokens of them, H hidden.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from rayswift.errors import PlanError
+from rayswift.parallel.context import KEYWORD
 from rayswift.parallel.tensor import unwrapped
 from rayswift.planning.stages import stage_layers
 
@@ -38,6 +40,19 @@ class Skipped(nn.Module):
         return args[0] if args else next(iter(kwargs.values()))
 
 
+class Entrance(Skipped):
+    """Stands for the first block of another stage: gives back what the stage received.
+
+    Not what the model hands over: some scale embeddings before their first block, and would scale hidden states again.
+    """
+
+    received: torch.Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What was received."""
+        return self.received
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """Where the parts of a model are, by names below its base model, but the head's, which is below the model."""
@@ -51,11 +66,12 @@ class Anatomy:
 class Stage(nn.Module):
     """One stage: tokens or hidden states [B, t, H] in, hidden states or, of the last, log-probabilities out."""
 
-    def __init__(self, model: Any, *, first: bool, last: bool, run: Run) -> None:
+    def __init__(self, model: Any, num_blocks: int, *, first: bool, last: bool, run: Run) -> None:
         """`run(stage_forward, hidden, index)` computes micro-batch `index`: what to feed is known by the engine."""
         super().__init__()
         self.lm, self.first, self.last = model, first, last
-        self._run = run
+        self._num_blocks, self._run = num_blocks, run
+        self._entrance = next((module for module in model.modules() if isinstance(module, Entrance)), None)
 
     def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """What this stage makes of micro-batch `index`; the first stage gets the index for `x`, too."""
@@ -63,13 +79,23 @@ class Stage(nn.Module):
 
     def hidden(self, **inputs: Any) -> torch.Tensor:
         """Hidden states behind the stage's last block."""
-        states: torch.Tensor = self.lm.base_model(**inputs).last_hidden_state
+        states: torch.Tensor = self._call(self.lm.base_model, inputs).last_hidden_state
         return states
 
     def logits(self, **inputs: Any) -> torch.Tensor:
         """The model's logits."""
-        found: torch.Tensor = self.lm(**inputs).logits
+        found: torch.Tensor = self._call(self.lm, inputs).logits
         return found
+
+    def _call(self, model: Any, inputs: dict[str, Any]) -> Any:
+        part = inputs.get(KEYWORD)
+        before = part.exchanges if part is not None else 0
+        if self._entrance is not None:
+            self._entrance.received = inputs["inputs_embeds"]
+        out = model(**inputs)
+        if part is not None:
+            part.check(before + self._num_blocks)
+        return out
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -105,15 +131,31 @@ def cut(model: nn.Module, mine: Sequence[int], num_stages: int, run: Run) -> lis
             value=num_stages,
             fix="lower parallel.pp, or use parallel.schedule=1f1b",
         )
+    _check_passes_on(lm, parts)
     layers = stage_layers(len(blocks), num_stages)
     stages = []
     for index in mine:
         first, last = index == 0, index == num_stages - 1
         view = _view(lm, parts, set(layers[index]), first=first, last=last)
-        stages.append(Stage(view, first=first, last=last, run=run))
+        stages.append(Stage(view, len(layers[index]), first=first, last=last, run=run))
     owned = set().union(*(layers[index] for index in mine))
     _drop(lm, lm.base_model, parts, owned, first=0 in mine, last=num_stages - 1 in mine)
     return stages
+
+
+def _check_passes_on(lm: Any, parts: Anatomy) -> None:
+    """Raises PlanError when a stage that has nothing changes what it gets: between its modules the model does more."""
+    view = _view(lm, parts, set(), first=False, last=False)
+    nothing = Stage(view, 0, first=False, last=False, run=lambda *_: torch.empty(0))
+    hidden_BtH = torch.randn(1, 4, lm.config.get_text_config().hidden_size)
+    inputs = {"inputs_embeds": hidden_BtH, "position_ids": torch.arange(4)[None], "use_cache": False}
+    try:
+        with torch.no_grad():
+            same = torch.equal(nothing.hidden(**inputs), hidden_BtH)
+    except Exception as error:
+        raise _refusal("it does not run without its embedding", type(lm).__name__) from error
+    if not same:
+        raise _refusal("it changes hidden states between its modules", type(lm).__name__)
 
 
 def _view(lm: Any, parts: Anatomy, owned: set[int], *, first: bool, last: bool) -> Any:
@@ -136,7 +178,7 @@ def _drop(lm: Any, base: Any, parts: Anatomy, owned: set[int], *, first: bool, l
     blocks = base._modules[parts.blocks]
     for number, block in enumerate(blocks):
         if number not in owned:
-            blocks[number] = Skipped(block)
+            blocks[number] = Skipped(block) if first or number else Entrance(block)
     for name in (() if first else parts.before) + (() if last else parts.after):
         base._modules[name] = Skipped(base._modules[name])
     if not last:
