@@ -22,7 +22,7 @@ _ALIASES = {
     "vocab_size": ("vocab_size",),
     "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
 }
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NUM_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 _HEADS = ("lm_head.weight", "embed_out.weight")
