@@ -107,6 +107,26 @@ class Reference:
 
     def step(self, rows: Sequence[Document]) -> tuple[float, float]:
         """(mean loss of a trained token, gradient norm before clipping) of one SGD step."""
+        loss = self._loss(rows)
+        grads = torch.autograd.grad(loss, list(self._trained.values()), allow_unused=True)  # an expert no token chose
+        flat = [grad.flatten() for grad in grads if grad is not None]
+        norm = float(torch.cat(flat).norm())
+        scale = 1.0 if self._max_norm is None else min(1.0, self._max_norm / (norm + 1e-6))
+        with torch.no_grad():
+            for parameter, grad in zip(self._trained.values(), grads, strict=True):
+                if grad is not None:
+                    parameter -= self._lr * scale * grad
+        return float(loss.detach()), norm
+
+    def evaluate(self, rows: Sequence[Document]) -> float:
+        """The mean loss of a trained token, nothing changed."""
+        self._model.eval()
+        with torch.no_grad():
+            loss = float(self._loss(rows))
+        self._model.train()
+        return loss
+
+    def _loss(self, rows: Sequence[Document]) -> torch.Tensor:
         total, count = torch.zeros(()), 0
         for row in rows:
             ids = torch.from_numpy(row.ids)
@@ -114,14 +134,7 @@ class Reference:
             kept = torch.from_numpy(row.mask[1:]).bool()
             total = total + F.cross_entropy(logits[:-1][kept], ids[1:][kept], reduction="sum")
             count += int(kept.sum())
-        loss = total / count
-        grads = torch.autograd.grad(loss, list(self._trained.values()))
-        norm = float(torch.cat([g.flatten() for g in grads]).norm())
-        scale = 1.0 if self._max_norm is None else min(1.0, self._max_norm / (norm + 1e-6))
-        with torch.no_grad():
-            for parameter, grad in zip(self._trained.values(), grads, strict=True):
-                parameter -= self._lr * scale * grad
-        return float(loss.detach()), norm
+        return total / count
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained tensors."""
