@@ -49,7 +49,6 @@ class Case:
 
 CASES = {
     "fsdp2 2 <-> 4": Case(FSDP2, FSDP4),
-    "fsdp2 2 <-> pp 2 x tp 2": Case(FSDP2, PP_TP),
     "fsdp2 2 <-> pp 2 x tp 2, tied": Case(FSDP2, PP_TP, tied=True),
     "one <-> zbv, tied": Case(ONE, ZBV, tied=True),
     "fsdp2 2 <-> tp 2 x fsdp2 2, lora": Case(FSDP2, TP_FSDP, lora=True),
