@@ -67,11 +67,6 @@ class Case:
         }
         return ", ".join(word for word, holds in words.items() if holds)
 
-    @property
-    def name(self) -> str:
-        """Method, adapter and details."""
-        return f"{self.method} {self.adapter}: {self.details}"
-
     def job(self, **settings: Any) -> Job:
         """The job of this case, under SGD."""
         return make_job(**{
@@ -130,19 +125,43 @@ LAYOUTS: dict[str, Arrangement] = {
 }
 
 CASES: dict[str, Case] = {
-    case.name: case
-    for case in (
-        Case(),
-        Case(micro_batches=2, recompute=True),
-        Case(packing=False, micro_batches=3),
-        Case(tied=True, max_norm=None),
-        Case("pretrain", micro_batches=2, tied=True),
-        Case("pretrain", packing=False),
-        Case(adapter="lora", micro_batches=2),
-        Case(adapter="lora", packing=False, micro_batches=2, recompute=True),
-        Case("pretrain", "lora", packing=False, tied=True),
-        Case("pretrain", "lora", micro_batches=2, recompute=True, tied=True),
-    )
+    "packed": Case(),
+    "recomputed": Case(micro_batches=2, recompute=True),
+    "accumulated": Case(packing=False, micro_batches=3),
+    "tied": Case(micro_batches=2, tied=True, max_norm=None),
+    "text": Case("pretrain", packing=False),
+    "text, tied": Case("pretrain", micro_batches=2, tied=True),
+    "lora": Case(adapter="lora", micro_batches=2),
+    "lora, recomputed": Case(adapter="lora", packing=False, micro_batches=2, recompute=True),
+    "text, lora": Case("pretrain", "lora", packing=False, tied=True),
+    "text, lora, recomputed": Case("pretrain", "lora", micro_batches=2, recompute=True, tied=True),
+}
+
+# What `make test` runs, each layout at least once. DeepSpeed has a suite of its own: tests/ranks/test_deepspeed.py.
+SLICE: dict[str, tuple[str, ...]] = {
+    "one process": tuple(CASES),
+    "ddp 2": ("accumulated", "text, lora"),
+    "fsdp2 2": tuple(CASES),
+    "fsdp2 4": ("accumulated", "lora, recomputed"),
+    "hsdp 2x2": ("recomputed", "text, lora"),
+    "fsdp2 2, parameters offloaded": ("text, tied", "lora"),
+    "tp 2": ("recomputed", "accumulated", "tied", "lora", "text, lora, recomputed"),
+    "tp 2, qwen3_moe": ("text, tied", "lora, recomputed"),
+    "tp 2 x fsdp2 2": ("accumulated", "lora"),
+    "cp 2": ("recomputed", "accumulated", "text, tied", "text, lora"),
+    "cp 2 x fsdp2 2": ("accumulated", "text, lora, recomputed"),
+    "cp 2 x tp 2": ("recomputed", "lora"),
+    "ep 2": ("recomputed", "accumulated", "text, tied", "lora, recomputed"),
+    "ep 2 x fsdp2 2": ("accumulated", "text, lora, recomputed"),
+    "ep 2 x tp 2": ("text, tied", "lora"),
+    "pp 2, 1f1b": ("recomputed", "accumulated", "tied", "text, lora"),
+    "pp 2, interleaved_1f1b": ("text, tied", "lora, recomputed"),
+    "pp 2, zero_bubble": ("text, tied", "lora"),
+    "pp 2, zbv": ("accumulated", "tied", "text, lora, recomputed"),
+    "pp 2 x fsdp2 2": ("text, tied", "lora, recomputed"),
+    "pp 2 x cp 2": ("recomputed", "text, lora"),
+    "pp 2 x ep 2": ("accumulated", "lora"),
+    "pp 2 x tp 2 x fsdp2 2": ("text, tied",),
 }
 
 WHY: dict[tuple[str, str], str] = {}

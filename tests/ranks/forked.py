@@ -62,16 +62,19 @@ def _gather(pipes: list[Connection], deadline: float) -> list[Any]:
         ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise RankFailed(f"ranks {sorted(pending.values())} did not end in time")
+        failures = []  # all that are there: the one that came last may be another's "connection closed"
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = pending[pipe]
             try:
                 failed, result = pipe.recv()
             except EOFError:
-                raise RankFailed(f"rank {rank} died") from None
+                failed, result = True, "died"
             if failed:
-                raise RankFailed(f"rank {rank}:\n{result}")
+                failures.append(f"rank {rank}:\n{result}")
             results[rank] = result
+        if failures:
+            raise RankFailed("\n".join(failures))
     return [results[rank] for rank in range(len(pipes))]
 
 
