@@ -26,7 +26,7 @@ _LATENT = {
 _ROUTED = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 _LINEAR = {
     "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "initializer_range": 0.06,  # larger ones are ill-conditioned
 }  # fmt: skip
 _SCALED = {
     "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 0.5,

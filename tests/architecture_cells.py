@@ -55,6 +55,7 @@ COLUMNS: dict[str, Column] = {
     "PP 2": Column(Layout(pp=2), "pipeline"),
     "CP 2": Column(Layout(cp=2)),
     "EP 2": Column(Layout(dp_shard=2, ep=2)),
+    "EP 2, LoRA": Column(Layout(dp_shard=2, ep=2), lora=True),
 }
 STEPS = (Step(packing=False, micro_batches=2), Step(packing=False, micro_batches=1))
 PACKED_STEPS = (Step(micro_batches=2), Step(micro_batches=1))

@@ -1,4 +1,4 @@
-"""Which architectures cannot be cut along an axis, or packed, although nothing in their config says so.
+"""Which architectures cannot be cut along an axis, packed or adapted, although nothing in their config says so.
 
 Every entry was measured: without it the cell of `bench/architectures.py` computes something else than one process, or
 crashes. Engines have nets for architectures that nobody has measured yet; this table tells before a cluster starts.
@@ -16,19 +16,13 @@ from rayswift.errors import PlanError
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an architecture is refused, and for which of its configs and jobs."""
+    """Why architectures are refused, and for which of their configs and jobs. `axis` is one, `packing` or `adapter`."""
 
+    axis: str
+    model_types: tuple[str, ...]
     reason: str
     applies: Callable[[Mapping[str, Any], Job], bool] = lambda config, job: True
-
-
-_WHOLE = "its attention cannot be exchanged for one that sees whole sequences"
-_CUT_OFF = "its attention is not handed down what the exchange needs"
-_MIXED = "some of its blocks are no attention and would see a part of each sequence"
-_NO_RESETS = "its attention mask does not look at position ids"
-_STATE = "its blocks carry a state from one token to the next, over documents too"
-_HYBRIDS = ("jamba", "lfm2", "mamba", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
-_NORMS = "transformers' plan leaves out the norms of its heads, of whose gradients each worker has a part"
+    instead: str | None = None
 
 
 def _trains_everything(config: Mapping[str, Any], job: Job) -> bool:
@@ -43,6 +37,23 @@ def _trains_head_norms(config: Mapping[str, Any], job: Job) -> bool:
     return _has_head_norms(config, job) and _trains_everything(config, job)
 
 
+def _adapts_experts(config: Mapping[str, Any], job: Job) -> bool:
+    """Whether peft 0.21 moves an adapter from layers of these names to fused experts, which once had such layers."""
+    return bool(_targets(job) & {"all-linear", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+
+
+def _adapts_router(config: Mapping[str, Any], job: Job) -> bool:
+    return bool(_targets(job) & {"all-linear", "router"})
+
+
+def _targets(job: Job) -> set[str]:
+    """The last parts of the names of the layers an adapter goes on."""
+    if job.adapter is None:
+        return set()
+    targets = [job.adapter.targets] if isinstance(job.adapter.targets, str) else job.adapter.targets
+    return {target.rpartition(".")[2] for target in targets}
+
+
 def _caps_scores(config: Mapping[str, Any], job: Job) -> bool:
     return config.get("attn_logit_softcapping") is not None
 
@@ -52,45 +63,60 @@ def _chunks_are_shorter(config: Mapping[str, Any], job: Job) -> bool:
     return chunk is not None and chunk < job.data.max_length
 
 
-REFUSED: dict[tuple[str, str], Refusal] = {
-    ("apertus", "tp"): Refusal(
-        "transformers' plan leaves out its activations, of whose gradients each worker has a part", _trains_everything
+_SHARED = ("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "qwen3_next")
+_HYBRIDS = ("jamba", "lfm2", "mamba", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+_LEFT_OUT = "transformers' plan leaves out its {}, of whose gradients each worker has a part"
+_EXPERTS = "its adapter is put on stacked experts, whose low-rank pairs cannot be cut"
+_ATTENTION_ONLY = "name the attention's layers in adapter.targets, or use parallel.{axis}=1"
+
+REFUSED: tuple[Refusal, ...] = (
+    Refusal("tp", ("apertus",), _LEFT_OUT.format("activations"), _trains_everything),
+    Refusal("tp", ("glm4_moe",), _LEFT_OUT.format("head norms"), _trains_head_norms),
+    Refusal("tp", ("cohere",), "transformers' plan does not cut its head norms with the heads", _has_head_norms),
+    Refusal("tp", ("llama4_text",), "it changes in place what transformers' plan hands it as a view"),
+    Refusal("tp", _SHARED, _EXPERTS, _adapts_experts, _ATTENTION_ONLY),
+    Refusal("ep", (*_SHARED, "qwen2_moe"), _EXPERTS, _adapts_experts, _ATTENTION_ONLY),
+    Refusal("adapter", ("llama4_text",), "its router is a linear layer that gives back two tensors", _adapts_router),
+    Refusal("cp", ("bloom", "falcon", "gptj", "mpt"), "its attention cannot be exchanged for one over whole sequences"),
+    Refusal("cp", ("nemotron", "stablelm"), "its attention is not handed down what the exchange needs"),
+    Refusal("cp", _HYBRIDS, "some of its blocks are no attention and would see a part of each sequence"),
+    Refusal("cp", ("gemma2",), "its attention caps scores, which the exchanged one does not", _caps_scores),
+    Refusal("cp", ("gpt_oss",), "its attention has sinks, which the exchanged one has not"),
+    Refusal("cp", ("llama4_text",), "it attends to chunks of tokens, of which the exchanged attention does not know"),
+    Refusal("packing", ("bloom", "falcon", "gpt_oss", "mpt", "opt"), "its attention does not look at position ids"),
+    Refusal("packing", _HYBRIDS, "its blocks carry a state from one token to the next, over documents too"),
+    Refusal(
+        "packing", ("llama4_text",), "it attends to chunks of a sequence, which would begin in the middle of documents",
+        _chunks_are_shorter,
     ),
-    ("cohere", "tp"): Refusal("transformers' plan does not cut the norms of its heads with them", _has_head_norms),
-    ("glm4_moe", "tp"): Refusal(_NORMS, _trains_head_norms),
-    ("llama4_text", "tp"): Refusal("it changes in place what transformers' plan hands it as a view"),
-    **{(name, "cp"): Refusal(_WHOLE) for name in ("bloom", "falcon", "gptj", "mpt")},
-    **{(name, "cp"): Refusal(_CUT_OFF) for name in ("nemotron", "stablelm")},
-    **{(name, "cp"): Refusal(_MIXED) for name in _HYBRIDS},
-    ("gemma2", "cp"): Refusal("its attention caps scores, which the exchanged one does not", _caps_scores),
-    ("gpt_oss", "cp"): Refusal("its attention has sinks, which the exchanged one has not"),
-    ("llama4_text", "cp"): Refusal("it attends to chunks of tokens, of which the exchanged attention does not know"),
-    **{(name, "packing"): Refusal(_NO_RESETS) for name in ("bloom", "falcon", "gpt_oss", "mpt", "opt")},
-    **{(name, "packing"): Refusal(_STATE) for name in _HYBRIDS},
-    ("llama4_text", "packing"): Refusal(
-        "it attends to chunks of a sequence, which would begin in the middle of documents", _chunks_are_shorter
-    ),
-}  # fmt: skip
-"""(model type, axis or `packing`) -> why not."""
+)  # fmt: skip
 
 
 def check_refused(job: Job, config: Mapping[str, Any]) -> None:
-    """Raises PlanError for a layout, or packing, that is known to go wrong with the model of a parsed config.json."""
+    """Raises PlanError for what is known to go wrong with the model of a parsed config.json."""
     nested = config.get("text_config")
     inner = nested if isinstance(nested, Mapping) else config
-    names = {str(config.get("model_type")), str(inner.get("model_type"))}
-    asked: dict[str, Any] = {
-        axis: size for axis in ("tp", "pp", "cp", "ep") if (size := getattr(job.parallel, axis)) > 1
-    }
+    names = (str(config.get("model_type")), str(inner.get("model_type")))
+    p = job.parallel
+    asked: dict[str, Any] = {"tp": p.tp, "pp": p.pp, "cp": p.cp, "ep": p.ep}
+    asked = {axis: size for axis, size in asked.items() if size > 1}
     asked |= {"packing": True} if job.data.packing else {}
-    for (name, axis), refusal in REFUSED.items():
-        if name in names and axis in asked and refusal.applies(inner, job):
-            raise _error(name, axis, asked[axis], refusal.reason)
+    asked |= {"adapter": job.adapter.targets} if job.adapter is not None else {}
+    for refusal in REFUSED:
+        name = next((name for name in names if name in refusal.model_types), None)
+        if name is not None and refusal.axis in asked and refusal.applies(inner, job):
+            raise _error(refusal, name, asked[refusal.axis])
 
 
-def _error(name: str, axis: str, value: Any, reason: str) -> PlanError:
-    if axis == "packing":
-        return PlanError(f"has no way to pack rows of {name}: {reason}", path="data.packing", value=True,
-                         fix="set data.packing=false")  # fmt: skip
-    return PlanError(f"has no way to cut {name}: {reason}", path=f"parallel.{axis}", value=value,
-                     fix=f"use parallel.{axis}=1; dp_shard shards its parameters too")  # fmt: skip
+_WORDING = {
+    "packing": ("pack rows of", "data.packing", "use data.packing=false"),
+    "adapter": ("adapt", "adapter.targets", "name the attention's layers"),
+}
+
+
+def _error(refusal: Refusal, name: str, value: Any) -> PlanError:
+    axis = refusal.axis
+    cut = ("cut", f"parallel.{axis}", f"use parallel.{axis}=1; dp_shard shards its parameters too")
+    verb, path, instead = _WORDING.get(axis, cut)
+    fix = refusal.instead.format(axis=axis) if refusal.instead else instead
+    return PlanError(f"has no way to {verb} {name}: {refusal.reason}", path=path, value=value, fix=fix)
