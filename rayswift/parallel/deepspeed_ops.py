@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from importlib.metadata import version
@@ -132,14 +133,24 @@ def build() -> str:
 
 
 def _compile() -> None:
-    """torch's own build in a process of its own, which can be given an environment and a bound."""
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja is installed beside python
-    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-    environment = {**os.environ, "PATH": tools, "TORCH_EXTENSIONS_DIR": str(folder()), "MAX_JOBS": jobs}
+    """torch's own build in a process of its own, which can be given an environment and a bound.
+
+    The linker is told folders as they are, and one with a space is two to it: the build sees the Python environment
+    through a link without any.
+    """
     log = folder() / "build.log"
-    with open(log, "w") as stream:
+    with open(log, "w") as stream, tempfile.TemporaryDirectory(prefix="rayswift-ops-") as place:
+        prefix = Path(place, "env")
+        prefix.symlink_to(sys.prefix)
+        python = prefix / Path(sys.executable).relative_to(sys.prefix)
+        environment = {
+            **os.environ,
+            "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja is installed beside python
+            "TORCH_EXTENSIONS_DIR": str(prefix / folder().relative_to(sys.prefix)),
+            "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
+        }
         done = subprocess.run(
-            [sys.executable, "-c", _BUILD], env=environment, stdout=stream, stderr=stream, timeout=_BUILD_TIMEOUT_S
+            [python, "-c", _BUILD], env=environment, stdout=stream, stderr=stream, timeout=_BUILD_TIMEOUT_S
         )
     if done.returncode or missing():
         raise RuntimeError(f"could not build DeepSpeed's {', '.join(missing())}; the log is {log}")
@@ -155,4 +166,7 @@ def _has_header(compiler: str, name: str) -> bool:
 
 
 if __name__ == "__main__":
-    print(build())
+    try:
+        print(build())
+    except RuntimeError as error:
+        sys.exit(str(error))
