@@ -28,6 +28,7 @@ from rayswift.planning.checks import check_layout
 from rayswift.planning.layout import Layout
 from rayswift.planning.model_plan import ModelPlan
 from rayswift.planning.model_shape import ModelShape, shape_from_config, shape_from_folder
+from rayswift.planning.refused import check_refused
 from rayswift.training.checkpoint import CheckpointManifest
 
 # What a setting needs, and the extra that installs it.
@@ -62,6 +63,7 @@ def prepare(job: Job) -> Prepared:
     method = plugins.load("methods", job.method.name, path="method.name")
     config = check_folder(job.model.path, chat_template=method.rendering == "chat")
     _check_positions(job, config)
+    check_refused(job, config)
     shape = shape_from_folder(job.model.path) if os.path.isdir(job.model.path) else shape_from_config(config)
     cuts = partial(model_plan, config)
     _check_axes(job, shape, cuts)

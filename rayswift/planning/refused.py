@@ -75,7 +75,7 @@ REFUSED: tuple[Refusal, ...] = (
     Refusal("tp", ("cohere",), "transformers' plan does not cut its head norms with the heads", _has_head_norms),
     Refusal("tp", ("llama4_text",), "it changes in place what transformers' plan hands it as a view"),
     Refusal("tp", _SHARED, _EXPERTS, _adapts_experts, _ATTENTION_ONLY),
-    Refusal("ep", (*_SHARED, "qwen2_moe"), _EXPERTS, _adapts_experts, _ATTENTION_ONLY),
+    Refusal("ep", _SHARED, _EXPERTS, _adapts_experts, _ATTENTION_ONLY),
     Refusal("adapter", ("llama4_text",), "its router is a linear layer that gives back two tensors", _adapts_router),
     Refusal("cp", ("bloom", "falcon", "gptj", "mpt"), "its attention cannot be exchanged for one over whole sequences"),
     Refusal("cp", ("nemotron", "stablelm"), "its attention is not handed down what the exchange needs"),
