@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit check format bench clean deepspeed-ops
+.PHONY: help setup quickstart test test-unit parity check format bench clean deepspeed-ops
 
 PY := .venv/bin/python
 STAMP := .venv/.rayswift-stamp
@@ -37,6 +37,9 @@ test: $(STAMP) $(OPS_STAMP)  ## every suite, with the slowest tests listed
 test-unit: $(STAMP)  ## unit and property tests only
 	@$(PY) -m pytest tests/unit tests/property --durations=10
 
+parity: $(STAMP) $(OPS_STAMP)  ## every layout and every architecture against one process; keeps the results (half an hour)
+	@failed=0; $(PY) bench/parity.py --keep || failed=1; $(PY) bench/architectures.py --keep || failed=1; exit $$failed
+
 check: $(STAMP)  ## formatting, lint, strict types, unit tests
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
@@ -47,8 +50,8 @@ format: $(STAMP)  ## format and fix what ruff can fix
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
 
-bench: $(STAMP)  ## every measurement under bench/, each printing its own result
-	@for file in bench/*.py; do echo "== $$file"; $(PY) "$$file"; done
+bench: $(STAMP)  ## every measurement of speed under bench/, each printing its own result
+	@for file in $(filter-out bench/parity.py bench/architectures.py,$(wildcard bench/*.py)); do echo "== $$file"; $(PY) "$$file"; done
 
 clean:  ## remove what the targets above made
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis rayswift.egg-info "$(QUICKSTART_DIR)"

@@ -37,14 +37,21 @@ def reason_of(cell: Mapping[str, Any]) -> str:
     return re.sub(r"^.*has no way to [^:]+: ", "", cell["reason"]).split("; ")[0]
 
 
+INTRO = """\
+Measured with tiny random models of each architecture, cut in two (`bench/architectures.py`): `yes` computes the losses,
+gradient norms and weights of one process within 1e-5, trained in full or, where it says LoRA, with an adapter on every
+linear layer; `no` is refused before a run starts, for the reason below; `-` has no experts. For an architecture that is
+not here, the engines check the same before their first step, as far as it can be seen."""
+
+
 def render(architectures: Mapping[str, Cells]) -> str:
-    """README's table: architectures that do alike in one row, and the reasons below it by number."""
+    """What README says: architectures that do alike in one row, and the reasons below it by number."""
     columns = [name for name in next(iter(architectures.values())) if name != "1 process"]
     reasons: dict[str, int] = {}
     rows: dict[tuple[str, ...], list[str]] = {}
     for name, cells in architectures.items():
         rows.setdefault(tuple(_symbol(cells[column], reasons) for column in columns), []).append(name)
-    lines = [f"| architectures | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|"]
+    lines = [INTRO, "", f"| architectures | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|"]
     for symbols, names in sorted(rows.items(), key=lambda row: -len(row[1])):
         lines.append(f"| {', '.join(sorted(names))} | {' | '.join(symbols)} |")
     lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]

@@ -106,10 +106,11 @@ def refused(architecture: str, column: Column) -> Cell | None:
 
 def run_cells(rank: int, architecture: str, names: Sequence[str]) -> dict[str, Outcome | str]:
     """Each column's outcome on this rank, or the reason with which the engine refused it."""
-    return {name: _run(architecture, COLUMNS[name], rank) for name in names}
+    return {name: run_cell(rank, architecture, COLUMNS[name]) for name in names}
 
 
-def _run(architecture: str, column: Column, rank: int) -> Outcome | str:
+def run_cell(rank: int, architecture: str, column: Column) -> Outcome | str:
+    """The outcome on this rank, whatever the planner says; or the reason with which the engine refused."""
     model = tiny_architecture(architecture, lora=column.lora)
     engine_class = plugins.load("parallel.engines", column.engine)
     try:
