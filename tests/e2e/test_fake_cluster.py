@@ -106,6 +106,9 @@ class FakeCluster:
         from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
         self.folder, self.mark = folder, secrets.token_hex(16)
+        # Ray starts no process from a Python whose path has a space, as that of a checkout may have.
+        (folder / "env").symlink_to(sys.prefix)
+        self.python = str(folder / "env" / Path(sys.executable).relative_to(sys.prefix))
         self.seen: set[psutil.Process] = set()
         port, dashboard = free_port(), free_port()
         self.url, self.address = f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}"
@@ -116,7 +119,7 @@ class FakeCluster:
         (folder / "cluster.json").write_text(json.dumps(scaled(config, self.address)))
         self.client = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": f"{Path(self.python).parent}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_API_SERVER_ADDRESS": self.url,
         }  # fmt: skip
         self.token = token.read_text()
@@ -146,7 +149,7 @@ class FakeCluster:
         ]  # fmt: skip
         with (folder / "head.log").open("w") as log:
             self.head = subprocess.Popen(
-                [sys.executable, "-m", "ray.scripts.scripts", *words],
+                [self.python, "-m", "ray.scripts.scripts", *words],
                 stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             )  # fmt: skip
 
@@ -188,7 +191,7 @@ class FakeCluster:
 
     def submit(self, *words: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", *words],
+            [self.python, "-m", "ray.scripts.scripts", "job", "submit", *words],
             cwd=cwd, env=self.client, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
 
