@@ -179,6 +179,7 @@ def _report(prepared: Prepared, made: Plan, clock: _Phases, resumed_from: int) -
         planned_memory_bytes=made.memory.total,
         peak_memory_bytes=max((r.get("peak_memory_bytes", 0) for r in records), default=0),
         checkpoint=newest,
+        steps_skipped=sum(bool(record.get("skipped")) for record in records),
     )
     report.write_report(finished)
     return finished

@@ -36,11 +36,14 @@ class RunReport(BaseModel):
     planned_memory_bytes: int
     peak_memory_bytes: int
     checkpoint: str
+    steps_skipped: int = 0
+    """Steps whose gradients were not finite: counted, never applied."""
 
     def summary(self) -> str:
         """The report as a Markdown page."""
+        skipped = f", {self.steps_skipped} skipped" if self.steps_skipped else ""
         rows = [
-            ("steps", f"{self.steps} ({self.epochs:.2f} epochs)"),
+            ("steps", f"{self.steps} ({self.epochs:.2f} epochs){skipped}"),
             ("loss", _number(self.final_loss)),
             ("held-out loss", f"{_number(self.eval_loss_first)} before, {_number(self.eval_loss_last)} after"),
             ("tokens", f"{format_count(self.tokens)}, {format_count(self.tokens_per_second or 0)} per second"),

@@ -157,6 +157,8 @@ def test_the_report_is_json_a_page_and_a_picture(folder: RunDir) -> None:
                  "| rows | 12 read, 11 trained on, 1 quarantined |", "| restarts survived | 2 |",
                  "| memory per worker | 512.0 MiB at peak, 1.0 GiB planned |"):  # fmt: skip
         assert text in page
+    assert "| steps | 3 (1.00 epochs) |" in page
+    assert "3 (1.00 epochs), 2 skipped |" in report_of(folder, steps_skipped=2).summary()
     picture = imread(folder.path("curves.png"))
     assert picture.shape[:2] == (720, 1080)
     assert picture.std() > 0.01, "something was drawn"
