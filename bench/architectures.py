@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from tests.architecture_cells import Cell
+
 ROOT = Path(__file__).resolve().parents[1]
 KEPT, README = ROOT / "bench" / "architectures.json", ROOT / "README.md"
 BEGIN, END = "<!-- architectures -->", "<!-- /architectures -->"
@@ -47,21 +49,28 @@ not here, the engines check the same before their first step, as far as it can b
 def render(architectures: Mapping[str, Cells]) -> str:
     """What README says: architectures that do alike in one row, and the reasons below it by number."""
     columns = [name for name in next(iter(architectures.values())) if name != "1 process"]
-    reasons: dict[str, int] = {}
     rows: dict[tuple[str, ...], list[str]] = {}
-    for name, cells in architectures.items():
-        rows.setdefault(tuple(_symbol(cells[column], reasons) for column in columns), []).append(name)
+    for name, cells in sorted(architectures.items()):
+        rows.setdefault(tuple(_outcome(cells[column]) for column in columns), []).append(name)
     lines = [INTRO, "", f"| architectures | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|"]
-    for symbols, names in sorted(rows.items(), key=lambda row: -len(row[1])):
-        lines.append(f"| {', '.join(sorted(names))} | {' | '.join(symbols)} |")
-    lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]
-    return "\n".join(lines)
+    numbers = {"yes": "yes", "-": "-"}
+    for outcomes, names in sorted(rows.items(), key=lambda row: -len(row[1])):
+        symbols = [numbers.setdefault(outcome, f"no ({len(numbers) - 1})") for outcome in outcomes]
+        lines.append(f"| {', '.join(names)} | {' | '.join(symbols)} |")
+    return "\n".join([*lines, "", *(f"{symbol[4:-1]}. {reason}" for reason, symbol in list(numbers.items())[2:])])
 
 
-def _symbol(cell: Mapping[str, Any], reasons: dict[str, int]) -> str:
+def _outcome(cell: Mapping[str, Any]) -> str:
+    """`yes`, `-`, or why not."""
     if cell["state"] == "refused":
-        return f"no ({reasons.setdefault(reason_of(cell), len(reasons) + 1)})"
-    return {"right": "yes", "none": "-"}.get(cell["state"], cell["state"].upper())
+        return reason_of(cell)
+    return {"right": "yes", "none": "-"}.get(cell["state"], f"{cell['state'].upper()}: {cell['reason']}")
+
+
+def plain_of(cell: Cell) -> dict[str, Any]:
+    """What is kept of a cell."""
+    worst = cell.worst and {name: float(f"{figure:.1e}") for name, figure in asdict(cell.worst).items()}
+    return {"state": cell.state, "reason": cell.reason, "by": cell.by, "worst": worst}
 
 
 def table_of(architectures: Mapping[str, Cells]) -> Table:
@@ -99,7 +108,13 @@ def keep(lines: list[str], architectures: Mapping[str, Cells], summary: str) -> 
         stream.write("\n".join(lines) + "\n\n")
         Console(file=stream, width=WIDTH).print(table_of(architectures), summary)
         stream.write("\n" + "\n".join(details_of(architectures)) + "\n")
-    KEPT.write_text(json.dumps({"of": lines, "architectures": architectures}, indent=1) + "\n")
+    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(cells)}" for name, cells in architectures.items())
+    KEPT.write_text(f'{{"of": {json.dumps(lines)},\n"architectures": {{\n{rows}\n}}}}\n')
+    write_readme(architectures)
+
+
+def write_readme(architectures: Mapping[str, Cells]) -> None:
+    """Put the table where README's markers are."""
     text = README.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     README.write_text(f"{before}{BEGIN}\n{render(architectures)}\n{END}{after}")
@@ -121,7 +136,7 @@ def main() -> int:
 
     lines, began, found = header(), time.perf_counter(), {}
     for name in arguments.only or ARCHITECTURES:
-        found[name] = {column: asdict(cell) for column, cell in cells(name).items()}
+        found[name] = {column: plain_of(cell) for column, cell in cells(name).items()}
         states = ", ".join(f"{column} {cell['state']}" for column, cell in found[name].items())
         print(f"{time.perf_counter() - began:6.0f} s  {name}: {states}", flush=True)
     every = [cell for cells_ in found.values() for cell in cells_.values()]

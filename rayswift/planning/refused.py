@@ -66,6 +66,7 @@ def _chunks_are_shorter(config: Mapping[str, Any], job: Job) -> bool:
 _SHARED = ("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "qwen3_next")
 _HYBRIDS = ("jamba", "lfm2", "mamba", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
 _LEFT_OUT = "transformers' plan leaves out its {}, of whose gradients each worker has a part"
+_ROUTER = "its router is a linear layer that gives back two tensors"
 _EXPERTS = "its adapter is put on stacked experts, whose low-rank pairs cannot be cut"
 _ATTENTION_ONLY = "name the attention's layers in adapter.targets, or use parallel.{axis}=1"
 
@@ -76,7 +77,7 @@ REFUSED: tuple[Refusal, ...] = (
     Refusal("tp", ("llama4_text",), "it changes in place what transformers' plan hands it as a view"),
     Refusal("tp", _SHARED, _EXPERTS, _adapts_experts, _ATTENTION_ONLY),
     Refusal("ep", _SHARED, _EXPERTS, _adapts_experts, _ATTENTION_ONLY),
-    Refusal("adapter", ("llama4_text",), "its router is a linear layer that gives back two tensors", _adapts_router),
+    Refusal("adapter", ("llama4_text", "phimoe"), _ROUTER, _adapts_router),
     Refusal("cp", ("bloom", "falcon", "gptj", "mpt"), "its attention cannot be exchanged for one over whole sequences"),
     Refusal("cp", ("nemotron", "stablelm"), "its attention is not handed down what the exchange needs"),
     Refusal("cp", _HYBRIDS, "some of its blocks are no attention and would see a part of each sequence"),
