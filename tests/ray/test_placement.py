@@ -20,7 +20,7 @@ from ray.train.v2.api.config import ScalingConfig
 
 from rayswift.cluster import trainer
 from rayswift.cluster.preflight import prepare
-from rayswift.cluster.session import cluster_spec, configure
+from rayswift.cluster.session import cluster_spec, configure, worker_python
 from rayswift.config.job import Job
 from rayswift.errors import PlanError
 from rayswift.planning.hardware import find_gpu
@@ -50,7 +50,7 @@ def cluster(ray_temp_dir: str) -> Iterator[Cluster]:
             made.add_node(num_cpus=0, temp_dir=ray_temp_dir, include_dashboard=False)
             for name in SLOTS:
                 add(made, name)
-            ray.init(address=made.address, log_to_driver=False, configure_logging=False)
+            ray.init(address=made.address, log_to_driver=False, configure_logging=False, runtime_env=worker_python())
             yield made
         finally:
             ray.shutdown()
