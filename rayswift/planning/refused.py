@@ -66,6 +66,9 @@ def _chunks_are_shorter(config: Mapping[str, Any], job: Job) -> bool:
 _SHARED = ("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "qwen3_next")
 _HYBRIDS = ("jamba", "lfm2", "mamba", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
 _LEFT_OUT = "transformers' plan leaves out its {}, of whose gradients each worker has a part"
+_NOT_CUT = "transformers' plan does not cut its head norms (use_qk_norm) with the heads"
+_CAPS = "its attention caps scores (attn_logit_softcapping), which the exchanged one does not"
+_CHUNKS = "it attends to chunks of a sequence (attention_chunk_size), which would begin in the middle of documents"
 _ROUTER = "its router is a linear layer that gives back two tensors"
 _EXPERTS = "peft puts its adapter on stacked experts, whose low-rank pairs cannot be cut"
 _ATTENTION_ONLY = "name the attention's layers in adapter.targets, or use parallel.{axis}=1"
@@ -73,7 +76,7 @@ _ATTENTION_ONLY = "name the attention's layers in adapter.targets, or use parall
 REFUSED: tuple[Refusal, ...] = (
     Refusal("tp", ("apertus",), _LEFT_OUT.format("activations"), _trains_everything),
     Refusal("tp", ("glm4_moe",), _LEFT_OUT.format("head norms (use_qk_norm)"), _trains_head_norms),
-    Refusal("tp", ("cohere",), "transformers' plan does not cut its head norms (use_qk_norm) with the heads", _has_head_norms),
+    Refusal("tp", ("cohere",), _NOT_CUT, _has_head_norms),
     Refusal("tp", ("llama4_text",), "it changes in place what transformers' plan hands it as a view"),
     Refusal("tp", _SHARED, _EXPERTS, _adapts_experts, _ATTENTION_ONLY),
     Refusal("ep", _SHARED, _EXPERTS, _adapts_experts, _ATTENTION_ONLY),
@@ -81,16 +84,13 @@ REFUSED: tuple[Refusal, ...] = (
     Refusal("cp", ("bloom", "falcon", "gptj", "mpt"), "its attention cannot be exchanged for one over whole sequences"),
     Refusal("cp", ("nemotron", "stablelm"), "its attention is not handed down what the exchange needs"),
     Refusal("cp", _HYBRIDS, "some of its blocks are no attention and would see a part of each sequence"),
-    Refusal("cp", ("gemma2",), "its attention caps scores (attn_logit_softcapping), which the exchanged one does not", _caps_scores),
+    Refusal("cp", ("gemma2",), _CAPS, _caps_scores),
     Refusal("cp", ("gpt_oss",), "its attention has sinks, which the exchanged one has not"),
     Refusal("cp", ("llama4_text",), "it attends to chunks of tokens, of which the exchanged attention does not know"),
     Refusal("packing", ("bloom", "falcon", "gpt_oss", "mpt", "opt"), "its attention does not look at position ids"),
     Refusal("packing", _HYBRIDS, "its blocks carry a state from one token to the next, over documents too"),
-    Refusal(
-        "packing", ("llama4_text",), "it attends to chunks of a sequence (attention_chunk_size), which would begin in the middle of documents",
-        _chunks_are_shorter,
-    ),
-)  # fmt: skip
+    Refusal("packing", ("llama4_text",), _CHUNKS, _chunks_are_shorter),
+)
 
 
 def check_refused(job: Job, config: Mapping[str, Any]) -> None:
