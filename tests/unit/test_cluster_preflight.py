@@ -115,7 +115,9 @@ def more_stages_than_layers(folder: Path, job: dict[str, Any]) -> None:
 def an_architecture_that_cannot_be_cut(folder: Path, job: dict[str, Any]) -> None:
     _copy_model(folder, job)
     config = json.loads((folder / "model" / "config.json").read_text())
-    (folder / "model" / "config.json").write_text(json.dumps(config | {"model_type": "opt", "architectures": ["OPT"]}))
+    (folder / "model" / "config.json").write_text(
+        json.dumps(config | {"model_type": "stablelm", "architectures": ["StableLm"]})
+    )
     job["parallel"] = {"tp": 2}
 
 
@@ -149,7 +151,7 @@ BAD_INPUT: list[tuple[Spoil, type[RaySwiftError], str]] = [
     (heads_that_do_not_divide, PlanError, r"^parallel\.tp=3 does not divide num_kv_heads=2 of .*; use 1 or 2$"),
     (no_experts_to_spread, PlanError, r"^parallel\.ep=2 has nothing to spread"),
     (more_stages_than_layers, PlanError, r"^parallel\.pp=2 makes 4 stages \(2 on each worker .*; use at most 1$"),
-    (an_architecture_that_cannot_be_cut, PlanError, r"^parallel\.tp=2 has no way to cut OPT: "),
+    (an_architecture_that_cannot_be_cut, PlanError, r"^parallel\.tp=2 has no way to cut StableLm: "),
     (nothing_to_continue, ConfigError, r"train\.resume=must .*no valid checkpoint"),
     (output_is_a_file, ConfigError, r"output=.*runs cannot be written to"),
 ]  # fmt: skip
