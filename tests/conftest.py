@@ -11,7 +11,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# These machines are shared: an example that takes a second now took a millisecond before.
+hypothesis.settings.register_profile("shared", deadline=None)
+hypothesis.settings.load_profile("shared")
 
 # Before anything imports torch or ray: one thread per process on a small box, no usage reports, no model hub,
 # and no token file in the home of whoever runs the tests (Ray's local token auth is on by default).
