@@ -101,7 +101,6 @@ def engine_loop(rank: int, name: str) -> Any:
     from rayswift.planning.layout import Seat
     from tests.job_cases import make_job
 
-    os.environ["LOCAL_RANK"] = str(rank)  # as Ray Train sets it
     engine_name, layout, settings = layouts()[name]
     job = make_job(**({"train.lr": 1e-4, "train.optimizer": "adamw"} | settings))
     seat = Seat(layout, rank)

@@ -154,7 +154,7 @@ def build(
 
 
 def take_step(
-    engine: Engine, number: int, *, packing: bool = True, micro_batches: int = 1, lr: float = 0.1
+    engine: Engine, number: int, *, packing: bool = True, micro_batches: int = 1, lr: float = 0.1, method: Any = METHOD
 ) -> StepStats:
     """The stats of one SFT step over the documents of step `number`, the same ones for every layout."""
     batches = share(
@@ -162,4 +162,4 @@ def take_step(
         data_rank=engine.data_rank, data_size=engine.data_size,
     )  # fmt: skip
     count = engine.sum_over_data([sum(float(METHOD.count(batch)) for batch in batches)])[0]
-    return engine.optimizer_step(engine.forward_backward(batches, METHOD, count), lr)
+    return engine.optimizer_step(engine.forward_backward(batches, method, count), lr)

@@ -6,7 +6,6 @@ A new layout is a line in LAYOUTS, a new way to train a line in CASES; each layo
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -220,7 +219,6 @@ def _job(arrangement: Arrangement, case: Case, folder: Path) -> Job:
     """The job of a row; what DeepSpeed reads and writes lies in `folder`."""
     settings = dict(arrangement.settings)
     if arrangement.engine == "deepspeed":
-        os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as Ray Train and every launcher set it
         (folder / "zero.json").write_text(json.dumps({"zero_optimization": _ZERO, "gradient_clipping": "auto"}))
         settings["parallel.deepspeed"] = str(folder / "zero.json")
         if "parallel.nvme" in settings:

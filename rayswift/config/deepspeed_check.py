@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rayswift.config.deepspeed_json import AUTO, OFFLOADS, accumulation, device_of, read, section, zero_of
+from rayswift.config.deepspeed_json import AUTO, OFFLOADS, device_of, read, section, zero_of
 from rayswift.config.job import Job
 from rayswift.errors import ConfigError
 
@@ -53,7 +53,7 @@ def _batch_sizes(given: Mapping[str, Any], job: Job, data_size: int | None) -> I
     yield from _differs("train_micro_batch_size_per_gpu", given, "train.micro_batch_size", train.micro_batch_size)
     if data_size is not None:
         name = f"train.global_batch_size / train.micro_batch_size / {data_size} ranks"
-        yield from _differs("gradient_accumulation_steps", given, name, accumulation(job, data_size))
+        yield from _differs("gradient_accumulation_steps", given, name, job.num_micro_batches(data_size))
     clipping = given.get("gradient_clipping", AUTO)
     if clipping != AUTO and (clipping or None) != train.max_grad_norm:
         yield f"gradient_clipping={_spelled(clipping)} contradicts train.max_grad_norm={_spelled(train.max_grad_norm)}"

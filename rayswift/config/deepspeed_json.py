@@ -89,7 +89,7 @@ def deepspeed_config(job: Job, *, data_size: int, hidden_size: int | None) -> di
     dtype, train = job.model.dtype, job.train
     config |= {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": accumulation(job, data_size),
+        "gradient_accumulation_steps": job.num_micro_batches(data_size),
         "gradient_clipping": train.max_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -135,11 +135,6 @@ def _zero_optimization(given: Mapping[str, Any], job: Job, hidden_size: int | No
             "stage3_param_persistence_threshold": 10 * hidden_size,
         }
     return zero | {key: value for key, value in derived.items() if zero.get(key) == AUTO}
-
-
-def accumulation(job: Job, data_size: int) -> int:
-    """Micro-batches of one rank per step."""
-    return -(-job.train.global_batch_size // (data_size * job.train.micro_batch_size))
 
 
 def device_of(zero: Mapping[str, Any], key: str, job: Job) -> str:

@@ -301,6 +301,10 @@ class Job(Section):
         """The run directory, `output/name`, as a path or URL."""
         return f"{self.output.rstrip('/')}/{self.name}"
 
+    def num_micro_batches(self, data_size: int) -> int:
+        """Micro-batches of one of `data_size` data ranks per optimizer step."""
+        return -(-self.train.global_batch_size // (data_size * self.train.micro_batch_size))
+
     def identity(self) -> dict[str, Any]:
         """The part of the job that decides which losses are computed, as plain data.
 

@@ -40,17 +40,16 @@ class Filler:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         """Called by all ranks. `device` is where a tensor is received, and stays until FSDP has its shard."""
         self._device = device
-        self._whole = dict(_tensors(model)) if dist.get_rank() == 0 else {}
-        sent = [_Sent(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._whole.items()]
-        box: list[Any] = [sent if _is_shape_only_somewhere(model) else []]
+        sends = _is_shape_only_somewhere(model) and dist.get_rank() == 0  # else nothing is kept from being freed
+        self._whole = dict(_tensors(model)) if sends else {}
+        box: list[Any] = [[_Sent(name, tuple(part.shape), part.dtype) for name, part in self._whole.items()]]
         dist.broadcast_object_list(box, src=0)
         self._sent: list[_Sent] = box[0]
 
     def fill(self, model: nn.Module, units: Sequence[Unit]) -> None:
         """Give `model` (what this rank has of it) its weights, and shard each unit once it has its own."""
         filled: dict[int, nn.Parameter] = {}  # a tied parameter comes under two names and stays one
-        waiting = list(units)
-        waiting = _shard_whole(waiting)
+        waiting = _shard_whole(units)
         places = dict(_places(model))
         for sent in self._sent:
             tensor = self._receive(sent)
@@ -107,7 +106,7 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor, filled: dict[int, n
     module._parameters[name] = filled[id(empty)]
 
 
-def _shard_whole(waiting: list[Unit]) -> list[Unit]:
+def _shard_whole(waiting: Sequence[Unit]) -> list[Unit]:
     """Shard the units that have all their weights; those that still wait. What FSDP has already is not looked at."""
     still = []
     for unit in waiting:

@@ -11,13 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from rayswift.data.types import PackedBatch
 from rayswift.parallel.context import KEYWORD, ContextPart, pad_to
-from rayswift.parallel.logprobs import token_logprobs
+from rayswift.parallel.logprobs import Vocabulary, token_logprobs
 
 
 def batch_logprobs(
-    model: Any, batch: PackedBatch, *, vocabulary: DeviceMesh | None = None, context: DeviceMesh | None = None
+    model: Any, batch: PackedBatch, *, vocabulary: Vocabulary | None = None, context: DeviceMesh | None = None
 ) -> torch.Tensor:
-    """Log-probabilities [B, T] of the targets, the same on every rank of a vocabulary or context mesh.
+    """Log-probabilities [B, T] of the targets, the same on every rank that shares its vocabulary or context.
 
     No attention mask and no cache: with either, packed documents leak silently. Raises PlanError for a model of whose
     blocks some do not exchange what is outside of their part of the tokens.

@@ -5,6 +5,7 @@ Shape legend: B sequences, T tokens, V vocabulary, v this rank's share of it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +14,22 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """The columns of the logits that a rank has, from `start` on. The ranks of `mesh` have all of them."""
+
+    mesh: DeviceMesh
+    start: int
+
+
 def token_logprobs(
-    logits_BTV: torch.Tensor, targets_BT: torch.Tensor, vocabulary: DeviceMesh | None = None
+    logits_BTV: torch.Tensor, targets_BT: torch.Tensor, vocabulary: Vocabulary | None = None
 ) -> torch.Tensor:
     """Log-probability [B, T] of each target in float32, whatever the logits' dtype, in nats.
 
-    With a `vocabulary` mesh the logits are this rank's columns only; the result is the same on every rank of it.
+    With a `vocabulary` the logits are this rank's columns only; the result is the same on every rank that has some.
     """
-    if vocabulary is not None and vocabulary.size() > 1:
+    if vocabulary is not None and vocabulary.mesh.size() > 1:
         return _SpreadLogprobs.apply(logits_BTV, targets_BT, vocabulary)  # type: ignore[no-any-return,no-untyped-call]
     losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
     return -losses.view_as(targets_BT)
@@ -29,17 +38,13 @@ def token_logprobs(
 class _SpreadLogprobs(torch.autograd.Function):
     """Log-softmax over a vocabulary that is cut over ranks: two small all-reduces, never a whole row of logits.
 
-    Ranks hold equal shares in order, the last ones less, as torch.chunk cuts. Source: Megatron-LM, arXiv 1909.08053,
-    section 3.
+    Source: Megatron-LM, arXiv 1909.08053, section 3.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_BTv: torch.Tensor, targets_BT: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-        group, logits = mesh.get_group(), logits_BTv.float()
-        widths = torch.zeros(mesh.size(), dtype=torch.long, device=logits.device)
-        widths[mesh.get_local_rank()] = logits.shape[-1]
-        dist.all_reduce(widths, group=group)
-        local = targets_BT - int(widths[: mesh.get_local_rank()].sum())
+    def forward(ctx: Any, logits_BTv: torch.Tensor, targets_BT: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+        group, logits = vocabulary.mesh.get_group(), logits_BTv.float()
+        local = targets_BT - vocabulary.start
         mine = (local >= 0) & (local < logits.shape[-1])
         local = local.masked_fill(~mine, 0)
         largest = logits.amax(-1)

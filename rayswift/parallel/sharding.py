@@ -1,6 +1,6 @@
 """Spreads a Hugging Face model over the meshes of a layout. Knows where its blocks are, not what they compute.
 
-The order of application is that of `parallelize`: tensor parallel, experts, context, precision, recompute, FSDP.
+The order of application: `spread` (tensor parallel, experts, context, precision, recompute), then `shard`.
 """
 
 from __future__ import annotations

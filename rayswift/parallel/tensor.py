@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from rayswift.errors import PlanError
+from rayswift.parallel.logprobs import Vocabulary
 
 _GATHERED = {"colwise_gather_output", "colwise_rep"}
 _WHOLE_OUTSIDE = {*_GATHERED, "rowwise_split_input", "rowwise_rep"}  # what goes in and what comes out is replicated
@@ -52,11 +53,14 @@ def unwrapped(model: nn.Module) -> Any:
     return model if inner is None else inner()
 
 
-def vocabulary_mesh(model: nn.Module) -> DeviceMesh | None:
-    """The mesh that the head's output is spread over, None where every rank computes whole logits."""
+def vocabulary_of(model: nn.Module) -> Vocabulary | None:
+    """The share of the vocabulary that this rank's head has, None where every rank computes whole logits."""
     weight = getattr(unwrapped(model).get_output_embeddings(), "weight", None)
     names = weight.device_mesh.mesh_dim_names if isinstance(weight, DTensor) else None
-    return weight.device_mesh["tp"] if weight is not None and names and "tp" in names else None
+    if weight is None or not names or "tp" not in names:
+        return None
+    mesh = weight.device_mesh["tp"]
+    return Vocabulary(mesh, mesh.get_local_rank() * -(-weight.shape[0] // mesh.size()))
 
 
 def _plan(base: Any) -> dict[str, str]:
@@ -91,9 +95,9 @@ def _apply(module: nn.Module, style: str | None, own: Iterator[tuple[str, str]],
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
     for parameter, parameter_style in own:
-        trained = module._parameters[parameter].requires_grad  # type: ignore[union-attr]
+        trained = module.get_parameter(parameter).requires_grad
         ALL_PARALLEL_STYLES[parameter_style].shard_param(module, parameter, mesh)
-        module._parameters[parameter].requires_grad_(trained)  # type: ignore[union-attr]
+        module.get_parameter(parameter).requires_grad_(trained)
     if style is not None:
         ALL_PARALLEL_STYLES[style].install_forward(module, mesh)
 
@@ -127,13 +131,18 @@ def _every(module: nn.Module, style: str) -> Iterator[tuple[str, str]]:
 
 
 def sum_partial_gradients(modules: Sequence[nn.Module], mesh: DeviceMesh) -> None:
-    """Sum over `mesh` the gradients that each rank has a part of; once per step, whatever was accumulated."""
-    for module in modules:
-        for parameter in module.parameters(recurse=False):
-            grad = parameter.grad
-            if grad is not None:
-                local = grad.to_local() if isinstance(grad, DTensor) else grad
-                torch.distributed.all_reduce(local, group=mesh.get_group())
+    """Sum over `mesh` the gradients that each rank has a part of; once per step, whatever was accumulated.
+
+    They are vectors of a head's size, two per block: sent as one.
+    """
+    grads = [p.grad for module in modules for p in module.parameters(recurse=False) if p.grad is not None]
+    locals_ = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    if not locals_:
+        return
+    together = torch.cat([local.flatten() for local in locals_])
+    torch.distributed.all_reduce(together, group=mesh.get_group())
+    for local, part in zip(locals_, together.split([local.numel() for local in locals_]), strict=True):
+        local.copy_(part.view_as(local))
 
 
 def check_agreement(model: nn.Module, mesh: DeviceMesh) -> bool:

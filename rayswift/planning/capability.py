@@ -21,6 +21,26 @@ class Conflict:
     instead: str
 
 
+CUTTING = (
+    Conflict(
+        frozenset({"nf4", "tp"}),
+        "packed 4-bit weights have no rows and columns that tensor parallelism could cut",
+        "use parallel.dp_shard instead of parallel.tp",
+    ),
+    Conflict(
+        frozenset({"nf4", "ep"}),
+        "bitsandbytes leaves stacked experts in full precision",
+        "use parallel.dp_shard alone",
+    ),
+    Conflict(
+        frozenset({"ep", "cp"}),
+        "experts would be spread over ranks whose tokens are parts of sequences",
+        "use parallel.tp instead of parallel.cp",
+    ),
+)
+"""What no engine that cuts a model over a mesh can do together."""
+
+
 @dataclass(frozen=True)
 class Capability:
     """What an engine supports. Of several that fit, `auto` takes the one with the lowest `preference`.

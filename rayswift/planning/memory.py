@@ -63,18 +63,13 @@ def trainable_params(shape: ModelShape, job: Job) -> int:
     )
 
 
-def num_micro_batches(job: Job, layout: Layout) -> int:
-    """Micro-batches of one data rank per optimizer step."""
-    return ceil(job.train.global_batch_size / (layout.data_size * job.train.micro_batch_size))
-
-
 def estimate(shape: ModelShape, job: Job, layout: Layout, zero: Zero | None = None) -> MemoryEstimate:
     """The memory of the worker that needs most. Monotone: more tokens, layers or rank never need less.
 
     `zero` is how an engine shards that knows ZeRO's stages; None is FSDP, which shards everything.
     """
     trained = trainable_params(shape, job)
-    slices = all_slices(shape, layout, job.parallel.schedule, num_micro_batches(job, layout))
+    slices = all_slices(shape, layout, job.parallel.schedule, job.num_micro_batches(layout.data_size))
     found = (_of_slice(shape, job, layout, one, round(trained * one.share_of_blocks), zero) for one in slices)
     return max(found, key=lambda memory: (memory.total, memory.host))
 
@@ -95,7 +90,7 @@ def _of_slice(
     lora = 0 if full else adapter * (1 + layout.tp) // (2 * layout.tp)
     stored = 4 if zero is None else compute  # ZeRO keeps the float32 copy with the optimizer's state
     states = _state_bytes(job) + (4 if stored < 4 else 0)
-    ways = _Ways.of(layout, zero, num_micro_batches(job, layout))
+    ways = _Ways.of(layout, zero, job.num_micro_batches(layout.data_size))
     trained = _Params(part.dense, part.experts) if full else _Params(lora, 0)
     frozen = 0 if full else _frozen_bytes(job, part, ways, layout)
     kept = _Kept(

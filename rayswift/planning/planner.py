@@ -21,7 +21,7 @@ from rayswift.planning.checks import check_batch, check_dtype, check_layout
 from rayswift.planning.hardware import ClusterSpec
 from rayswift.planning.layout import Layout
 from rayswift.planning.matching import Engines, Rejected, circumstances, instead, match, wanted_features
-from rayswift.planning.memory import MemoryEstimate, estimate, num_micro_batches
+from rayswift.planning.memory import MemoryEstimate, estimate
 from rayswift.planning.model_plan import ModelPlan
 from rayswift.planning.model_shape import ModelShape
 from rayswift.planning.placement import Placement, place
@@ -153,7 +153,7 @@ def _decide(job: Job, given: _Given, *, advise: bool) -> Plan:
         tokens_per_second=expected_tokens_per_second(shape, job, layout, cluster.gpu),
         rejected=rejected,
         zero_stage=zero.stage if zero else None,
-        bubble=pipeline_bubble(layout, job.parallel.schedule, num_micro_batches(job, layout)),
+        bubble=pipeline_bubble(layout, job.parallel.schedule, job.num_micro_batches(layout.data_size)),
         host_capacity_bytes=host_bytes(cluster, workers),
         warnings=warnings_of(job, layout, cluster),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from rayswift.config.job import Job
 from rayswift.planning.hardware import ClusterSpec, GpuSpec
 from rayswift.planning.layout import Layout
-from rayswift.planning.memory import num_micro_batches, trainable_params
+from rayswift.planning.memory import trainable_params
 from rayswift.planning.model_shape import ModelShape
 from rayswift.planning.node_shapes import find_shape
 from rayswift.planning.slices import pipeline_bubble
@@ -33,7 +33,7 @@ def expected_tokens_per_second(shape: ModelShape, job: Job, layout: Layout, gpu:
     tflops = None if gpu is None else gpu.tflops(job.model.dtype)
     if tflops is None:
         return None
-    working = 1 - pipeline_bubble(layout, job.parallel.schedule, num_micro_batches(job, layout))
+    working = 1 - pipeline_bubble(layout, job.parallel.schedule, job.num_micro_batches(layout.data_size))
     return layout.world_size * tflops * 1e12 * _EXPECTED_MFU * working / flops_per_token(shape, job)
 
 

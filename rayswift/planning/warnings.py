@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rayswift.config.job import Job
 from rayswift.planning.hardware import ClusterSpec
 from rayswift.planning.layout import Layout
-from rayswift.planning.memory import num_micro_batches, tokens_per_worker
+from rayswift.planning.memory import tokens_per_worker
 from rayswift.planning.slices import pipeline_bubble
 from rayswift.planning.stages import STAGES_PER_RANK
 from rayswift.planning.throughput import hiding_tokens
@@ -31,7 +31,7 @@ def _exposed_gathers(job: Job, layout: Layout, cluster: ClusterSpec) -> Iterator
 
 def _idle_stages(job: Job, layout: Layout) -> Iterator[str]:
     """Fewer micro-batches than stages: some stages never compute at the same time."""
-    stages, micro_batches = layout.pp * STAGES_PER_RANK[job.parallel.schedule], num_micro_batches(job, layout)
+    stages, micro_batches = layout.pp * STAGES_PER_RANK[job.parallel.schedule], job.num_micro_batches(layout.data_size)
     if layout.pp > 1 and micro_batches < stages:
         bubble = pipeline_bubble(layout, job.parallel.schedule, micro_batches)
         yield (

@@ -85,6 +85,7 @@ def _rank(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # as Ray Train and every launcher set it
     try:
         dist.init_process_group(
             "gloo", init_method=Path(store).as_uri(), rank=rank, world_size=world_size,

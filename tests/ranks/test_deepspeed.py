@@ -18,7 +18,6 @@ import torch.distributed as dist
 from rayswift.cluster.preflight import prepare
 from rayswift.config.job import Job
 from rayswift.parallel import deepspeed_ops
-from rayswift.parallel.engine import StepStats
 from rayswift.parallel.engines.deepspeed import Deepspeed
 from rayswift.parallel.engines.fsdp2 import Fsdp2
 from rayswift.planning.layout import Layout, Seat
@@ -28,8 +27,8 @@ from rayswift.training.order import WorkOrder
 from rayswift.training.run import local_open, run_rank
 from rayswift.training.run_dir import RunDir
 from rayswift.training.state import TrainState
-from tests.engine_cases import DOCS_PER_STEP, METHOD, Reference, documents, share, tiny_model
-from tests.engine_cases import build as build_fsdp2
+from tests.engine_cases import DOCS_PER_STEP, METHOD, Reference, documents, take_step, tiny_model
+from tests.engine_cases import build as build_engine
 from tests.job_cases import CPU_BOX, make_job
 from tests.ranks.forked import run_ranks
 
@@ -91,23 +90,8 @@ class Outcome:
 
 def build(job: Job, ranks: int, *, tied: bool = False, arch: str = "qwen3") -> Deepspeed:
     """This rank's engine around the tiny model."""
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as Ray Train and every launcher set it
-    lora = job.adapter is not None
-    dtype = getattr(torch, job.model.dtype) if lora else torch.float32
-    model = tiny_model(arch, lora=lora, tied=tied, dtype=dtype)
-    return Deepspeed(model, job, Seat(Layout(dp_shard=ranks), dist.get_rank()), torch.device("cpu"))
-
-
-def take_step(
-    engine: Any, number: int, *, packing: bool = True, micro_batches: int = 1, method: Any = METHOD
-) -> StepStats:
-    """The stats of one SFT step over the documents of step `number`, the same ones for every engine."""
-    batches = share(
-        documents(DOCS_PER_STEP, seed=number), packing=packing, micro_batches=micro_batches,
-        data_rank=engine.data_rank, data_size=engine.data_size,
-    )  # fmt: skip
-    count = engine.sum_over_data([sum(float(METHOD.count(batch)) for batch in batches)])[0]
-    return engine.optimizer_step(engine.forward_backward(batches, method, count), LR)
+    engine: Deepspeed = build_engine(job, Layout(dp_shard=ranks), tied=tied, arch=arch, engine="deepspeed")
+    return engine
 
 
 def run_cases(rank: int, folder: Path, cases: dict[str, Case]) -> dict[str, Outcome]:
@@ -145,7 +129,6 @@ def test_a_stage_computes_the_run_of_a_bare_loop(outcomes: Any, tmp_path: Path, 
 
 def build_wide(job: Job, ranks: int) -> Deepspeed:
     """An engine whose matrices are large enough for NVMe: DeepSpeed leaves pieces below 1 MiB where they are."""
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())
     model = tiny_model()
     torch.manual_seed(1)
     model.resize_token_embeddings(16384, mean_resizing=False)
@@ -222,7 +205,7 @@ def pass_a_checkpoint_on(folder: Path, changes: dict[str, Any], tied: bool) -> d
     for number in range(2):
         take_step(first, number, micro_batches=2)
     save(first, str(folder / "first"))
-    second = loaded(build_fsdp2(jobs[0], Layout(dp_shard=ranks), tied=tied), str(folder / "first"))
+    second = loaded(build_engine(jobs[0], Layout(dp_shard=ranks), tied=tied), str(folder / "first"))
     found = {"keys": [keys_of(first), keys_of(second)], "weights": [weights_of(first), weights_of(second)]}
     found["losses"] = [[take_step(engine, number).loss for number in (2, 3)] for engine in (first, second)]
     save(second, str(folder / "second"))
@@ -348,7 +331,6 @@ def order_of(folder: Path, model: Path, name: str, steps: int, ranks: int, **cha
 
 
 def train_rank(rank: int, order: WorkOrder) -> TrainState:
-    os.environ["LOCAL_RANK"] = str(rank)
     return run_rank(order, Seat(order.plan.layout, rank), rank, local_open)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rayswift.config.job import Job
 from rayswift.parallel.engine import StepStats
-from rayswift.planning.capability import Capability, Conflict
+from rayswift.planning.capability import CUTTING, Capability, Conflict
 from rayswift.planning.layout import Seat
 
 if TYPE_CHECKING:
@@ -34,21 +34,7 @@ class Fsdp2:
             }
         ),
         conflicts=(
-            Conflict(
-                frozenset({"nf4", "tp"}),
-                "packed 4-bit weights have no rows and columns that tensor parallelism could cut",
-                "use parallel.dp_shard instead of parallel.tp",
-            ),
-            Conflict(
-                frozenset({"nf4", "ep"}),
-                "bitsandbytes leaves stacked experts in full precision",
-                "use parallel.dp_shard alone",
-            ),
-            Conflict(
-                frozenset({"ep", "cp"}),
-                "experts would be spread over ranks whose tokens are parts of sequences",
-                "use parallel.tp instead of parallel.cp",
-            ),
+            *CUTTING,
             Conflict(
                 frozenset({"float8", "tp"}),
                 "the FP8 layers of torchao replace the ones that the tensor parallel plan names",
@@ -80,7 +66,7 @@ class Fsdp2:
             found = sharding.spread(model, job, meshes)
             plan = sharding.Sharding.of(meshes, job, device)
             sharding.shard(model, sharding.units_of(model, plan, found.experts), filler)
-            self._vocabulary = tensor.vocabulary_mesh(model)
+            self._vocabulary = tensor.vocabulary_of(model)
             self._context = meshes.data["cp"] if seat.layout.cp > 1 else None
             self._trained = Trained(model, job, partial=found.partial, tp=meshes.dense["tp"])
         else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rayswift.config.job import Job
 from rayswift.parallel.engine import StepStats
-from rayswift.planning.capability import Capability, Conflict
+from rayswift.planning.capability import CUTTING, Capability
 from rayswift.planning.layout import Seat
 from rayswift.planning.stages import STAGES_PER_RANK, num_stages, stage_owner, stages_of
 
@@ -37,18 +37,7 @@ class Pipeline:
                 *("full", "lora", "nf4"),
             }
         ),
-        conflicts=(
-            Conflict(
-                frozenset({"nf4", "tp"}),
-                "packed 4-bit weights have no rows and columns that tensor parallelism could cut",
-                "use parallel.dp_shard instead of parallel.tp",
-            ),
-            Conflict(
-                frozenset({"ep", "cp"}),
-                "experts would be spread over ranks whose tokens are parts of sequences",
-                "use parallel.tp instead of parallel.cp",
-            ),
-        ),
+        conflicts=CUTTING,
         preference=10,
     )
 
@@ -78,7 +67,7 @@ class Pipeline:
         plan = sharding.Sharding.of(meshes, job, device, reshard_after_forward=False)
         stage_units = [sharding.units_of(s, plan, found.experts, casts_output=False) for s in self._stages.values()]
         sharding.shard(model, [unit for units in stage_units for unit in units], filler)
-        self._vocabulary = tensor.vocabulary_mesh(model)
+        self._vocabulary = tensor.vocabulary_of(model)
         self._trained = Trained(
             model, job, partial=found.partial, tp=meshes.dense["tp"], stages=self._group, tie=tie
         )  # fmt: skip
