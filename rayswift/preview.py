@@ -149,6 +149,7 @@ def _examples(
     """The Examples of a row, or why it is bad."""
     from rayswift.data.detect import normalise
     from rayswift.data.formats import RowError
+    from rayswift.data.loss_rule import loss_rule
     from rayswift.data.tokenize import encode
 
     if isinstance(row, BadRow):
@@ -158,7 +159,10 @@ def _examples(
     except RowError as error:
         return str(error)
     data = job.data
-    (found,) = encode([sample], tokenizer, max_length=data.max_length, rendering=rendering, truncation=data.truncation)
+    rule = loss_rule(data.loss, data.loss_weights)
+    (found,) = encode(
+        [sample], tokenizer, max_length=data.max_length, rendering=rendering, truncation=data.truncation, loss=rule
+    )
     return str(found) if isinstance(found, RowError) else found
 
 

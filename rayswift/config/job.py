@@ -42,6 +42,7 @@ def _leaf_types(annotation: Any) -> set[type]:
 
 Number = float  # `2e-5`, which is a string to YAML 1.1, is read as one too
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
+NonNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "bfloat16", "float16", "float8"]
@@ -125,6 +126,13 @@ class DataSpec(Section):
     truncation: Literal["right", "left", "delete", "split"] | None = None
     """What to do with a row over `max_length`: cut it at the right or the left, quarantine it (`delete`), or
     `split` it into several sequences. Default: `split` for plain text, `right` for conversations."""
+    loss: str = "default"
+    """What is trained in conversations: `default` (every answer of the assistant), `last_round` (those after the last
+    question) or `all` (every token). Then, chained with `+`, the parts of answers that count more or not at all, as
+    in `last_round+ignore_empty_think+hermes`: names of modules of `rayswift/data/weighting`."""
+    loss_weights: dict[str, NonNegative | tuple[NonNegative, NonNegative]] = {}
+    """More such parts: a regular expression and the factor of what it matches, or `[a, b]` for a delimiter and for
+    what follows it up to the next delimiter: `{"\\\\d+": 2, "Observation:": [1, 0]}`."""
     shuffle: bool = True
     """Visit the rows in a new seeded order in every epoch."""
     max_bad_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.01

@@ -1,4 +1,4 @@
-"""Old spellings of layouts that keep working: what users of other trainers type by habit, mapped on to a job's keys.
+"""Old spellings that keep working: what users of other trainers type by habit, mapped on to a job's keys.
 
 Only names that mean exactly one thing here. Every other foreign key is refused with a suggestion (`keys.py`).
 """
@@ -47,6 +47,11 @@ def _fsdp(name: str, value: Any) -> _Settings:
     return {"parallel.engine": "fsdp2", **offload}
 
 
+def _turns(meant: str) -> Callable[[str, Any], _Settings]:
+    """A switch for which turns are trained; switched off, it says what is the default here."""
+    return lambda _name, value: {"data.loss": meant} if value else {}
+
+
 _OLD: dict[str, Callable[[str, Any], _Settings]] = {
     "tensor_parallel_size": _axis("parallel.tp"),
     "tensor_model_parallel_size": _axis("parallel.tp"),
@@ -59,6 +64,10 @@ _OLD: dict[str, Callable[[str, Any], _Settings]] = {
     "zero_stage": _axis("parallel.zero_stage"),
     "deepspeed": _deepspeed,
     "fsdp": _fsdp,
+    "loss_scale": _axis("data.loss"),
+    "mask_history": _turns("last_round"),
+    "train_on_inputs": _turns("all"),
+    "train_on_prompt": _turns("all"),
     "quantization_bit": _four_bits,
     "quant_bits": _four_bits,
     "load_in_4bit": _four_bits,

@@ -101,6 +101,7 @@ def _documents(
             max_length=settings.max_length,
             rendering=settings.rendering,
             truncation=settings.truncation,
+            loss=settings.loss,
         )
     )
     documents: list[tuple[int, Example]] = []

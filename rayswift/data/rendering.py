@@ -1,22 +1,23 @@
 """From a Sample to text with the tokenizer's OWN chat template, cut where training starts and stops.
 
-Knows templates and special tokens. The cuts become token borders (`tokenize`), so the prompt's ids are exactly
-those the server will feed, and the mask cannot be off by a token. Loads neither torch nor transformers itself.
+Knows turns and their borders; what a template does is known by `templates`. The cuts become token borders
+(`tokenize`), so the prompt's ids are exactly those the server will feed, and the mask cannot be off by a token.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from rayswift.data.formats import RowError
+from rayswift.data.loss_rule import LossRule
+from rayswift.data.templates import apply, check_reasoning, check_tools, generation_spans, special_tokens
 from rayswift.data.types import Message, Sample
-from rayswift.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 Rendering = Literal["text", "chat"]
@@ -24,10 +25,14 @@ Rendering = Literal["text", "chat"]
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of text whose borders are token borders; `weight` is what predicting each of its tokens counts."""
+    """A piece of text whose borders are token borders; `weight` is what predicting each of its tokens counts.
+
+    `factors` multiply the weight, one per character; None stands for ones.
+    """
 
     text: str
     weight: float
+    factors: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -49,71 +54,78 @@ class _Turn:
 
     index: int
     weight: float
+    answers: bool
 
 
-_Span = tuple[int, int, float]
-"""[start, stop) of what is trained on in a text, and its weight."""
+_Span = tuple[int, int, _Turn]
+"""[start, stop) of a turn in a text."""
+_DEFAULT = LossRule()
 
 
-def render(sample: Sample, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> list[Rendered]:
+def render(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, rendering: Rendering, rule: LossRule = _DEFAULT
+) -> list[Rendered]:
     """The training texts of a Sample: one, or one per assistant turn where the template rewrites earlier turns.
 
-    `chat` trains assistant turns (or what `Message.loss` says), `text` every token. Plain text is trained
+    `chat` trains the turns that `rule` (or `Message.loss`) says, `text` every token. Plain text is trained
     everywhere in both. Raises RowError for a row the template refuses, ConfigError without a template.
     """
     if sample.text is not None:
         return [Rendered((Segment(sample.text, 1),), add_special_tokens=True)]
     if rendering == "text":
         chat, _ = _chat(sample.messages)
-        whole = _apply(tokenizer, chat, sample, False)
-        _check_tools(sample, chat, whole)
-        _check_reasoning(chat, whole)
+        whole = apply(tokenizer, chat, sample, False)
+        check_tools(sample, chat, whole)
+        check_reasoning(chat, whole)
         return [Rendered((Segment(whole, 1),))]
-    return render_chat(sample, tokenizer)
+    return render_chat(sample, tokenizer, rule)
 
 
-def render_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
-    """The conversation with its assistant turns trained.
+def render_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase, rule: LossRule = _DEFAULT) -> list[Rendered]:
+    """The conversation with the turns of `rule` trained.
 
     A turn is trained from where the template's generation prompt ends to its end-of-turn token. A template that
     rewrites the past (Qwen3 drops the thoughts of earlier turns) gives one text per turn, each after exactly the
     prompt the server will send then.
     """
-    chat, turns = _chat(sample.messages)
-    whole = _apply(tokenizer, chat, sample, False)
-    _check_tools(sample, chat, whole)
+    chat, turns = _chat(sample.messages, rule)
+    whole = apply(tokenizer, chat, sample, False)
+    check_tools(sample, chat, whole)
+    outside = 1.0 if rule.turns == "all" else 0.0
     spans: list[_Span] = []
     alone: list[Rendered] = []
-    for turn in turns:
-        after = whole if turn.index == len(chat) - 1 else _apply(tokenizer, chat[: turn.index + 1], sample, False)
-        _check_reasoning([chat[turn.index]], after)
-        span = (*_span(tokenizer, chat, turn.index, sample, after), turn.weight)
-        alone.append(_cut(tokenizer, after, [span]))
+    for turn in _to_be_found(turns, outside, rule):
+        after = whole if turn.index == len(chat) - 1 else apply(tokenizer, chat[: turn.index + 1], sample, False)
+        check_reasoning([chat[turn.index]], after)
+        span = (*_span(tokenizer, chat, turn.index, sample, after), turn)
+        alone.append(_cut(tokenizer, after, [span], 0, rule))
         if whole.startswith(after):
             spans.append(span)
-    if not alone:
+    if not alone and not outside:
         raise RowError("has no turn to train on: every `loss` is false")
-    return [_cut(tokenizer, whole, spans)] if len(spans) == len(alone) else alone
-
-
-def require_chat_template(tokenizer: PreTrainedTokenizerBase, *, path: str = "model.path") -> None:
-    """Raises ConfigError when conversations cannot be rendered."""
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "has a tokenizer without a chat template",
-            path=path,
-            value=tokenizer.name_or_path,
-            fix="add chat_template.jinja to the folder, or train plain text with method.name=pretrain",
+    if len(spans) < len(alone) and outside:
+        raise RowError(
+            "has weights inside turns that the chat template rewrites when others follow; data.loss=all trains "
+            "the whole text once, and knows no place for them: use data.loss=default"
         )
+    return [_cut(tokenizer, whole, spans, outside, rule)] if len(spans) == len(alone) else alone
 
 
-def _chat(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[_Turn]]:
-    """Messages as templates take them, and the turns with a weight: 1 for the assistant's that say nothing else."""
+def _to_be_found(turns: Sequence[_Turn], outside: float, rule: LossRule) -> Iterator[_Turn]:
+    """The turns that are trained otherwise than the text around them."""
+    for turn in turns:
+        if turn.weight != outside or (turn.weight and turn.answers and rule.tables):
+            yield turn
+
+
+def _chat(messages: Sequence[Message], rule: LossRule = _DEFAULT) -> tuple[list[dict[str, Any]], list[_Turn]]:
+    """Messages as templates take them, and their turns, whose weight is 1 or 0 by `rule` if they say nothing else."""
     chat: list[dict[str, Any]] = []
     weights: list[float] = []
-    for message in messages:
-        answers = message.role in ("assistant", "tool_call")
-        weight = int(answers) if message.loss is None else message.loss
+    question = max((place for place, message in enumerate(messages) if message.role == "user"), default=-1)
+    for place, message in enumerate(messages):
+        answers = message.role in ("assistant", "tool_call") and (rule.turns != "last_round" or place > question)
+        weight = int(answers or rule.turns == "all") if message.loss is None else message.loss
         if message.role != "tool_call":
             chat.append({"role": message.role, "content": message.content})
             weights.append(weight)
@@ -127,7 +139,7 @@ def _chat(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[_Turn
         if message.reasoning_content:
             before = chat[-1].get("reasoning_content", "")
             chat[-1]["reasoning_content"] = f"{before}\n{message.reasoning_content}".lstrip("\n")
-    return chat, [_Turn(index, weight) for index, weight in enumerate(weights) if weight]
+    return chat, [_Turn(i, weights[i], message["role"] == "assistant") for i, message in enumerate(chat)]
 
 
 def _span(
@@ -137,7 +149,7 @@ def _span(
     start = _start(tokenizer, chat, index, sample, after) if index else 0
     if start is not None:
         return start, _end_of_turn(tokenizer, after, start)
-    marked = _generation_spans(tokenizer, chat[: index + 1], sample)
+    marked = generation_spans(tokenizer, chat[: index + 1], sample)
     if not marked:
         raise RowError(
             f"turn {index + 1} cannot be found in the rendered text: the chat template neither extends the text "
@@ -155,12 +167,12 @@ def _start(
     renders them in: no cut would then leave a prompt that the server feeds.
     """
     if chat[index]["role"] != "assistant":
-        before = _apply(tokenizer, chat[:index], sample, False)
+        before = apply(tokenizer, chat[:index], sample, False)
         return len(before) if len(before) < len(after) and after.startswith(before) else None
-    prompt = _apply(tokenizer, chat[:index], sample, True)
+    prompt = apply(tokenizer, chat[:index], sample, True)
     if len(prompt) < len(after) and after.startswith(prompt):
         return len(prompt)
-    before = _apply(tokenizer, chat[:index], sample, False)
+    before = apply(tokenizer, chat[:index], sample, False)
     start = _shared_header(prompt, after, chat[index]["content"])
     return start if after.startswith(before) and len(before) < start < len(after) else None
 
@@ -183,86 +195,33 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> i
     The server stops there too; a newline that the template puts behind it is never generated.
     """
     bare = text.rstrip()
-    return len(bare) if len(bare) > start and bare.endswith(_special_tokens(tokenizer)) else len(text)
+    return len(bare) if len(bare) > start and bare.endswith(special_tokens(tokenizer)) else len(text)
 
 
-def _cut(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[_Span]) -> Rendered:
-    """The text in segments. A last answer without an end-of-turn token gets EOS, or the model would never stop."""
-    segments: list[Segment] = []
+def _cut(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[_Span], outside: float, rule: LossRule
+) -> Rendered:
+    """The text in segments, `outside` the weight of what is in no span.
+
+    A last answer without an end-of-turn token gets EOS, or the model would never stop.
+    """
+    pieces: list[tuple[str, float, bool]] = []
     position = 0
-    for start, stop, weight in spans:
-        segments += [Segment(text[position:start], 0), Segment(text[start:stop], weight)]
+    for start, stop, turn in spans:
+        pieces += [(text[position:start], outside, False), (text[start:stop], turn.weight, turn.answers)]
         position = stop
     rest = text[position:]
     eos = tokenizer.eos_token
-    if isinstance(eos, str) and not rest.strip() and not text.rstrip().endswith(_special_tokens(tokenizer)):
-        last = segments.pop()
-        segments.append(Segment(last.text.rstrip("\n") + eos, last.weight))
+    if isinstance(eos, str) and not rest.strip() and not text.rstrip().endswith(special_tokens(tokenizer)) and pieces:
+        last, weight, answers = pieces.pop()
+        pieces.append((last.rstrip("\n") + eos, weight, answers))
         rest = ""
-    segments.append(Segment(rest, 0))
-    return Rendered(tuple(segment for segment in segments if segment.text))
+    pieces.append((rest, outside, False))
+    return Rendered(tuple(_segment(tokenizer, *piece, rule) for piece in pieces if piece[0]))
 
 
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], sample: Sample, generation_prompt: bool
-) -> str:
-    from jinja2.exceptions import TemplateError
-
-    if not tokenizer.chat_template:
-        require_chat_template(tokenizer)
-    tools: Any = list(sample.tools) or None
-    try:
-        text = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=generation_prompt)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise RowError(f"is refused by the chat template: {error}") from error
-    assert isinstance(text, str)
-    return text
-
-
-def _generation_spans(
-    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], sample: Sample
-) -> list[tuple[int, int]]:
-    """What the template itself marks as generated, by transformers' own rendering of `{% generation %}`."""
-    template = tokenizer.chat_template
-    if not isinstance(template, str) or "generation" not in template:
-        return []
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    rendered: Any = render_jinja_template(  # annotated as text, returns texts and spans
-        [chat],
-        tools=list(sample.tools) or None,
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **cast(Any, tokenizer.special_tokens_map),
-    )
-    spans = rendered[1]
-    return [(int(start), int(stop)) for start, stop in spans[0]] if spans else []
-
-
-def _check_tools(sample: Sample, chat: list[dict[str, Any]], text: str) -> None:
-    """A template that knows no tools drops them silently; the model would learn calls it was never offered."""
-    for name in _tool_names(sample, chat):
-        if name not in text:
-            raise RowError(f"has the tool {name!r}, which the tokenizer's chat template does not render")
-
-
-def _check_reasoning(chat: Sequence[dict[str, Any]], text: str) -> None:
-    """As `_check_tools`. Of several turns the last is enough: a template may drop what was thought earlier."""
-    thoughts = [message["reasoning_content"].strip() for message in chat if "reasoning_content" in message]
-    if thoughts and thoughts[-1] not in text:
-        raise RowError("has `reasoning_content`, which the tokenizer's chat template does not render")
-
-
-def _tool_names(sample: Sample, chat: list[dict[str, Any]]) -> Iterator[str]:
-    for tool in sample.tools:
-        yield str(tool.get("function", {}).get("name", ""))
-    for message in chat:
-        for call in message.get("tool_calls", ()):
-            yield str(call["function"]["name"])
-
-
-@lru_cache(maxsize=8)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Kept per tokenizer object: listing the 256 added tokens of Llama 3 costs more than rendering a row."""
-    added = tokenizer.added_tokens_decoder.values()
-    return tuple({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
+def _segment(tokenizer: PreTrainedTokenizerBase, text: str, weight: float, answers: bool, rule: LossRule) -> Segment:
+    if not (answers and weight and rule.tables):
+        return Segment(text, weight)
+    ends = (len(token) for token in special_tokens(tokenizer) if text.endswith(token))
+    return Segment(text, weight, rule.factors(text, len(text) - max(ends, default=0)))

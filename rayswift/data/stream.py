@@ -18,6 +18,7 @@ import numpy as np
 
 from rayswift.config.job import DataSource, DataSpec
 from rayswift.data.ledger import END, Ledger
+from rayswift.data.loss_rule import LossRule, loss_rule
 from rayswift.data.rendering import Rendering
 from rayswift.data.sources import FileIndex
 from rayswift.data.tokenize import Truncation
@@ -39,6 +40,7 @@ class StreamSettings:
     shuffle: bool
     chunk_rows: int
     rendering: Rendering
+    loss: LossRule
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,10 @@ def plan_stream(
     epochs: int,
     seed: int,
 ) -> StreamPlan:
-    """The stream over the indexed files of `sources`, whose rows have the given `formats` (see `inspect.preflight`)."""
+    """The stream over the indexed files of `sources`, whose rows have the given `formats` (see `inspect.preflight`).
+
+    Raises ConfigError for a `data.loss` that means nothing.
+    """
     settings = StreamSettings(
         seed=seed,
         max_length=data.max_length,
@@ -199,6 +204,7 @@ def plan_stream(
         shuffle=data.shuffle,
         chunk_rows=data.chunk_rows,
         rendering=rendering,
+        loss=loss_rule(data.loss, data.loss_weights),
     )
     return StreamPlan(tuple(files), tuple(sources), tuple(formats), settings, epochs)
 

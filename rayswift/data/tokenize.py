@@ -9,15 +9,17 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from rayswift.data.formats import RowError, one_row
-from rayswift.data.rendering import Rendered, Rendering, render
-from rayswift.data.segments import SegmentIds, segment_ids
+from rayswift.data.loss_rule import LossRule
+from rayswift.data.rendering import Rendered, Rendering, Segment, render
+from rayswift.data.segments import Tokens, segment_tokens
 from rayswift.data.types import Example, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Truncation = Literal["right", "left", "delete", "split"]
-_Tokenized = tuple[Rendered, SegmentIds]
+_Tokenized = tuple[Rendered, list[Tokens]]
+_DEFAULT = LossRule()
 
 
 def encode(
@@ -27,27 +29,30 @@ def encode(
     max_length: int,
     rendering: Rendering,
     truncation: Truncation | None = None,
+    loss: LossRule = _DEFAULT,
 ) -> list[list[Example] | RowError]:
     """The Examples of each Sample, at most `max_length` tokens long, or why it has none; in the order of `samples`.
 
     `truncation` None splits plain text and cuts conversations at the right. Raises ConfigError for a tokenizer
     that lacks a chat template and is asked for one.
     """
-    rendered = [_render(sample, tokenizer, rendering) for sample in samples]
+    rendered = [_render(sample, tokenizer, rendering, loss) for sample in samples]
     results: list[list[Example] | RowError] = []
     for sample, texts in zip(samples, _tokenized(rendered, tokenizer), strict=True):
         if isinstance(texts, RowError):
             results.append(texts)
             continue
         how = truncation or ("split" if sample.text is not None else "right")
-        results.append(_fit_all([_join(text, ids, tokenizer) for text, ids in texts], max_length, how))
+        results.append(_fit_all([_join(text, tokens, tokenizer) for text, tokens in texts], max_length, how))
     return results
 
 
-def _render(sample: Sample, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> list[Rendered] | RowError:
+def _render(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, rendering: Rendering, loss: LossRule
+) -> list[Rendered] | RowError:
     try:
         with one_row():
-            texts = render(sample, tokenizer, rendering)
+            texts = render(sample, tokenizer, rendering, loss)
             for text in texts:
                 _check_unicode(text.text)
     except RowError as error:
@@ -67,32 +72,40 @@ def _tokenized(
 ) -> list[list[_Tokenized] | RowError]:
     """The texts of each row with their ids, from one call to the tokenizer where it refuses no row."""
     try:
-        ids = iter(segment_ids([text for one in rendered if not isinstance(one, RowError) for text in one], tokenizer))
+        texts = [text for one in rendered if not isinstance(one, RowError) for text in one]
+        tokens = iter(segment_tokens(texts, tokenizer))
     except Exception:  # a batch does not say which row it was: each by itself does
         return [one if isinstance(one, RowError) else _tokenized_alone(one, tokenizer) for one in rendered]
-    return [one if isinstance(one, RowError) else [(text, next(ids)) for text in one] for one in rendered]
+    return [one if isinstance(one, RowError) else [(text, next(tokens)) for text in one] for one in rendered]
 
 
 def _tokenized_alone(texts: list[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[_Tokenized] | RowError:
     try:
         with one_row():
-            return list(zip(texts, segment_ids(texts, tokenizer), strict=True))
+            return list(zip(texts, segment_tokens(texts, tokenizer), strict=True))
     except RowError as error:
         return error
 
 
-def _join(text: Rendered, ids: SegmentIds, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _join(text: Rendered, tokens: list[Tokens], tokenizer: PreTrainedTokenizerBase) -> Example:
     """The segments as one Example, untruncated. The first token is never trained: nothing predicts it."""
     input_ids: list[int] = []
     mask: list[float] = []
-    for segment, found in zip(text.segments, ids, strict=True):
-        input_ids += found
-        mask += [segment.weight] * len(found)
+    for segment, found in zip(text.segments, tokens, strict=True):
+        input_ids += found.ids
+        mask += _weights(segment, found)
     if text.add_special_tokens and tokenizer.eos_token_id is not None and input_ids[-1:] != [tokenizer.eos_token_id]:
         input_ids.append(tokenizer.eos_token_id)
         mask.append(1)
     mask[:1] = [0] * len(mask[:1])
     return Example(input_ids, mask)
+
+
+def _weights(segment: Segment, tokens: Tokens) -> list[float]:
+    """What each token counts: as its last character does, since it may begin with the white space before a word."""
+    if segment.factors is None:
+        return [segment.weight] * len(tokens.ids)
+    return [float(segment.weight * segment.factors[max(end, 1) - 1]) for end in tokens.ends]
 
 
 def _fit_all(wholes: Sequence[Example], max_length: int, how: Truncation) -> list[Example] | RowError:

@@ -1,4 +1,4 @@
-"""Old spellings of layouts: each means one key here, keeps its origin, and is told; two values of one are refused."""
+"""Old spellings: each means one key here, keeps its origin, and is told; two values of one are refused."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ MEANINGS = [
     ("quant_bits", "4", {"model.quantization": "nf4"}),
     ("load_in_4bit", "true", {"model.quantization": "nf4"}),
     ("load_in_4bit", "false", {"model.quantization": None}),
+    ("loss_scale", "last_round+hermes", {"data.loss": "last_round+hermes"}),
+    ("mask_history", "true", {"data.loss": "last_round"}),
+    ("train_on_inputs", "true", {"data.loss": "all"}),
+    ("train_on_prompt", "false", {"data.loss": "default"}),
 ]
 
 

@@ -1,0 +1,103 @@
+"""What a tokenizer's OWN chat template makes of a chat, what of it is dropped, and the tokens that end turns.
+
+Knows no loss and no turns that are trained. Loads neither torch nor transformers itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
+
+from rayswift.data.formats import RowError
+from rayswift.data.types import Sample
+from rayswift.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, *, path: str = "model.path") -> None:
+    """Raises ConfigError when conversations cannot be rendered."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "has a tokenizer without a chat template",
+            path=path,
+            value=tokenizer.name_or_path,
+            fix="add chat_template.jinja to the folder, or train plain text with method.name=pretrain",
+        )
+
+
+def apply(
+    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], sample: Sample, generation_prompt: bool
+) -> str:
+    """The chat as one text. Raises RowError where the template refuses it, ConfigError where there is none."""
+    from jinja2.exceptions import TemplateError
+
+    if not tokenizer.chat_template:
+        require_chat_template(tokenizer)
+    tools: Any = list(sample.tools) or None
+    try:
+        text = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=generation_prompt)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise RowError(f"is refused by the chat template: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def generation_spans(
+    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], sample: Sample
+) -> list[tuple[int, int]]:
+    """What the template itself marks as generated, by transformers' own rendering of `{% generation %}`."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or "generation" not in template:
+        return []
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered: Any = render_jinja_template(  # annotated as text, returns texts and spans
+        [chat],
+        tools=list(sample.tools) or None,
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **cast(Any, tokenizer.special_tokens_map),
+    )
+    spans = rendered[1]
+    return [(int(start), int(stop)) for start, stop in spans[0]] if spans else []
+
+
+def check_tools(sample: Sample, chat: list[dict[str, Any]], text: str) -> None:
+    """Raises RowError for a tool the template drops.
+
+    A template that knows no tools drops them silently; the model would learn calls it was never offered.
+    """
+    for name in _tool_names(sample, chat):
+        if name not in text:
+            raise RowError(f"has the tool {name!r}, which the tokenizer's chat template does not render")
+
+
+def check_reasoning(chat: Sequence[dict[str, Any]], text: str) -> None:
+    """Raises RowError for thoughts the template drops.
+
+    Of several turns the last is enough: a template may drop what was thought earlier.
+    """
+    thoughts = [message["reasoning_content"].strip() for message in chat if "reasoning_content" in message]
+    if thoughts and thoughts[-1] not in text:
+        raise RowError("has `reasoning_content`, which the tokenizer's chat template does not render")
+
+
+def _tool_names(sample: Sample, chat: list[dict[str, Any]]) -> Iterator[str]:
+    for tool in sample.tools:
+        yield str(tool.get("function", {}).get("name", ""))
+    for message in chat:
+        for call in message.get("tool_calls", ()):
+            yield str(call["function"]["name"])
+
+
+@lru_cache(maxsize=8)
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The texts of all special tokens.
+
+    Kept per tokenizer object: listing the 256 added tokens of Llama 3 costs more than rendering a row.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    return tuple({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
