@@ -78,18 +78,20 @@ def preview(job: Job, *, num_rows: int) -> Preview:
 
     Raises ConfigError or DataError as training would.
     """
+    from rayswift.data.dataset_info import expand
     from rayswift.data.inspect import preflight
     from rayswift.data.sources import index_sources
     from rayswift.models.loading import check_folder, load_tokenizer
 
     rendering = plugins.load("methods", job.method.name, path="method.name").rendering
     check_folder(job.model.path, chat_template=rendering == "chat")
-    files = index_sources(job.data.train)
-    formats = preflight(job.data.train, files)
+    given = tuple(expand(source, place=f"data.train.{number}") for number, source in enumerate(job.data.train))
+    files = index_sources(given)
+    formats = preflight(given, files)
     tokenizer = load_tokenizer(job.model.path)
     sources = tuple(
         _see(job, source, formats[number], [f for f in files if f.source == number], tokenizer, rendering, num_rows)
-        for number, source in enumerate(job.data.train)
+        for number, source in enumerate(given)
     )
     return Preview(job.method.name, job.data.max_length, sources)
 

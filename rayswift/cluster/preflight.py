@@ -16,6 +16,7 @@ from rayswift import plugins
 from rayswift.cluster import existing
 from rayswift.config import deepspeed_check
 from rayswift.config.job import DataSource, Job, ParallelSpec
+from rayswift.data.dataset_info import expand
 from rayswift.data.inspect import preflight
 from rayswift.data.rendering import Rendering
 from rayswift.data.sources import FileIndex, index_sources
@@ -112,8 +113,8 @@ def _absolute(job: Job) -> Job:
     """The job with local paths made absolute: workers run in other directories. URLs, globs and hub ids stay."""
     data = job.data.model_copy(
         update={
-            "train": tuple(map(_absolute_source, job.data.train)),
-            "eval": tuple(map(_absolute_source, job.data.eval)),
+            "train": _absolute_sources(job.data.train, "data.train"),
+            "eval": _absolute_sources(job.data.eval, "data.eval"),
         }
     )
     base = os.path.expanduser(job.model.path)
@@ -130,8 +131,11 @@ def _absolute_deepspeed(parallel: ParallelSpec) -> ParallelSpec:
     return parallel.model_copy(update={"deepspeed": _absolute_path(given)})
 
 
-def _absolute_source(source: DataSource) -> DataSource:
-    return source.model_copy(update={"path": _absolute_path(source.path)})
+def _absolute_sources(sources: Sequence[DataSource], path: str) -> tuple[DataSource, ...]:
+    return tuple(
+        expand(source.model_copy(update={"path": _absolute_path(source.path)}), place=f"{path}.{number}")
+        for number, source in enumerate(sources)
+    )
 
 
 def _absolute_path(path: str) -> str:

@@ -45,6 +45,7 @@ Fraction = Annotated[Number, Field(ge=0, lt=1)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Tag = Literal["role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"]
 Dtype = Literal["float32", "bfloat16", "float16", "float8"]
 
 
@@ -98,10 +99,14 @@ class DataSource(Section):
 
     path: str
     """A path, a glob (`data/*.jsonl`), a folder, or a URL that fsspec opens (`s3://bucket/x.jsonl`)."""
+    dataset: str | None = None
+    """An entry of the LLaMA-Factory `dataset_info.json` that `path` names: its file, columns and tags are used."""
     format: str = "auto"
     """The row format: a module of `rayswift/data/formats`, or `auto` to find it from the columns."""
     columns: dict[str, str] = {}
     """Rename columns before the format is found: `{question: query}`."""
+    tags: dict[Tag, str] = {}
+    """What turns call their keys and roles, in LLaMA-Factory's words: `{role_tag: speaker, user_tag: customer}`."""
     text_unit: Literal["line", "paragraph", "document"] = "line"
     """What a row of a `.txt` file is: a line, a paragraph (blank lines between), or the whole file."""
     system: str | None = None

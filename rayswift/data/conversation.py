@@ -7,10 +7,11 @@ the JSON `{"name": ..., "arguments": {...}}`; `rendering` hands it to the templa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from typing import Any
 
+from rayswift.config.job import Tag
 from rayswift.data.formats import RowError
 from rayswift.data.types import Message, Sample
 
@@ -29,6 +30,10 @@ _FOLLOWS = {
     "tool_call": {"tool_call", "tool"},
     "tool": {"tool", "tool_call", "assistant"},
 }
+_TAGS: dict[Tag, str] = {
+    "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "tool_call",
+    "system_tag": "system",
+}  # fmt: skip
 _MEDIA = ("images", "image", "audios", "audio", "videos", "video")
 
 
@@ -47,6 +52,30 @@ def turns(value: Any, name: str) -> list[Message]:
     if not isinstance(value, list):
         raise RowError(f"`{name}` is {kind(value)}, not a list of turns")
     return [message for number, turn in enumerate(value, 1) for message in _turn(turn, number)]
+
+
+def retagged(value: Any, tags: Mapping[Tag, str]) -> Any:
+    """Turns with the keys and roles that `tags` names (`role_tag`, `user_tag`, ...) renamed; anything else as it is.
+
+    A role that a tag does not name keeps its own name, and is refused later if nobody knows it.
+    """
+    if isinstance(value, dict):
+        return _retagged_turn(value, tags)
+    return (
+        [_retagged_turn(turn, tags) if isinstance(turn, dict) else turn for turn in value]
+        if isinstance(value, list)
+        else value
+    )
+
+
+def _retagged_turn(turn: dict[str, Any], tags: Mapping[Tag, str]) -> dict[str, Any]:
+    role_key, content_key = tags.get("role_tag", "from"), tags.get("content_tag", "value")
+    named = {name: role for tag, role in _TAGS.items() if (name := tags.get(tag))}
+    kept = {key: value for key, value in turn.items() if key not in (role_key, content_key)}
+    role = turn.get(role_key)
+    if role_key in turn:
+        kept["role"] = named.get(role, role) if isinstance(role, str) else role
+    return kept | ({"content": turn[content_key]} if content_key in turn else {})
 
 
 def pairs(value: Any, name: str) -> list[Message]:

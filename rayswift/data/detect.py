@@ -12,11 +12,14 @@ from typing import Any, cast
 
 from rayswift import plugins
 from rayswift.config.job import DataSource
+from rayswift.data.conversation import retagged
 from rayswift.data.formats import Format, one_row
 from rayswift.data.types import Message, Sample
 from rayswift.errors import ConfigError
 
 FAMILY = "data.formats"
+_TURNS = ("messages", "conversations", "chosen", "rejected", "prompt", "completion")
+"""Columns that may hold turns."""
 
 
 def detect(rows: Iterable[dict[str, Any]], *, path: str = "data.train.0.format") -> str:
@@ -59,11 +62,14 @@ def normalise(row: dict[str, Any], format_name: str, source: DataSource) -> Samp
 
 
 def renamed(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
-    """The row with the source's `columns` renamed; a renamed column replaces one of that name."""
-    if not source.columns:
-        return row
-    kept = {name: value for name, value in row.items() if name not in source.columns}
-    return kept | {new: row[old] for old, new in source.columns.items() if old in row}
+    """The row with the source's `columns` renamed, and the `tags` of its turns; a renamed column replaces one of that
+    name."""
+    if source.columns:
+        kept = {name: value for name, value in row.items() if name not in source.columns}
+        row = kept | {new: row[old] for old, new in source.columns.items() if old in row}
+    if source.tags:
+        row = row | {name: retagged(row[name], source.tags) for name in _TURNS if name in row}
+    return row
 
 
 def _listed(columns: frozenset[str]) -> str:
