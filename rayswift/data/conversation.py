@@ -12,6 +12,7 @@ from math import inf
 from typing import Any
 
 from rayswift.config.job import Tag
+from rayswift.data.content_parts import spread
 from rayswift.data.formats import RowError
 from rayswift.data.types import Message, Sample
 
@@ -28,7 +29,7 @@ _FOLLOWS = {
     "user": {"assistant", "tool_call"},
     "assistant": {"user", "tool_call"},
     "tool_call": {"tool_call", "tool"},
-    "tool": {"tool", "tool_call", "assistant"},
+    "tool": {"tool", "tool_call", "assistant", "user"},  # Anthropic: the user speaks behind what a tool answers
 }
 _TAGS: dict[Tag, str] = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "tool_call",
@@ -51,7 +52,8 @@ def turns(value: Any, name: str) -> list[Message]:
         raise RowError(f"has no `{name}`")
     if not isinstance(value, list):
         raise RowError(f"`{name}` is {kind(value)}, not a list of turns")
-    return [message for number, turn in enumerate(value, 1) for message in _turn(turn, number)]
+    written = ((number, turn) for number, one in enumerate(value, 1) for turn in spread(one, number))
+    return [message for number, turn in written for message in _turn(turn, number)]
 
 
 def retagged(value: Any, tags: Mapping[Tag, str]) -> Any:
@@ -120,7 +122,7 @@ def required(value: Any, name: str) -> str:
 
 def system_turn(row: dict[str, Any]) -> list[Message]:
     """The row's own system message, in a list, or an empty list."""
-    system = text(row.get("system"), "system")
+    system = _content(row.get("system"), "system")
     return [Message("system", system)] if system.strip() else []
 
 
@@ -217,8 +219,11 @@ def _reasoning(turn: dict[str, Any], number: int, role: str) -> str:
 
 
 def _tool(tool: dict[str, Any], number: int) -> dict[str, Any]:
-    """Also a bare function, as ShareGPT rows have them."""
+    """Also a bare function, as ShareGPT rows have them, and Anthropic's, which calls its parameters `input_schema`."""
     function = tool.get("function", tool)
+    if isinstance(function, dict) and "input_schema" in function:
+        kept = {key: value for key, value in function.items() if key not in ("input_schema", "cache_control")}
+        function = {**kept, "parameters": function["input_schema"]}
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise RowError(f"tool {number} of `tools` has no function with a name")
     return tool if "function" in tool else {"type": "function", "function": function}
