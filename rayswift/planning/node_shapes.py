@@ -47,6 +47,7 @@ def _named(name: str, network_gb_s: float | None = None) -> NodeShape | None:
 _NETWORK_GB_S = {
     "a100-8x40": 50,  # AWS p4d
     "a100-8x80": 50,  # AWS p4de
+    "a100-8x80-a2-ultra": 12.5,  # Google a2-ultragpu
     "h100-8x80": 400,  # AWS p5, DGX H100
     "h100-8x80-a3-high": 100,  # Google a3-highgpu
     "h100-8x80-a3-mega": 200,  # Google a3-megagpu

@@ -20,7 +20,13 @@ from typing import Any
 import pytest
 import yaml
 
+from rayswift.planning.node_shapes import NODE_SHAPES
+
 ROOT = Path(__file__).resolve().parents[2]
+SHAPES = {
+    "cluster.yaml": ("a100-8x80", "h100-8x80"),
+    "clusters/gcp.yaml": ("a100-8x80-a2-ultra", "h100-8x80-a3-high"),
+}
 FILES = ["cluster.yaml", "clusters/gcp.yaml", "clusters/on-premises.yaml"]
 CLOUDS = FILES[:2]
 SHAPE = "rayswift.io/node-shape"
@@ -174,7 +180,8 @@ def test_pools_are_named_by_shape_and_bounded(name: str) -> None:
     from ray._private.label_utils import validate_node_label_syntax
 
     config = load(name)
-    assert set(pools(config)) == {"data", "a100-8x80", "a100-8x80-spot", "h100-8x80", "h100-8x80-spot"}
+    assert set(pools(config)) == {"data", *SHAPES[name], *(f"{shape}-spot" for shape in SHAPES[name])}
+    assert all(shape in NODE_SHAPES for shape in SHAPES[name])  # the network of this machine type, not of another
     for pool_name, pool in config["available_node_types"].items():
         validate_node_label_syntax(pool["labels"])
         shape = pool_name.removesuffix("-spot")
@@ -193,8 +200,7 @@ def test_pools_are_named_by_shape_and_bounded(name: str) -> None:
     assert 0 < config["idle_timeout_minutes"] <= 30
 
 
-@pytest.mark.parametrize("shape", ["a100-8x80", "h100-8x80"])
-@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize(("name", "shape"), [(name, shape) for name, shapes in SHAPES.items() for shape in shapes])
 def test_a_spot_pool_differs_in_the_market_only(name: str, shape: str) -> None:
     plain, spot = (copy.deepcopy(pools(load(name))[shape + suffix]) for suffix in ("", "-spot"))
     assert plain["labels"].pop("ray.io/market-type") == "on-demand"
