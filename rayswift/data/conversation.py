@@ -31,6 +31,9 @@ _FOLLOWS = {
     "tool_call": {"tool_call", "tool"},
     "tool": {"tool", "tool_call", "assistant", "user"},  # Anthropic: the user speaks behind what a tool answers
 }
+QUERIES = ("query", "question", "prompt", "instruction", "problem")
+EXTRAS = ("input", "context")
+"""What a question is about. `input` alone is the question."""
 _TAGS: dict[Tag, str] = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "tool_call",
     "system_tag": "system",
@@ -38,11 +41,20 @@ _TAGS: dict[Tag, str] = {
 _MEDIA = ("images", "image", "audios", "audio", "videos", "video")
 
 
-def conversation(row: dict[str, Any], messages: Sequence[Message]) -> Sample:
-    """A Sample of these turns with the row's tools. Raises RowError for turns in no order, or without a last answer."""
+def conversation(row: dict[str, Any], messages: Sequence[Message], *, rejected: Sequence[Message] = ()) -> Sample:
+    """A Sample of these turns with the row's tools and label. Raises RowError for turns in no order, or without a last
+    answer."""
     reject_media(row)
     check_order(messages)
-    return Sample(messages=tuple(messages), tools=tools_of(row.get("tools")))
+    if rejected:
+        check_order(rejected)
+    label = row.get("label")
+    return Sample(
+        messages=tuple(messages),
+        tools=tools_of(row.get("tools")),
+        rejected=tuple(rejected),
+        label=label if isinstance(label, bool) else None,  # a class of a classifier is no judgement of an answer
+    )
 
 
 def turns(value: Any, name: str) -> list[Message]:
@@ -87,6 +99,28 @@ def pairs(value: Any, name: str) -> list[Message]:
         raise RowError(f"`{name}` is not a list of [question, answer] pairs")
     roles = ("user", "assistant")
     return [Message(role, text(part, name)) for pair in value for role, part in zip(roles, pair, strict=True)]
+
+
+def question(row: dict[str, Any]) -> str:
+    """The question of a pair, whatever its column is called, a newline and extras. Raises RowError without one."""
+    query = only(row, QUERIES if _filled(row, QUERIES) else (*QUERIES, "input"))
+    extras = [text(row.get(name), name) for name in EXTRAS if name != query]
+    return "\n".join([required(row.get(query), query), *(extra for extra in extras if extra.strip())])
+
+
+def only(row: dict[str, Any], names: tuple[str, ...]) -> str:
+    """The column of these names that is filled; the first there is, for an error message, when none is."""
+    filled = _filled(row, names)
+    if len(filled) > 1:
+        raise RowError(
+            f"has both `{filled[0]}` and `{filled[1]}`, and which is meant is not clear: rename the other away, "
+            f"as in `columns: {{{filled[1]}: unused}}`"
+        )
+    return filled[0] if filled else next((name for name in names if name in row), names[0])
+
+
+def _filled(row: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if row.get(name) is not None and str(row[name]).strip()]
 
 
 def check_order(messages: Sequence[Message]) -> None:

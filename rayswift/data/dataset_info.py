@@ -41,7 +41,7 @@ def expand(source: DataSource, *, place: str) -> DataSource:
         renamed, found = {columns["prompt"]: "text"}, "text"  # documents: a prompt that nothing answers
     else:
         renamed = {theirs: _OURS[word] for word, theirs in columns.items()}
-        found = "sharegpt" if "messages" in columns else "auto"
+        found = "sharegpt" if "messages" in columns and "chosen" not in columns else "auto"
     hidden = {name: f"unused_{name}" for name in {*_OURS.values(), *_ALSO_READ} - {*renamed, *renamed.values()}}
     return source.model_copy(
         update={

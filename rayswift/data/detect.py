@@ -58,7 +58,9 @@ def normalise(row: dict[str, Any], format_name: str, source: DataSource) -> Samp
         sample = format_.normalise(renamed(row, source))
     if source.system is None or not sample.messages or sample.messages[0].role == "system":
         return sample
-    return replace(sample, messages=(Message("system", source.system), *sample.messages))
+    system = Message("system", source.system)
+    rejected = (system, *sample.rejected) if sample.rejected else ()
+    return replace(sample, messages=(system, *sample.messages), rejected=rejected)
 
 
 def renamed(row: dict[str, Any], source: DataSource) -> dict[str, Any]:

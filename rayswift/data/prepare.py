@@ -8,7 +8,7 @@ counting the non-negative keys counts each row once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from rayswift.data.detect import normalise
-from rayswift.data.formats import RowError
+from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.packing import pack
 from rayswift.data.sources import RawRow, bad_row, read_rows
 from rayswift.data.stream import ChunkPart, ChunkSpec, StreamPlan
@@ -128,7 +128,8 @@ def _normalised(plan: StreamPlan, row: _Row) -> Sample | BadRow:
 
 def _bad(plan: StreamPlan, row: _Row, error: RowError) -> BadRow:
     number, line, value = row.raw
-    return bad_row(plan.files[row.file], number, line, str(error), str(value))
+    bad = bad_row(plan.files[row.file], number, line, str(error), str(value))
+    return replace(bad, counts=not isinstance(error, UnusedRow))
 
 
 def _bins(plan: StreamPlan, chunk: ChunkSpec, lengths: list[int]) -> list[list[int]]:

@@ -26,8 +26,9 @@ def place(row: BadRow) -> str:
 def check(bad: Sequence[BadRow], total_rows: int, max_bad_fraction: float) -> None:
     """Raises DataError when more than `max_bad_fraction` of an epoch's `total_rows` rows are bad.
 
-    `bad` holds each row once, however many epochs met it (see `Quarantine`).
+    `bad` holds each row once, however many epochs met it (see `Quarantine`). Rows that do not count are no fault.
     """
+    bad = [row for row in bad if row.counts]
     if len(bad) > max_bad_fraction * total_rows:
         raise DataError(
             f"{len(bad)} of {total_rows} rows are bad, more than data.max_bad_fraction={max_bad_fraction:g} allows: "

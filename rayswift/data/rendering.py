@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from rayswift.data.formats import RowError
+from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.loss_rule import LossRule
 from rayswift.data.templates import apply, check_reasoning, check_tools, generation_spans, special_tokens
 from rayswift.data.types import Message, Sample
@@ -70,6 +70,8 @@ def render(
     `chat` trains the turns that `rule` (or `Message.loss`) says, `text` every token. Plain text is trained
     everywhere in both. Raises RowError for a row the template refuses, ConfigError without a template.
     """
+    if sample.label is False:
+        raise UnusedRow("is labelled as an answer not to give, which this method would teach to give")
     if sample.text is not None:
         return [Rendered((Segment(sample.text, 1),), add_special_tokens=True)]
     if rendering == "text":

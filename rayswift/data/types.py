@@ -28,11 +28,17 @@ class Message:
 
 @dataclass(frozen=True)
 class Sample:
-    """A row in one shape for all formats: a conversation (`messages`) or plain `text`; never both, never neither."""
+    """A row in one shape for all formats: a conversation (`messages`) or plain `text`; never both, never neither.
+
+    `rejected` is the conversation with another, worse last answer; `label` says of the last answer alone whether it is
+    one to give (KTO), None where nobody judged it.
+    """
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    rejected: tuple[Message, ...] = ()
+    label: bool | None = None
 
     def __post_init__(self) -> None:
         assert bool(self.messages) != (self.text is not None), "a Sample is a conversation or a text"
@@ -52,7 +58,10 @@ class Example:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be trained on, and why. Becomes one line of quarantine.jsonl. `sha256` is its file's."""
+    """A row that cannot be trained on, and why. Becomes one line of quarantine.jsonl. `sha256` is its file's.
+
+    `counts` is false for a row that is well made and of no use to the method: it is no fault of the data.
+    """
 
     file: str
     row: int
@@ -60,6 +69,7 @@ class BadRow:
     reason: str
     content: str = ""
     sha256: str = ""
+    counts: bool = True
 
     @property
     def identity(self) -> tuple[str, str, int]:

@@ -110,7 +110,15 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dataset", "num_rows"),
-    [("identity", 91), ("alpaca_en_demo", 999), ("glaive_toolcall_en_demo", 300), ("c4_demo", 300)],
+    [
+        ("identity", 91),
+        ("alpaca_en_demo", 999),
+        ("glaive_toolcall_en_demo", 300),
+        ("c4_demo", 300),
+        ("wiki_demo", 30),
+        ("dpo_en_demo", 300),
+        ("kto_en_demo", 300),
+    ],
 )
 def test_the_real_file(shared_data: Path, dataset: str, num_rows: int) -> None:
     path = shared_data / "llamafactory_demo" / "dataset_info.json"

@@ -70,6 +70,11 @@ GOOD: list[tuple[str, dict[str, Any], Sample]] = [
         Sample((USER, Message("tool_call", json.dumps(CALL)))),
     ),
     ("query_response", {"query": "hi", "response": "yo"}, Sample((USER, ANSWER))),
+    (
+        "preference",
+        {"prompt": "hi", "chosen": "yo", "rejected": "no"},
+        Sample((USER, ANSWER), rejected=(USER, Message("assistant", "no"))),
+    ),
     ("query_response", {"instruction": "a", "input": "b", "response": "yo"}, Sample((Message("user", "a\nb"), ANSWER))),
     ("query_response", {"instruction": "a", "context": "b", "response": "yo", "category": "c"},
      Sample((Message("user", "a\nb"), ANSWER))),

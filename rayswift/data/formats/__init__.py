@@ -17,6 +17,10 @@ class RowError(ValueError):
     """What is wrong with one row; it is quarantined under this reason and the run goes on."""
 
 
+class UnusedRow(RowError):
+    """Why a row that is well made is not trained on; it is quarantined like a bad one, and is none."""
+
+
 @contextmanager
 def one_row() -> Iterator[None]:
     """Whatever the work on one row raises becomes a RowError with the exception's name.
