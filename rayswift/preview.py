@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift import plugins
 from rayswift.config.job import DataSource, Job
+from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.types import BadRow, Example
 from rayswift.errors import DataError
 
@@ -49,6 +50,7 @@ class SeenSource:
     num_rows: int
     num_looked_at: int
     num_bad: int
+    num_unused: int
     mean_tokens: float
     max_tokens: int
     trained_share: float
@@ -111,7 +113,7 @@ def _see(
         (place, _examples(row, format_name, source, tokenizer, job, rendering))
         for place, row in islice(_rows(files), SAMPLE_ROWS)
     ]
-    examples = [example for _, found in looked_at if not isinstance(found, str) for example in found]
+    examples = [example for _, found in looked_at if not isinstance(found, RowError) for example in found]
     if not examples:
         raise DataError(f"has no row that can be used: {looked_at[0][1]}", path="data.train", value=source.path)
     lengths = [len(example.input_ids) for example in examples]
@@ -121,7 +123,8 @@ def _see(
         format=format_name,
         num_rows=sum(file.num_rows for file in files),
         num_looked_at=len(looked_at),
-        num_bad=sum(isinstance(found, str) for _, found in looked_at),
+        num_bad=sum(isinstance(found, RowError) and not isinstance(found, UnusedRow) for _, found in looked_at),
+        num_unused=sum(isinstance(found, UnusedRow) for _, found in looked_at),
         mean_tokens=sum(lengths) / len(lengths),
         max_tokens=max(lengths),
         trained_share=sum(_num_trained(example) for example in examples) / sum(lengths),
@@ -147,30 +150,29 @@ def _examples(
     tokenizer: PreTrainedTokenizerBase,
     job: Job,
     rendering: Any,
-) -> list[Example] | str:
+) -> list[Example] | RowError:
     """The Examples of a row, or why it is bad."""
     from rayswift.data.detect import normalise
-    from rayswift.data.formats import RowError
-    from rayswift.data.loss_rule import loss_rule
+    from rayswift.data.loss_rule import rule_of
     from rayswift.data.tokenize import encode
 
     if isinstance(row, BadRow):
-        return row.reason
+        return RowError(row.reason)
     try:
         sample = normalise(row, format_name, source)
     except RowError as error:
-        return str(error)
+        return error
     data = job.data
-    rule = loss_rule(data.loss, data.loss_weights)
+    rule = rule_of(data, everything=rendering == "text")
     (found,) = encode(
         [sample], tokenizer, max_length=data.max_length, rendering=rendering, truncation=data.truncation, loss=rule
     )
-    return str(found) if isinstance(found, RowError) else found
+    return found
 
 
-def _seen_row(place: str, found: list[Example] | str, tokenizer: PreTrainedTokenizerBase) -> SeenRow:
-    if isinstance(found, str):
-        return SeenRow(place, bad=found)
+def _seen_row(place: str, found: list[Example] | RowError, tokenizer: PreTrainedTokenizerBase) -> SeenRow:
+    if isinstance(found, RowError):
+        return SeenRow(place, bad=str(found))
     pieces = [piece for example in found for piece in _pieces(example, tokenizer)]
     return SeenRow(place, tuple(pieces), sum(len(e.input_ids) for e in found), sum(map(_num_trained, found)))
 
@@ -188,9 +190,10 @@ def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Pi
 
 
 def _source_lines(source: SeenSource, max_length: int, colour: bool) -> Iterator[str]:
+    unused = f"{source.num_unused} of no use, " if source.num_unused else ""
     yield f"{source.path}: {source.num_rows} rows, format {source.format}"
     yield (
-        f"  first {source.num_looked_at}: {source.num_bad} bad, {source.mean_tokens:.0f} tokens on average, "
+        f"  first {source.num_looked_at}: {source.num_bad} bad, {unused}{source.mean_tokens:.0f} tokens on average, "
         f"{source.max_tokens} at most, {source.trained_share:.0%} trained on; "
         f"sequences of {max_length} are {source.fill:.0%} full"
     )

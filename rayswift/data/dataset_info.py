@@ -1,6 +1,7 @@
 """LLaMA-Factory's `dataset_info.json`: an entry of it as a source of this project, its columns and tags mapped.
 
 Knows that file's words and defaults. Without `columns` an entry has the standard ones; with them only what is listed.
+`num_samples` are the first rows here, and a random part there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _OURS = {
     "videos": "videos", "audios": "audios", "chosen": "chosen", "rejected": "rejected", "kto_tag": "label",
 }  # fmt: skip
 _ALSO_READ = ("context",)
+_MEDIA = {"images", "videos", "audios"}
 
 
 def expand(source: DataSource, *, place: str) -> DataSource:
@@ -42,11 +44,12 @@ def expand(source: DataSource, *, place: str) -> DataSource:
     else:
         renamed = {theirs: _OURS[word] for word, theirs in columns.items()}
         found = "sharegpt" if "messages" in columns and "chosen" not in columns else "auto"
-    hidden = {name: f"unused_{name}" for name in {*_OURS.values(), *_ALSO_READ} - {*renamed, *renamed.values()}}
+    read = {*_OURS.values(), *_ALSO_READ} - _MEDIA  # an image that is left out would leave an answer to nothing
+    hidden = {name: f"unused_{name}" for name in read - {*renamed, *renamed.values()}}
     return source.model_copy(
         update={
             "dataset": None,
-            "path": f"{folder}/{_file_name(entry, source, place)}",
+            "path": _beside(folder, _file_name(entry, source, place)),
             "format": found if source.format == "auto" else source.format,
             "columns": {k: v for k, v in renamed.items() if k != v} | hidden | source.columns,
             "tags": dict(entry.get("tags", {})) | source.tags,
@@ -86,6 +89,10 @@ def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
     if given is None:
         return {"messages": "conversations"} if entry.get("formatting", "alpaca") != "alpaca" else _ALPACA
     return {word: column for word, column in given.items() if word in _OURS and column}
+
+
+def _beside(folder: str, name: str) -> str:
+    return name if name.startswith("/") or "://" in name else f"{folder}/{name}"
 
 
 def _file_name(entry: Mapping[str, Any], source: DataSource, place: str) -> str:

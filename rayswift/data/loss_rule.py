@@ -16,6 +16,7 @@ from typing import Literal, cast
 import numpy as np
 
 from rayswift import plugins
+from rayswift.config.job import DataSpec
 from rayswift.data.weighting import Factors
 from rayswift.errors import ConfigError
 
@@ -44,6 +45,22 @@ class LossRule:
             for start, stop, factor in _matches(answer[:end], table):
                 factors[start:stop] *= factor
         return factors
+
+
+def rule_of(data: DataSpec, *, everything: bool) -> LossRule:
+    """The rule of a job's data. `everything`: for a method that trains every token, and so has no use for another.
+
+    Errors as `loss_rule`, and ConfigError for such a method with a rule that it would not follow.
+    """
+    rule = loss_rule(data.loss, data.loss_weights)
+    if everything and (rule.tables or rule.turns == "last_round"):
+        key, value = ("data.loss_weights", data.loss_weights) if data.loss in _TURNS else ("data.loss", data.loss)
+        key, value = ("data.loss", data.loss) if rule.turns == "last_round" else (key, value)
+        raise ConfigError(
+            "is not followed by this method, which trains every token", path=key, value=value,
+            fix="leave it out, or use method.name=sft",
+        )  # fmt: skip
+    return rule
 
 
 def loss_rule(chain: str, weights: Mapping[str, Factors], *, path: str = "data") -> LossRule:

@@ -18,7 +18,7 @@ import numpy as np
 
 from rayswift.config.job import DataSource, DataSpec
 from rayswift.data.ledger import END, Ledger
-from rayswift.data.loss_rule import LossRule, loss_rule
+from rayswift.data.loss_rule import LossRule, rule_of
 from rayswift.data.rendering import Rendering
 from rayswift.data.sources import FileIndex
 from rayswift.data.tokenize import Truncation
@@ -194,7 +194,7 @@ def plan_stream(
 ) -> StreamPlan:
     """The stream over the indexed files of `sources`, whose rows have the given `formats` (see `inspect.preflight`).
 
-    Raises ConfigError for a `data.loss` that means nothing.
+    Raises ConfigError for a `data.loss` that means nothing here.
     """
     settings = StreamSettings(
         seed=seed,
@@ -204,7 +204,7 @@ def plan_stream(
         shuffle=data.shuffle,
         chunk_rows=data.chunk_rows,
         rendering=rendering,
-        loss=loss_rule(data.loss, data.loss_weights),
+        loss=rule_of(data, everything=rendering == "text"),
     )
     return StreamPlan(tuple(files), tuple(sources), tuple(formats), settings, epochs)
 

@@ -17,7 +17,7 @@ from rayswift.data.blocks import local_blocks, step_inputs
 from rayswift.data.ledger import Ledger
 from rayswift.data.quarantine import Quarantine
 from rayswift.data.types import StepInput
-from rayswift.errors import CheckpointError
+from rayswift.errors import CheckpointError, DataError
 from rayswift.methods import Method
 from rayswift.parallel.engine import Engine
 from rayswift.parallel.mesh import find_device
@@ -84,6 +84,7 @@ def _run(order: WorkOrder, seat: Seat, local_rank: int, open_blocks: OpenBlocks)
     try:
         hooks.before_first_step(state)
         state = train(engine, method, steps, state, horizon, hooks)
+        _check_trained(state)
         hooks.after_last_step(state)
         if log is not None:
             log.event("end", state.step)
@@ -135,6 +136,14 @@ def _check_job(job: Job, manifest: CheckpointManifest) -> None:
             f"was made with other weights in {job.model.path}: the base model has changed since",
             path=f"{job.run_dir}/{checkpoint.folder_name(manifest.step)}",
             fix="restore the base model, or give the run another name",
+        )
+
+
+def _check_trained(state: TrainState) -> None:
+    """Raises DataError on every rank for a run that met no row it can use: a loss of 0 would look like success."""
+    if not state.ledger.rows_trained:
+        raise DataError(
+            f"none of the {state.ledger.rows_visited} rows read is trained on; {QUARANTINE} has the reason of each"
         )
 
 

@@ -172,6 +172,16 @@ def test_bad_held_out_rows_are_kept_and_have_a_budget(tmp_path: Path, tiny_model
         run_ranks(train_rank, 2, order)
 
 
+def test_a_run_that_meets_no_row_it_can_use_is_no_success(tmp_path: Path, tiny_model_dir: Path) -> None:
+    rows = tmp_path / "disliked.jsonl"
+    rows.write_text('{"prompt": "hi", "completion": "yo", "label": false}\n' * 20)
+    order = order_of("disliked", tmp_path, tiny_model_dir, rows, ranks=2, **{"data.eval": []})
+    with pytest.raises(RankFailed, match="DataError: none of the 40 rows read is trained on"):
+        run_ranks(train_rank, 2, order)
+    assert checkpoint.find_newest(RunDir(order.job.run_dir)) is None
+    assert {row["counts"] for row in RunDir(order.job.run_dir).read_jsonl("quarantine.jsonl")} == {False}
+
+
 def test_an_adapter_does_not_go_on_beside_another_base(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)

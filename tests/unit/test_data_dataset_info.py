@@ -81,6 +81,16 @@ def test_num_samples_limits_and_the_job_goes_before(tmp_path: Path) -> None:
     assert len(samples(source_of(tmp_path, {"num_samples": 3}, rows, limit=2))) == 2
 
 
+@pytest.mark.parametrize("name", ["/data/rows.json", "s3://bucket/rows.json"])
+def test_a_file_elsewhere_is_where_it_says(tmp_path: Path, name: str) -> None:
+    assert source_of(tmp_path, {"file_name": name}, []).path == name
+
+
+def test_media_that_an_entry_does_not_list_are_not_left_out(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "images": ["x.jpg"]}]
+    assert "has `images`" in str(samples(source_of(tmp_path, {}, rows))[1])
+
+
 def test_expanding_twice_changes_nothing(tmp_path: Path) -> None:
     source = source_of(tmp_path, {}, [{"instruction": "a", "output": "b"}])
     assert expand(source, place="data.train.0") == source

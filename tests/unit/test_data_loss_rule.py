@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from rayswift import plugins
 from rayswift.config.job import DataSpec
 from rayswift.data.formats import RowError
-from rayswift.data.loss_rule import LossRule, loss_rule
+from rayswift.data.loss_rule import LossRule, loss_rule, rule_of
 from rayswift.data.prepare import prepare_chunk
 from rayswift.data.rendering import render
 from rayswift.data.tokenize import encode
@@ -208,3 +208,20 @@ def test_settings_are_read_from_plain_data() -> None:
     assert loss_rule(spec.loss, spec.loss_weights).tables[-1] == (("a", (2.0,)), ("b", (1.0, 0.0)))
     with pytest.raises(ValueError, match="greater than or equal to 0"):
         DataSpec.model_validate({"train": [{"path": "a"}], "loss_weights": {"a": -1}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"loss": "last_round"}, "data.loss=last_round"),
+        ({"loss": "all+hermes"}, "data.loss=all+hermes"),
+        ({"loss_weights": {"a": 2}}, "data.loss_weights="),
+    ],
+)
+def test_a_method_that_trains_every_token_refuses_another_rule(settings: dict[str, Any], key: str) -> None:
+    source = [{"path": "a"}]
+    data = DataSpec.model_validate({"train": source, **settings})
+    assert rule_of(data, everything=False).turns
+    with pytest.raises(ConfigError, match=re.escape(key) + ".*is not followed by this method"):
+        rule_of(data, everything=True)
+    assert rule_of(DataSpec.model_validate({"train": source, "loss": "all"}), everything=True) == LossRule("all")

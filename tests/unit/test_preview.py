@@ -45,3 +45,11 @@ def test_figures_and_bad_rows(tmp_path: Path, tiny_model_dir: Path) -> None:
     loose = look(tmp_path, tiny_model_dir, lines, packing=False)
     assert loose.sources[0].fill < source.fill
     assert json.loads(json.dumps(seen.to_plain()))["sources"][0]["format"] == "messages"
+
+
+def test_rows_of_no_use_are_told_apart_from_bad_ones(tmp_path: Path, tiny_model_dir: Path) -> None:
+    disliked = json.dumps(json.loads(row("Q?", "A.")) | {"label": False})
+    seen = look(tmp_path, tiny_model_dir, [row("Q?", "A."), disliked, "{broken"])
+    (source,) = seen.sources
+    assert (source.num_bad, source.num_unused) == (1, 1)
+    assert "1 bad, 1 of no use, " in seen.text(colour=False)
