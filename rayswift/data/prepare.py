@@ -35,13 +35,15 @@ SCHEMA = pa.schema(
         ("loss_mask", pa.list_(pa.float32())),
         ("lengths", pa.list_(pa.int32())),
         ("rows", pa.list_(pa.int64())),
+        ("cut", pa.list_(pa.bool_())),
         ("visited", pa.int32()),
         ("bad", pa.list_(pa.string())),
+        ("bad_rows", pa.list_(pa.int64())),
     ]
 )
-"""One row per sequence. `lengths` and `rows` have an entry per document; `num_sequences` is the chunk's, so that
-the place after its last sequence is known to be the next chunk. `visited` shares the chunk's rows, bad ones
-included, among its sequences; `bad` holds the chunk's BadRows as JSON, on its first sequence."""
+"""One row per sequence. `lengths`, `rows` and `cut` (was truncated) have an entry per document; `num_sequences` is the
+chunk's, so that the place after its last sequence is known to be the next chunk. `visited` shares the chunk's rows, bad
+ones included, among its sequences; `bad` holds the chunk's BadRows as JSON and `bad_rows` their keys, on its first."""
 
 _FILE_BITS = 40
 
@@ -90,8 +92,8 @@ def _part_rows(plan: StreamPlan, chunk: ChunkSpec, part: ChunkPart) -> Iterator[
 
 def _documents(
     plan: StreamPlan, rows: Sequence[_Row], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[tuple[int, Example]], list[BadRow]]:
-    """(key, Example) of all documents in row order, and the rows that gave none."""
+) -> tuple[list[tuple[int, Example]], list[tuple[int, BadRow]]]:
+    """(key, Example) of all documents in row order, and (key, reason) of the rows that gave none."""
     outcomes: list[Sample | BadRow] = [_normalised(plan, row) for row in rows]
     settings = plan.settings
     encoded = iter(
@@ -105,13 +107,13 @@ def _documents(
         )
     )
     documents: list[tuple[int, Example]] = []
-    bad: list[BadRow] = []
+    bad: list[tuple[int, BadRow]] = []
     for row, outcome in zip(rows, outcomes, strict=True):
         found = outcome if isinstance(outcome, BadRow) else next(encoded)
         if isinstance(found, list):
             documents += [(~row.key if piece else row.key, example) for piece, example in enumerate(found)]
         else:
-            bad.append(found if isinstance(found, BadRow) else _bad(plan, row, found))
+            bad.append((row.key, found if isinstance(found, BadRow) else _bad(plan, row, found)))
     return documents, bad
 
 
@@ -143,8 +145,11 @@ def _bins(plan: StreamPlan, chunk: ChunkSpec, lengths: list[int]) -> list[list[i
     return [bins[i] for i in order]
 
 
-def _table(chunk: ChunkSpec, num_rows: int, sequences: list[list[tuple[int, Example]]], bad: list[BadRow]) -> pa.Table:
+def _table(
+    chunk: ChunkSpec, num_rows: int, sequences: list[list[tuple[int, Example]]], bad: list[tuple[int, BadRow]]
+) -> pa.Table:
     count = len(sequences)
+    nothing: list[list[Any]] = [[]] * (count - 1)
     columns = {
         "chunk": [chunk.index] * count,
         "sequence": list(range(count)),
@@ -153,8 +158,10 @@ def _table(chunk: ChunkSpec, num_rows: int, sequences: list[list[tuple[int, Exam
         "loss_mask": [_concatenated([example.loss_mask for _, example in one], np.float32) for one in sequences],
         "lengths": [[len(example.input_ids) for _, example in one] for one in sequences],
         "rows": [[key for key, _ in one] for one in sequences],
+        "cut": [[example.cut for _, example in one] for one in sequences],
         "visited": [num_rows * (i + 1) // count - num_rows * i // count for i in range(count)],
-        "bad": [[row.to_json() for row in bad], *[[]] * (count - 1)],
+        "bad": [[row.to_json() for _, row in bad], *nothing],
+        "bad_rows": [[key for key, _ in bad], *nothing],
     }
     return pa.table(columns, schema=SCHEMA)
 

@@ -141,4 +141,4 @@ def _pieces(whole: Example, max_length: int, how: Truncation) -> Iterator[Exampl
     starts = {"right": [0], "left": [length - max_length], "split": list(range(0, length, max_length))}[how]
     for start in starts:
         window = slice(start, start + max_length)
-        yield Example(whole.input_ids[window], [0, *whole.loss_mask[window][1:]])
+        yield Example(whole.input_ids[window], [0, *whole.loss_mask[window][1:]], cut=how != "split")

@@ -51,6 +51,8 @@ class Example:
     input_ids: list[int]
     loss_mask: list[float]
     """Numbers: 0, 1, or the weight that a row gives a message."""
+    cut: bool = False
+    """Whether tokens of the row were thrown away because it was too long."""
 
     def __post_init__(self) -> None:
         assert len(self.input_ids) == len(self.loss_mask), "one mask value per token"

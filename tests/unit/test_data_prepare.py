@@ -111,3 +111,21 @@ def test_gsm8k_fills_sequences_over_99_percent(shared_data: Path) -> None:
     table = prepare_chunk(plan, 1, make_tokenizer(corpus=tuple(lines), vocab_size=4096))
     assert sum(flat([table], "lengths")) / (table.num_rows * 1024) > 0.99
     assert not flat([table], "bad")
+
+
+@pytest.mark.parametrize(("truncation", "cut"), [("right", [True, False]), ("left", [True, False]), ("split", None)])
+def test_a_row_that_lost_tokens_says_so(tmp_path: Path, truncation: str, cut: list[bool] | None) -> None:
+    rows = [{"question": "q", "answer": "long " * 80}, {"question": "q", "answer": "short"}]
+    plan = plan_of(write_jsonl(tmp_path / "a.jsonl", rows), max_length=32, shuffle=False, truncation=truncation)
+    table = prepare_chunk(plan, 0, TOKENIZER)
+    found = [flag for key, flag in zip(flat([table], "rows"), flat([table], "cut"), strict=True) if key >= 0]
+    assert found == (cut or [False, False])
+    assert len(flat([table], "cut")) == len(flat([table], "rows"))
+
+
+def test_bad_rows_have_their_keys_beside_them(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*pairs(3), "{", *pairs(2), "["])
+    table = prepare_chunk(plan_of(path), 0, TOKENIZER)
+    keys, bad = flat([table], "bad_rows"), [json.loads(text) for text in flat([table], "bad")]
+    assert sorted(keys) == [3, 6]
+    assert [row["row"] for row in bad] == keys
