@@ -15,12 +15,12 @@ from typing import Any
 from rayswift import plugins
 from rayswift.cluster import existing
 from rayswift.config import deepspeed_check
-from rayswift.config.job import DataSource, Job, ParallelSpec
+from rayswift.config.job import DataSource, Job, MixingSpec, ParallelSpec
 from rayswift.data.dataset_info import expand
 from rayswift.data.inspect import preflight
 from rayswift.data.rendering import Rendering
 from rayswift.data.sources import FileIndex, index_sources
-from rayswift.data.stream import StreamPlan, plan_stream
+from rayswift.data.stream import StreamPlan, plan_stream, quotas
 from rayswift.errors import ConfigError
 from rayswift.models.config_sizes import num_positions
 from rayswift.models.cutting import model_plan
@@ -34,6 +34,9 @@ from rayswift.training.checkpoint import CheckpointManifest
 
 # What a setting needs, and the extra that installs it.
 _PACKAGES = {"float8": ("torchao", "fp8"), "nf4": ("bitsandbytes", "qlora")}
+
+_MAX_OVERSAMPLING = 1000
+"""Times all rows that an epoch of repeated sources may have: beyond it a weight is a slip, and the plan too large."""
 
 
 @dataclass(frozen=True)
@@ -154,27 +157,39 @@ def _check_positions(job: Job, config: Mapping[str, Any]) -> None:
 def _stream(job: Job, sources: tuple[DataSource, ...], path: str, rendering: Rendering, *, epochs: int) -> StreamPlan:
     files = index_sources(sources, path=path)
     formats = preflight(sources, files, path=path)
-    _check_weights(sources, files, path)
     held_out = path == "data.eval"
+    mixing = MixingSpec() if held_out else job.data.mixing
+    _check_weights(sources, files, path, mixing)
     return plan_stream(
         files,
         sources,
         formats,
-        data=job.data.model_copy(update={"shuffle": False}) if held_out else job.data,
+        data=job.data.model_copy(update={"shuffle": False, "mixing": mixing}) if held_out else job.data,
         rendering=rendering,
         epochs=epochs,
         seed=job.train.seed,
     )
 
 
-def _check_weights(sources: Sequence[DataSource], files: Sequence[FileIndex], path: str) -> None:
+def _check_weights(sources: Sequence[DataSource], files: Sequence[FileIndex], path: str, mixing: MixingSpec) -> None:
     """Raises ConfigError for a source whose weight leaves no row of it in an epoch."""
-    for number, source in enumerate(sources):
-        num_rows = sum(file.num_rows for file in files if file.source == number)
-        if num_rows and num_rows * source.weight < 1 - 1e-9:
+    counts = [sum(file.num_rows for file in files if file.source == number) for number in range(len(sources))]
+    visited = quotas(counts, [source.weight for source in sources], mixing.stopping)
+    if mixing.stopping == "all_exhausted" and sum(visited) > _MAX_OVERSAMPLING * sum(counts):
+        last = max(range(len(sources)), key=lambda number: counts[number] / sources[number].weight)
+        raise ConfigError(
+            f"makes {sum(visited)} rows an epoch of {sum(counts)}, until {sources[last].path} was seen whole",
+            path="data.mixing.stopping", value=mixing.stopping, fix=f"raise {path}.{last}.weight",
+        )  # fmt: skip
+    for number, (source, num_rows) in enumerate(zip(sources, counts, strict=True)):
+        if num_rows and not visited[number]:
+            shares = mixing.stopping != "weights"
             raise ConfigError(
-                f"gives none of the {num_rows} rows of {source.path} in an epoch",
+                f"gives none of the {num_rows} rows of {source.path} in an epoch"
+                + (", which ends when the first source is used up" if shares else ""),
                 path=f"{path}.{number}.weight",
                 value=source.weight,
-                fix=f"use at least {1.1 / num_rows:.2g}",  # above 1 / num_rows after rounding
+                fix="raise it, or lower the others"
+                if shares
+                else f"use at least {1.1 / num_rows:.2g}",  # after rounding
             )

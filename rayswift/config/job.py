@@ -114,7 +114,18 @@ class DataSource(Section):
     limit: PositiveInt | None = None
     """Use the first so many rows of this source."""
     weight: Annotated[Number, Field(gt=0)] = 1.0
-    """How often each row is seen per epoch; 0.5 is a seeded half of the rows, 2 is every row twice."""
+    """How often each row is seen per epoch; 0.5 is a seeded half of the rows, 2 is every row twice. Another
+    `data.mixing.stopping` than `weights` takes it for a share instead."""
+
+
+class MixingSpec(Section):
+    """How much of each source an epoch has."""
+
+    stopping: Literal["weights", "first_exhausted", "all_exhausted"] = "weights"
+    """`weights`: each source is visited as often as its `weight` says. Under the others, weights are the shares that
+    sources have of an epoch, 3 and 1 as well as 0.75 and 0.25, and every source is mixed in evenly.
+    `first_exhausted`: an epoch ends when the first source is used up; of the others it has seeded parts.
+    `all_exhausted`: it ends when the last source was seen whole; the others begin again."""
 
 
 class DataSpec(Section):
@@ -138,6 +149,8 @@ class DataSpec(Section):
     loss_weights: dict[str, NonNegative | tuple[NonNegative, NonNegative]] = {}
     """More such parts: a regular expression and the factor of what it matches, or `[a, b]` for a delimiter and for
     what follows it up to the next delimiter: `{"\\\\d+": 2, "Observation:": [1, 0]}`."""
+    mixing: MixingSpec = MixingSpec()
+    """How much of each source an epoch has."""
     shuffle: bool = True
     """Visit the rows in a new seeded order in every epoch."""
     max_bad_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.01

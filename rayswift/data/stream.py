@@ -2,6 +2,7 @@
 
 An epoch is a seeded permutation of spans, cut into chunks of about `chunk_rows` rows. The chunks of all epochs
 are numbered through, so a place in training is a chunk and a sequence, and a resume reads nothing before it.
+How many rows an epoch has of each source is said by `quotas`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from rayswift.data.tokenize import Truncation
 
 CHUNK_BYTES = 32 << 20
 """A chunk is cut before it holds more bytes than this, however few rows that is."""
+Stopping = Literal["weights", "first_exhausted", "all_exhausted"]
 FIRST_CHUNK_ROWS = 256
 """The first chunk of a long run is small, so that the first step does not wait for thousands of rows."""
 
@@ -41,6 +44,7 @@ class StreamSettings:
     chunk_rows: int
     rendering: Rendering
     loss: LossRule
+    stopping: Stopping = "weights"
 
 
 @dataclass(frozen=True)
@@ -131,11 +135,16 @@ class StreamPlan:
 
     @cached_property
     def _parts(self) -> tuple[ChunkPart, ...]:
-        return tuple(
-            part
-            for number, source in enumerate(self.sources)
-            for part in _weighted(list(self._pieces(number)), source.weight)
-        )
+        if self.settings.stopping == "weights":
+            return tuple(
+                part
+                for number, source in enumerate(self.sources)
+                for part in _weighted(list(self._pieces(number)), source.weight)
+            )
+        pieces = [list(self._pieces(number)) for number in range(len(self.sources))]
+        sizes = [sum(piece.size for piece in own) for own in pieces]
+        wanted = quotas(sizes, [source.weight for source in self.sources], self.settings.stopping)
+        return _blended([list(_exactly(own, quota)) for own, quota in zip(pieces, wanted, strict=True)])
 
     def _pieces(self, source: int) -> Iterator[ChunkPart]:
         """The spans of a source; one that is longer than a chunk is visited in several parts."""
@@ -205,25 +214,68 @@ def plan_stream(
         chunk_rows=data.chunk_rows,
         rendering=rendering,
         loss=rule_of(data, everything=rendering == "text"),
+        stopping=data.mixing.stopping,
     )
     return StreamPlan(tuple(files), tuple(sources), tuple(formats), settings, epochs)
 
 
-def _weighted(pieces: list[ChunkPart], weight: float) -> Iterator[ChunkPart]:
-    """Every piece `int(weight)` times, and once more with the fraction of its rows.
+def quotas(num_rows: Sequence[int], weights: Sequence[float], stopping: Stopping) -> list[int]:
+    """Rows that an epoch visits of each source, which has `num_rows` rows and a weight.
 
-    The fraction is rounded along the source, so an epoch has the same number of rows whatever the order.
+    Under `weights` a source is visited `weight` times. Otherwise the quotas are to one another as the weights are, cut
+    down to whole rows: `first_exhausted` scales them so that one source is visited exactly once and none more often,
+    `all_exhausted` so that one is visited exactly once and none less often. That is what `interleave_datasets` of
+    Hugging Face's datasets comes to, where weights are its `probabilities`; here the counts are exact, not drawn.
     """
-    copies, fraction = int(weight), weight - int(weight)
+    exact = [Fraction(repr(float(weight))) for weight in weights]  # 0.7 is seven tenths, not the binary next to it
+    lengths = [n / weight for n, weight in zip(num_rows, exact, strict=True) if n]
+    if stopping == "weights" or not lengths:
+        return [n * int(w) + _upto(w - int(w))(n) for n, w in zip(num_rows, weights, strict=True)]
+    length = min(lengths) if stopping == "first_exhausted" else max(lengths)
+    return [int(weight * length) if n else 0 for n, weight in zip(num_rows, exact, strict=True)]
+
+
+def _weighted(pieces: list[ChunkPart], weight: float) -> Iterator[ChunkPart]:
+    """Every piece `int(weight)` times, and once more with the fraction of its rows."""
+    return _repeated(pieces, int(weight), _upto(weight - int(weight)))
+
+
+def _exactly(pieces: list[ChunkPart], num_rows: int) -> Iterator[ChunkPart]:
+    """The pieces as often as they fit into `num_rows` rows, and once more with what is left spread over them."""
+    size = sum(piece.size for piece in pieces) or 1
+    copies, left = divmod(num_rows, size)
+    return _repeated(pieces, copies, lambda rows: rows * left // size)
+
+
+def _upto(fraction: float) -> Callable[[int], int]:
+    return lambda rows: int(rows * fraction + 1e-9)
+
+
+def _repeated(pieces: list[ChunkPart], copies: int, upto: Callable[[int], int]) -> Iterator[ChunkPart]:
+    """Every piece `copies` times, and once more with those of its rows that `upto` counts among the first so many.
+
+    Counting along the source, an epoch has the same number of rows whatever the order.
+    """
     for _ in range(copies):
         yield from pieces
     before = 0
     for piece in pieces:
         after = before + piece.size
-        num_rows = int(after * fraction + 1e-9) - int(before * fraction + 1e-9)
+        num_rows = upto(after) - upto(before)
         if num_rows:
             yield ChunkPart(piece.file, piece.span, piece.first, piece.size, num_rows)
         before = after
+
+
+def _blended(sources: Sequence[Sequence[ChunkPart]]) -> tuple[ChunkPart, ...]:
+    """The parts of all sources, each source spread evenly over the whole: so they stay if nothing shuffles them."""
+    placed = []
+    for number, parts in enumerate(sources):
+        total, before = sum(part.num_rows for part in parts), 0
+        for part in parts:
+            placed.append(((before + part.num_rows / 2) / total, number, part))
+            before += part.num_rows
+    return tuple(part for _, _, part in sorted(placed, key=lambda one: one[:2]))
 
 
 def _cuts(costs: np.ndarray, first: float) -> list[int]:

@@ -71,6 +71,16 @@ def a_source_of_no_rows(folder: Path, job: dict[str, Any]) -> None:
     job["data"]["train"].append({"path": str(folder / "rows.jsonl"), "weight": 0.01})
 
 
+def a_share_of_no_rows(folder: Path, job: dict[str, Any]) -> None:
+    job["data"]["train"].append({"path": str(folder / "rows.jsonl"), "weight": 0.01})
+    job["data"]["mixing"] = {"stopping": "first_exhausted"}
+
+
+def an_endless_epoch(folder: Path, job: dict[str, Any]) -> None:
+    job["data"]["train"].append({"path": str(folder / "rows.jsonl"), "weight": 1e-4})
+    job["data"]["mixing"] = {"stopping": "all_exhausted"}
+
+
 def no_positions_for_the_length(folder: Path, job: dict[str, Any]) -> None:
     _copy_model(folder, job)
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": 64}
@@ -143,6 +153,10 @@ BAD_INPUT: list[tuple[Spoil, type[RaySwiftError], str]] = [
     (no_chat_template, ConfigError, r"model\.path=.*model .*chat template"),
     (cut_off_weights, ConfigError, r"model\.path=.*model\.safetensors"),
     (a_source_of_no_rows, ConfigError, r"data\.train\.1\.weight=0\.01 gives none of the 20 rows .*use at least 0\.055"),
+    (a_share_of_no_rows, ConfigError,
+     r"data\.train\.1\.weight=0\.01 gives none .* the first source is used up; raise it"),
+    (an_endless_epoch, ConfigError,
+     r"data\.mixing\.stopping=all_exhausted makes 200020 rows .*raise data\.train\.1\.w"),
     (no_positions_for_the_length, ConfigError,
      r"^data\.max_length=128 is more than the 64 positions of GPT2LMHeadModel; use 64$"),
     (a_config_that_cannot_be, ConfigError, r"model\.path=.*num_attention_heads=0 is not a positive number"),

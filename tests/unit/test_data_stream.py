@@ -10,6 +10,7 @@ import pytest
 
 from rayswift.config.job import DataSource
 from rayswift.data.ledger import END, Ledger
+from rayswift.data.stream import quotas
 from tests.data_cases import pairs, plan_of, write_jsonl
 
 
@@ -72,6 +73,31 @@ def test_the_fingerprint_follows_what_decides_the_stream(rows_file: Path, tmp_pa
         plan_of(write_jsonl(rows_file, [*pairs(999), {"question": "q", "answer": "a"}])),
     ]
     assert len({base.fingerprint, *(plan.fingerprint for plan in others)}) == 10
+
+
+def test_quotas_are_what_interleaving_comes_to() -> None:
+    assert quotas([3, 4, 5], [1, 1, 1], "first_exhausted") == [3, 3, 3]
+    assert quotas([3, 4, 5], [1, 1, 1], "all_exhausted") == [5, 5, 5]
+    assert quotas([70, 30], [0.7, 0.3], "first_exhausted") == [70, 30]
+    assert quotas([100, 10], [0.5, 0.5], "all_exhausted") == [100, 100]
+    assert quotas([100, 10], [0.9, 0.1], "first_exhausted") == [90, 10]
+    assert quotas([100, 10], [1.5, 2], "weights") == [150, 20]
+    assert quotas([100, 0], [1, 1], "first_exhausted") == [100, 0]
+
+
+def test_how_sources_are_mixed_is_part_of_the_stream(tmp_path: Path) -> None:
+    large, small = write_jsonl(tmp_path / "a.jsonl", pairs(90)), write_jsonl(tmp_path / "b.jsonl", pairs(30))
+    plans = {
+        stopping: plan_of(large, small, mixing={"stopping": stopping}, chunk_rows=16, epochs=2)
+        for stopping in ("weights", "first_exhausted", "all_exhausted")
+    }
+    assert [plan.rows_per_epoch for plan in plans.values()] == [120, 60, 180]
+    assert len({plan.fingerprint for plan in plans.values()}) == 3
+    undersampled = plans["first_exhausted"]
+    again = pickle.loads(pickle.dumps(undersampled))
+    assert [again.chunk(i) for i in range(again.num_chunks)] == [
+        undersampled.chunk(i) for i in range(undersampled.num_chunks)
+    ]
 
 
 def test_a_plan_survives_pickling_and_stays_small(rows_file: Path) -> None:
