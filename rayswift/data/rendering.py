@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 
+from rayswift.data.answers import Turn, ends_itself, locate, stands_apart
 from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.loss_rule import LossRule
-from rayswift.data.templates import apply, check_reasoning, check_tools, generation_spans, special_tokens
+from rayswift.data.templates import apply, check_reasoning, check_tools, special_tokens
 from rayswift.data.types import Message, Sample
 
 if TYPE_CHECKING:
@@ -91,26 +93,63 @@ def render_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase, rule: LossRu
     prompt the server will send then.
     """
     chat, turns = _chat(sample.messages, rule)
-    whole = apply(tokenizer, chat, sample, False)
-    check_tools(sample, chat, whole)
+    rendered = apply(tokenizer, chat, sample, False)
+    check_tools(sample, chat, rendered)
     outside = 1.0 if rule.turns == "all" else 0.0
-    spans: list[_Span] = []
-    alone: list[Rendered] = []
-    for turn in _to_be_found(turns, outside, rule):
-        after = whole if turn.index == len(chat) - 1 else apply(tokenizer, chat[: turn.index + 1], sample, False)
-        check_reasoning([chat[turn.index]], after)
-        span = (*_span(tokenizer, chat, turn.index, sample, after), turn)
-        alone.append(_cut(tokenizer, after, [span], 0, rule))
-        if whole.startswith(after):
-            spans.append(span)
-    if not alone and not outside:
+    wanted = list(_to_be_found(turns, outside, rule))
+    if not wanted and not outside:
         raise RowError("has no turn to train on: every `loss` is false")
-    if len(spans) < len(alone) and outside:
+    if outside:
+        check_reasoning(chat, rendered)
+    last = _last(tokenizer, chat, sample, rendered, is_wanted=bool(wanted) and wanted[-1].index == len(chat) - 1)
+    found = [(turn, _located(tokenizer, chat, turn, sample, last)) for turn in wanted]
+    if outside and turns[-1].answers and turns[-1] not in wanted:
+        found.append((turns[-1], last))  # its prompt ends in a token, as it does when it is served
+    if all(_lies_in(tokenizer, last.text, place, turn, whole=bool(outside)) for turn, place in found):
+        return [_cut(tokenizer, last.text, [(place.start, place.stop, turn) for turn, place in found], outside, rule)]
+    if outside:
         raise RowError(
             "has weights inside turns that the chat template rewrites when others follow; data.loss=all trains "
             "the whole text once, and knows no place for them: use data.loss=default"
         )
-    return [_cut(tokenizer, whole, spans, outside, rule)] if len(spans) == len(alone) else alone
+    return [_cut(tokenizer, place.text, [(place.start, place.stop, turn)], 0, rule) for turn, place in found]
+
+
+def _last(
+    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], sample: Sample, rendered: str, *, is_wanted: bool
+) -> Turn:
+    """The last message in the text of all, which is mended where the answer's prompt is another than is rendered."""
+    try:
+        return locate(tokenizer, chat, len(chat) - 1, sample, rendered)
+    except RowError:
+        if is_wanted:
+            raise
+        return Turn(rendered, 0, len(rendered))
+
+
+def _located(
+    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], turn: _Turn, sample: Sample, last: Turn
+) -> Turn:
+    """Where a turn lies in the text that it ends."""
+    if turn.index == len(chat) - 1:
+        found = last
+    else:
+        after = apply(tokenizer, chat[: turn.index + 1], sample, False)
+        found = locate(tokenizer, chat, turn.index, sample, after)
+    check_reasoning([chat[turn.index]], found.text)
+    return found
+
+
+def _lies_in(tokenizer: PreTrainedTokenizerBase, text: str, place: Turn, turn: _Turn, *, whole: bool) -> bool:
+    """Whether a turn can be trained within the text of all, and be what it is in its own: the same behind the same
+    prompt, ended by a token of its own, with no token across its beginning. `whole`: all of the text is trained."""
+    if place.text is text:
+        return True
+    if not text.startswith(place.text[: place.stop]):
+        return False
+    if whole or not turn.answers:
+        return True
+    return ends_itself(tokenizer, place) and stands_apart(tokenizer, text, place.start)
 
 
 def _to_be_found(turns: Sequence[_Turn], outside: float, rule: LossRule) -> Iterator[_Turn]:
@@ -124,80 +163,42 @@ def _chat(messages: Sequence[Message], rule: LossRule = _DEFAULT) -> tuple[list[
     """Messages as templates take them, and their turns, whose weight is 1 or 0 by `rule` if they say nothing else."""
     chat: list[dict[str, Any]] = []
     weights: list[float] = []
+    called: list[dict[str, Any]] = []
     question = max((place for place, message in enumerate(messages) if message.role == "user"), default=-1)
     for place, message in enumerate(messages):
         answers = message.role in ("assistant", "tool_call") and (rule.turns != "last_round" or place > question)
         weight = int(answers or rule.turns == "all") if message.loss is None else message.loss
         if message.role != "tool_call":
-            chat.append({"role": message.role, "content": message.content})
+            chat.append({"role": message.role, "content": message.content} | _answered(message, called))
             weights.append(weight)
         elif not chat or chat[-1]["role"] != "assistant":
             chat.append({"role": "assistant", "content": ""})
             weights.append(weight)
         if message.role == "tool_call":
-            call = {"type": "function", "function": json.loads(message.content)}
-            chat[-1].setdefault("tool_calls", []).append(call)
+            called.append(_call(message.content, place))
+            chat[-1].setdefault("tool_calls", []).append(called[-1])
             weights[-1] = max(weights[-1], weight)
         if message.reasoning_content:
             before = chat[-1].get("reasoning_content", "")
-            chat[-1]["reasoning_content"] = f"{before}\n{message.reasoning_content}".lstrip("\n")
+            thought = f"{before}\n{message.reasoning_content}".lstrip("\n")
+            chat[-1] |= {"reasoning_content": thought, "thinking": thought}  # as gpt-oss calls it
     return chat, [_Turn(i, weights[i], message["role"] == "assistant") for i, message in enumerate(chat)]
 
 
-def _span(
-    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], index: int, sample: Sample, after: str
-) -> tuple[int, int]:
-    """[start, stop) of the message `index` in `after`, the text rendered up to and with it."""
-    start = _start(tokenizer, chat, index, sample, after) if index else 0
-    if start is not None:
-        return start, _end_of_turn(tokenizer, after, start)
-    marked = generation_spans(tokenizer, chat[: index + 1], sample)
-    if not marked:
-        raise RowError(
-            f"turn {index + 1} cannot be found in the rendered text: the chat template neither extends the text "
-            "of the turns before with its own generation prompt nor marks answers with {% generation %}"
-        )
-    return marked[-1]
+def _call(content: str, place: int) -> dict[str, Any]:
+    """A tool call as templates take it. Mistral's want an id of nine letters or digits, which a row does not have."""
+    return {
+        "id": sha256(f"{place} {content}".encode()).hexdigest()[:9], "type": "function",
+        "function": json.loads(content),
+    }  # fmt: skip
 
 
-def _start(
-    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], index: int, sample: Sample, after: str
-) -> int | None:
-    """Where the message `index` begins in `after`: behind the text of those before it and, for an answer, its header.
-
-    None where the text before is no beginning of `after`, or the template announces answers in other words than it
-    renders them in: no cut would then leave a prompt that the server feeds.
-    """
-    if chat[index]["role"] != "assistant":
-        before = apply(tokenizer, chat[:index], sample, False)
-        return len(before) if len(before) < len(after) and after.startswith(before) else None
-    prompt = apply(tokenizer, chat[:index], sample, True)
-    if len(prompt) < len(after) and after.startswith(prompt):
-        return len(prompt)
-    before = apply(tokenizer, chat[:index], sample, False)
-    start = _shared_header(prompt, after, chat[index]["content"])
-    return start if after.startswith(before) and len(before) < start < len(after) else None
-
-
-def _shared_header(prompt: str, after: str, content: str) -> int:
-    """Where the header ends that a generation prompt shares with the rendered answer.
-
-    The prompt of the R1 family goes on with `<think>`, which a rendered answer does not have. An answer that happens
-    to go on as the prompt does is not cut into.
-    """
-    pairs = enumerate(zip(prompt, after, strict=False))
-    shared = next((place for place, (one, other) in pairs if one != other), min(len(prompt), len(after)))
-    place = after.rfind(content.strip()) if content.strip() else -1
-    return min(shared, place) if place >= 0 else shared
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> int:
-    """Where a turn that starts at `start` and ends the text stops: right after its end-of-turn token.
-
-    The server stops there too; a newline that the template puts behind it is never generated.
-    """
-    bare = text.rstrip()
-    return len(bare) if len(bare) > start and bare.endswith(special_tokens(tokenizer)) else len(text)
+def _answered(message: Message, called: list[dict[str, Any]]) -> dict[str, str]:
+    """Which call a tool answers, the first that none has answered; it is taken off the list."""
+    if message.role != "tool" or not called:
+        return {}
+    call = called.pop(0)
+    return {"tool_call_id": call["id"], "name": call["function"]["name"]}
 
 
 def _cut(

@@ -5,7 +5,9 @@ Knows no loss and no turns that are trained. Loads neither torch nor transformer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +17,9 @@ from rayswift.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_MARKS = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, *, path: str = "model.path") -> None:
@@ -28,6 +33,39 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, *, path: str = "mo
         )
 
 
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase, chat: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), *,
+    generation_prompt: bool,
+) -> str:  # fmt: skip
+    """The chat as one text, in training and in serving alike. Raises whatever the template does.
+
+    Arguments of tool calls are objects, as transformers documents them, and JSON texts, as in OpenAI's API, for a
+    template that joins them as texts (DeepSeek's).
+    """
+    settings: Any = {"tools": list(tools) or None, "tokenize": False, "add_generation_prompt": generation_prompt}
+    return str(_as_it_takes_calls(chat, lambda given: tokenizer.apply_chat_template(given, **settings)))
+
+
+def _as_it_takes_calls(chat: Sequence[dict[str, Any]], render: Callable[[list[dict[str, Any]]], Any]) -> Any:
+    try:
+        return render(list(chat))
+    except TypeError:
+        written = [_with_written_arguments(message) for message in chat]
+        if written == list(chat):
+            raise
+        return render(written)
+
+
+def _with_written_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls") or []
+    written = [
+        call | {"function": call["function"] | {"arguments": json.dumps(arguments, ensure_ascii=False)}}
+        for call in calls
+        if not isinstance(arguments := call["function"].get("arguments"), str)
+    ]
+    return message | {"tool_calls": written} if written else message
+
+
 def apply(
     tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], sample: Sample, generation_prompt: bool
 ) -> str:
@@ -36,13 +74,10 @@ def apply(
 
     if not tokenizer.chat_template:
         require_chat_template(tokenizer)
-    tools: Any = list(sample.tools) or None
     try:
-        text = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=generation_prompt)
+        return chat_text(tokenizer, chat, sample.tools, generation_prompt=generation_prompt)
     except (TemplateError, TypeError, ValueError) as error:
         raise RowError(f"is refused by the chat template: {error}") from error
-    assert isinstance(text, str)
-    return text
 
 
 def generation_spans(
@@ -50,17 +85,15 @@ def generation_spans(
 ) -> list[tuple[int, int]]:
     """What the template itself marks as generated, by transformers' own rendering of `{% generation %}`."""
     template = tokenizer.chat_template
-    if not isinstance(template, str) or "generation" not in template:
+    if not isinstance(template, str) or not _MARKS.search(template):
         return []
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered: Any = render_jinja_template(  # annotated as text, returns texts and spans
-        [chat],
-        tools=list(sample.tools) or None,
-        chat_template=template,
-        return_assistant_tokens_mask=True,
+    settings: Any = {
+        "tools": list(sample.tools) or None, "chat_template": template, "return_assistant_tokens_mask": True,
         **cast(Any, tokenizer.special_tokens_map),
-    )
+    }  # fmt: skip
+    rendered = _as_it_takes_calls(chat, lambda given: render_jinja_template([given], **settings))
     spans = rendered[1]
     return [(int(start), int(stop)) for start, stop in spans[0]] if spans else []
 

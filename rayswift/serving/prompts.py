@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rayswift.data.templates import chat_text
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.openai import Message
 
@@ -24,23 +25,26 @@ class PromptBuilder:
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation that the model is to continue. Raises ApiError when the template refuses it."""
-        from jinja2 import TemplateError
-
         if not self._tokenizer.chat_template:
             raise ApiError(
                 "this model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
-        turns = [{"role": _template_role(m.role), "content": m.content} | _named(m) for m in messages]
+        return self.turns([{"role": _template_role(m.role), "content": m.content} | _named(m) for m in messages])
+
+    def turns(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """The ids of a conversation in the words that chat templates take, tool calls and tools included."""
+        from jinja2 import TemplateError
+
         with self._lock:
             try:
-                text = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+                text = chat_text(self._tokenizer, turns, tools, generation_prompt=True)
             except TemplateError as error:
                 raise ApiError(
                     f"messages: the model's chat template refuses this conversation: {error}",
                     param="messages",
                     code="invalid_value",
                 ) from None
-            ids = self._encode(str(text), add_special_tokens=False)
+            ids = self._encode(text, add_special_tokens=False)
         if not ids:
             raise ApiError(
                 "messages: the model's chat template makes no prompt of this conversation",

@@ -69,8 +69,8 @@ def trained_runs(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[s
         (CHATML, "<|im_end|>", ["yo there<|im_end|>", "no<|im_end|>"]),
         (LLAMA2, "</s>", [" yo there </s>", " no </s>"]),
         (LLAMA3, "<|eot_id|>", ["yo there<|eot_id|>", "no<|eot_id|>"]),
-        (R1, "<|im_end|>", ["yo there<|im_end|>", "no<|im_end|>"]),
-        (PLAIN, "</s>", ["assistant: yo there\n", "assistant: no</s>"]),
+        (R1, "<|im_end|>", ["\n</think>\n\nno<|im_end|>"]),
+        (PLAIN, "</s>", ["assistant: no</s>"]),
         (MARKED, "</s>", ["no</s>"]),
         (TOOLS, "<|im_end|>", ["yo there<|im_end|>", "no<|im_end|>"]),
     ],
@@ -81,6 +81,8 @@ def test_the_trained_tokens_decode_to_the_answers(template: str, eos: str, expec
     found = examples(CHAT, tokenizer)
     assert trained_runs(found[-1], tokenizer) == expected
     whole = str(tokenizer.apply_chat_template([vars_of(m) for m in CHAT.messages], tokenize=False)).rstrip()
+    if template == R1:
+        whole = "<think>\n\n</think>\n\nno".join(whole.rsplit("no", 1))  # what the prompt opens is closed
     assert str(tokenizer.decode(found[-1].input_ids)).rstrip() == whole.removesuffix(eos) + eos
 
 
@@ -88,7 +90,7 @@ def vars_of(message: Message) -> dict[str, str]:
     return {"role": message.role, "content": message.content}
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA3, THINKING, TOOLS])
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, THINKING, TOOLS, R1])
 def test_the_ids_before_a_trained_turn_are_those_the_server_feeds(template: str) -> None:
     tokenizer = make_tokenizer(template)
     for example in examples(CHAT, tokenizer):
@@ -133,7 +135,7 @@ def test_loss_per_message_overrides_the_role() -> None:
 def test_an_answer_that_goes_on_as_the_prompt_does_is_trained_whole(answer: str) -> None:
     tokenizer = make_tokenizer(R1)
     (example,) = examples(Sample((Message("user", "hi"), Message("assistant", answer))), tokenizer)
-    assert trained_runs(example, tokenizer) == [f"{answer}<|im_end|>"]
+    assert trained_runs(example, tokenizer) == [f"\n</think>\n\n{answer}<|im_end|>"]
 
 
 def test_answers_announced_in_other_words_are_refused() -> None:
