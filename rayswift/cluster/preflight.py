@@ -17,10 +17,11 @@ from rayswift.cluster import existing
 from rayswift.config import deepspeed_check
 from rayswift.config.job import DataSource, Job, MixingSpec, ParallelSpec
 from rayswift.data.dataset_info import expand
-from rayswift.data.inspect import preflight
+from rayswift.data.inspect import media_kinds, preflight
+from rayswift.data.mixing import quotas
 from rayswift.data.rendering import Rendering
 from rayswift.data.sources import FileIndex, index_sources
-from rayswift.data.stream import StreamPlan, plan_stream, quotas
+from rayswift.data.stream import StreamPlan, plan_stream
 from rayswift.errors import ConfigError
 from rayswift.models.config_sizes import num_positions
 from rayswift.models.cutting import model_plan
@@ -168,6 +169,7 @@ def _stream(job: Job, sources: tuple[DataSource, ...], path: str, rendering: Ren
         rendering=rendering,
         epochs=epochs,
         seed=job.train.seed,
+        media_kinds=media_kinds(sources, files, formats) if (kinds := job.data.media.kinds) == "auto" else kinds,
     )
 
 

@@ -80,14 +80,17 @@ def _open_blocks(order: WorkOrder, seat: Seat, ledger: Ledger) -> Callable[[], I
     from rayswift.models.loading import load_tokenizer
     from rayswift.training.prefetch import Prefetched
 
-    head, rest = head_start(
-        order.train_stream,
-        load_tokenizer(order.job.model.path),
-        data_rank=seat.data_rank,
-        data_size=seat.data_size,
-        global_batch_size=order.job.train.global_batch_size,
-        ledger=ledger,
-    )
+    head: list[pa.Table] = []
+    rest = ledger  # media are decoded by Ray Data alone, off the processes that train
+    if not order.train_stream.settings.media_kinds:
+        head, rest = head_start(
+            order.train_stream,
+            load_tokenizer(order.job.model.path),
+            data_rank=seat.data_rank,
+            data_size=seat.data_size,
+            global_batch_size=order.job.train.global_batch_size,
+            ledger=ledger,
+        )
     group = dist.new_group(backend="gloo")  # the stream is handed out in a thread, beside the model's collectives
     stream = Prefetched(lambda: _split_blocks(order, rest, seat.data_rank, group))
     return lambda: itertools.chain(head, stream)

@@ -128,6 +128,29 @@ class MixingSpec(Section):
     `all_exhausted`: it ends when the last source was seen whole; the others begin again."""
 
 
+class MediaSpec(Section):
+    """How images, audio and video are read and bounded. What is over a bound is quarantined."""
+
+    kinds: tuple[Literal["image", "audio", "video"], ...] | Literal["auto"] = "auto"
+    """What the rows have; `auto` looks at the first rows of each source. A row with another kind is quarantined."""
+    folder: str | None = None
+    """The folder or URL that paths in rows start from. Default: the folder of the data file."""
+    allow_outside: bool = False
+    """Also read paths that lead out of that folder."""
+    allow_urls: bool = False
+    """Also fetch `http://` and `https://` URLs that rows name."""
+    max_bytes: PositiveInt = 256 << 20
+    """The largest file read."""
+    max_pixels: PositiveInt = 50_000_000
+    """The most pixels of an image, or of a frame of a video, before it is scaled down."""
+    max_audio_seconds: Annotated[Number, Field(gt=0)] = 600.0
+    """The longest sound."""
+    video_fps: Annotated[Number, Field(gt=0)] = 2.0
+    """Frames taken of each second of a video."""
+    max_frames: Annotated[PositiveInt, Field(ge=2)] = 64
+    """The most frames taken of a video."""
+
+
 class DataSpec(Section):
     """What is trained on, what is held out, and how rows become sequences."""
 
@@ -149,6 +172,8 @@ class DataSpec(Section):
     loss_weights: dict[str, NonNegative | tuple[NonNegative, NonNegative]] = {}
     """More such parts: a regular expression and the factor of what it matches, or `[a, b]` for a delimiter and for
     what follows it up to the next delimiter: `{"\\\\d+": 2, "Observation:": [1, 0]}`."""
+    media: MediaSpec = MediaSpec()
+    """Images, audio and video."""
     mixing: MixingSpec = MixingSpec()
     """How much of each source an epoch has."""
     shuffle: bool = True

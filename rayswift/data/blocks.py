@@ -10,20 +10,29 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
+from safetensors.numpy import load
 
-from rayswift.data.collate import PackedSequence, collate
+from rayswift.data.collate import Filler, PackedSequence, collate
 from rayswift.data.ledger import Ledger
 from rayswift.data.prepare import prepare_chunk
 from rayswift.data.stream import StreamPlan
-from rayswift.data.types import BadRow, PackedBatch, StepInput
+from rayswift.data.types import BadRow, Features, PackedBatch, StepInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rayswift.data.media.encoder import MediaEncoder
+
 
 def step_inputs(
-    blocks: Iterable[pa.Table], *, sequences_per_step: int, micro_batch_size: int, pad_id: int
+    blocks: Iterable[pa.Table],
+    *,
+    sequences_per_step: int,
+    micro_batch_size: int,
+    pad_id: int,
+    filler: Filler | None = None,
 ) -> Iterator[StepInput]:
     """One StepInput per block, then empty ones without end, because other ranks may still have rows.
 
@@ -31,11 +40,11 @@ def step_inputs(
     stream. Every StepInput has the same number of micro-batches, the missing ones filled with padding.
     """
     num_micro_batches = -(-sequences_per_step // micro_batch_size)
-    padding = collate([], pad_id)
+    padding = collate([], pad_id, filler=filler)
     for block in blocks:
         if block.num_rows:
             assert block.num_rows <= sequences_per_step, "a block is one rank's share of a step"
-            batches = list(_micro_batches(block, micro_batch_size, pad_id))
+            batches = list(_micro_batches(block, micro_batch_size, pad_id, filler))
             batches += [padding] * (num_micro_batches - len(batches))
             yield _step_input(block, tuple(batches), full=block.num_rows == sequences_per_step)
     while True:
@@ -50,9 +59,10 @@ def local_blocks(
     data_size: int,
     global_batch_size: int,
     ledger: Ledger,
+    media: MediaEncoder | None = None,
 ) -> Iterator[pa.Table]:
     """The blocks of one data rank from where `ledger` stands: block k of the stream goes to rank k % data_size."""
-    tables = (chunk_from(plan, index, tokenizer, ledger) for index in chunks_left(plan, ledger))
+    tables = (chunk_from(plan, index, tokenizer, ledger, media) for index in chunks_left(plan, ledger))
     for number, block in enumerate(_rebatched(tables, global_batch_size // data_size)):
         if number % data_size == data_rank:
             yield block
@@ -66,6 +76,7 @@ def head_start(
     data_size: int,
     global_batch_size: int,
     ledger: Ledger,
+    media: MediaEncoder | None = None,
 ) -> tuple[list[pa.Table], Ledger]:
     """This rank's blocks of the whole steps in the first chunk left, and the ledger after them.
 
@@ -75,7 +86,7 @@ def head_start(
     left = chunks_left(plan, ledger)
     if not left:
         return [], ledger
-    table = chunk_from(plan, left.start, tokenizer, ledger)
+    table = chunk_from(plan, left.start, tokenizer, ledger, media)
     whole = table.num_rows // global_batch_size * global_batch_size
     share = global_batch_size // data_size
     blocks = [table.slice(start + data_rank * share, share) for start in range(0, whole, global_batch_size)]
@@ -90,10 +101,16 @@ def chunks_left(plan: StreamPlan, ledger: Ledger) -> range:
     return range(plan.position(ledger)[0], plan.num_chunks)
 
 
-def chunk_from(plan: StreamPlan, index: int, tokenizer: PreTrainedTokenizerBase, ledger: Ledger) -> pa.Table:
+def chunk_from(
+    plan: StreamPlan,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    ledger: Ledger,
+    media: MediaEncoder | None = None,
+) -> pa.Table:
     """The sequences of chunk `index` that come after `ledger`."""
     first_chunk, consumed = plan.position(ledger)
-    table = prepare_chunk(plan, index, tokenizer)
+    table = prepare_chunk(plan, index, tokenizer, media)
     return table.slice(consumed) if index == first_chunk else table
 
 
@@ -114,19 +131,29 @@ def _rebatched(tables: Iterable[pa.Table], num_rows: int) -> Iterator[pa.Table]:
         yield pa.concat_tables(left)
 
 
-def _micro_batches(block: pa.Table, micro_batch_size: int, pad_id: int) -> Iterator[PackedBatch]:
-    sequences = _sequences(block)
+def _micro_batches(block: pa.Table, micro_batch_size: int, pad_id: int, filler: Filler | None) -> Iterator[PackedBatch]:
+    sequences = packed_sequences(block)
     for start in range(0, len(sequences), micro_batch_size):
-        yield collate(sequences[start : start + micro_batch_size], pad_id)
+        yield collate(sequences[start : start + micro_batch_size], pad_id, filler=filler)
 
 
-def _sequences(block: pa.Table) -> list[PackedSequence]:
-    names = ("input_ids", "loss_mask", "lengths")
+def packed_sequences(block: pa.Table) -> list[PackedSequence]:
+    """The sequences of a block, as arrays."""
+    names = ("input_ids", "loss_mask", "lengths", "media", "rope")
     columns: Sequence[pa.ChunkedArray] = [block.column(name) for name in names]
     return [
-        PackedSequence(ids.values.to_numpy(), mask.values.to_numpy(), lengths.as_py())
-        for ids, mask, lengths in zip(*columns, strict=True)
+        PackedSequence(ids.values.to_numpy(), mask.values.to_numpy(), lengths.as_py(), _media(media), _rope(rope, ids))
+        for ids, mask, lengths, media, rope in zip(*columns, strict=True)
     ]
+
+
+def _media(cell: pa.ListScalar) -> list[Features]:
+    return [load(content) for content in cell.as_py()]
+
+
+def _rope(cell: pa.ListScalar, ids: pa.ListScalar) -> np.ndarray | None:
+    """[A, T], from the axes one after the other."""
+    return cell.values.to_numpy().reshape(-1, len(ids.values)) if cell.is_valid else None
 
 
 def _step_input(block: pa.Table, batches: tuple[PackedBatch, ...], *, full: bool) -> StepInput:

@@ -5,13 +5,14 @@ Shape legend: B sequences in a micro-batch, T tokens in a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from rayswift.data.types import PackedBatch
+from rayswift.data.media.features import laid_together
+from rayswift.data.types import NUM_PLACEHOLDERS, Features, PackedBatch
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,24 @@ class PackedSequence:
     input_ids: np.ndarray
     loss_mask: np.ndarray
     lengths: Sequence[int]
+    media: Sequence[Features] = ()
+    rope_AT: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         assert sum(self.lengths) == len(self.input_ids) == len(self.loss_mask), "lengths cover the tokens"
 
 
-def collate(sequences: Sequence[PackedSequence], pad_id: int, multiple_of: int = 8) -> PackedBatch:
+def collate(
+    sequences: Sequence[PackedSequence], pad_id: int, multiple_of: int = 8, *, filler: Filler | None = None
+) -> PackedBatch:
     """The sequences as a [B, T] batch; T is the longest one, rounded up to `multiple_of`.
 
-    No sequences give a batch of one row of padding, so that every rank can take part in every forward pass.
+    No sequences give a batch of one row of padding, so that every rank can take part in every forward pass. With a
+    `filler` every batch has media of each kind, if need be in a row that counts nothing: a rank whose batch has no
+    image would not run the vision tower, and the others would wait for it forever.
     """
+    if filler is not None and (missing := filler.missing(sequences)):
+        sequences = [*sequences, missing]
     longest = max((len(sequence.input_ids) for sequence in sequences), default=1)
     shape = (max(1, len(sequences)), max(1, -(-longest // multiple_of)) * multiple_of)
     input_ids_BT = np.full(shape, pad_id, dtype=np.int64)
@@ -52,4 +61,49 @@ def collate(sequences: Sequence[PackedSequence], pad_id: int, multiple_of: int =
         torch.from_numpy(position_ids_BT),
         torch.from_numpy(targets_BT),
         torch.from_numpy(weights_BT),
+        _rope(sequences, position_ids_BT),
+        _features([features for sequence in sequences for features in sequence.media]),
     )
+
+
+@dataclass(frozen=True)
+class Filler:
+    """A document of weight 0 with the smallest medium of a kind, for each kind that a stream has.
+
+    A batch without it has none of the kind: it is known by the names of its features.
+    """
+
+    documents: Mapping[str, PackedSequence]
+
+    def missing(self, sequences: Sequence[PackedSequence]) -> PackedSequence | None:
+        """The documents, end to end, of the kinds that no sequence has; None where none is missing."""
+        names = {name for sequence in sequences for features in sequence.media for name in features}
+        left = [document for document in self.documents.values() if not names >= set(document.media[0])]
+        if not left:
+            return None
+        ropes = [document.rope_AT for document in left if document.rope_AT is not None]
+        return PackedSequence(
+            np.concatenate([document.input_ids for document in left]),
+            np.concatenate([document.loss_mask for document in left]),
+            [length for document in left for length in document.lengths],
+            [features for document in left for features in document.media],
+            np.concatenate(ropes, axis=1) if ropes else None,
+        )
+
+
+def _rope(sequences: Sequence[PackedSequence], position_ids_BT: np.ndarray) -> torch.Tensor | None:
+    """Rope positions [A, B, T]; padding has the plain ones, as on every axis of a text."""
+    found = next((sequence.rope_AT for sequence in sequences if sequence.rope_AT is not None), None)
+    if found is None:
+        return None
+    rope_ABT = np.tile(position_ids_BT, (len(found), 1, 1))
+    for b, sequence in enumerate(sequences):
+        if sequence.rope_AT is not None:
+            rope_ABT[:, b, : sequence.rope_AT.shape[1]] = sequence.rope_AT
+    return torch.from_numpy(rope_ABT)
+
+
+def _features(media: Sequence[Features]) -> dict[str, torch.Tensor]:
+    """The features of all media under each name, laid end to end."""
+    names = dict.fromkeys(name for features in media for name in features if name != NUM_PLACEHOLDERS)
+    return {name: torch.from_numpy(laid_together([one[name] for one in media if name in one])) for name in names}

@@ -14,7 +14,9 @@ from typing import Any
 from rayswift.config.job import Tag
 from rayswift.data.content_parts import spread
 from rayswift.data.formats import RowError
-from rayswift.data.types import Message, Sample
+from rayswift.data.media import MARKS
+from rayswift.data.media.columns import COLUMNS, attach, part_medium
+from rayswift.data.types import Medium, Message, Sample
 
 _ROLES = {
     "system": "system", "developer": "system",
@@ -38,15 +40,15 @@ _TAGS: dict[Tag, str] = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "tool_call",
     "system_tag": "system",
 }  # fmt: skip
-_MEDIA = ("images", "image", "audios", "audio", "videos", "video")
 
 
 def conversation(row: dict[str, Any], messages: Sequence[Message], *, rejected: Sequence[Message] = ()) -> Sample:
-    """A Sample of these turns with the row's tools and label. Raises RowError for turns in no order, or without a last
-    answer."""
-    reject_media(row)
+    """A Sample of these turns with the row's media, tools and label. Raises RowError for turns in no order, or without
+    a last answer, and for media that do not fit their tags."""
+    messages = attach(row, messages)
     check_order(messages)
     if rejected:
+        rejected = attach(row, rejected)
         check_order(rejected)
     label = row.get("label")
     return Sample(
@@ -156,7 +158,7 @@ def required(value: Any, name: str) -> str:
 
 def system_turn(row: dict[str, Any]) -> list[Message]:
     """The row's own system message, in a list, or an empty list."""
-    system = _content(row.get("system"), "system")
+    system, _ = _content(row.get("system"), "system")
     return [Message("system", system)] if system.strip() else []
 
 
@@ -170,9 +172,9 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
 
 def reject_media(row: dict[str, Any]) -> None:
     """Raises RowError for images, audio and video: dropping them would train on an answer to nothing."""
-    for name in _MEDIA:
+    for name in COLUMNS:
         if row.get(name):
-            raise RowError(f"has `{name}`, and only text is trained on")
+            raise RowError(f"has `{name}`, and as plain text only text is trained on")
 
 
 def from_json(value: Any, name: str) -> Any:
@@ -200,7 +202,7 @@ def _turn(turn: Any, number: int) -> Iterable[Message]:
     if not isinstance(role, str) or role.lower() not in _ROLES:
         raise RowError(f"turn {number} has the role {role!r}; known are {', '.join(sorted(_ROLES))}")
     name = "value" if turn.get("content") is None and "value" in turn else "content"
-    content = _content(turn.get(name), f"{name} of turn {number}")
+    content, media = _content(turn.get(name), f"{name} of turn {number}")
     loss = _loss(turn, number, answers=_ROLES[role.lower()] in ("assistant", "tool_call"))
     thought = _reasoning(turn, number, _ROLES[role.lower()])
     calls = turn.get("tool_calls") or []
@@ -208,19 +210,33 @@ def _turn(turn: Any, number: int) -> Iterable[Message]:
         calls, content = from_json(content, f"{name} of turn {number}"), ""
         calls = calls if isinstance(calls, list) else [calls]
     elif content.strip() or not calls:
-        yield Message(_ROLES[role.lower()], content, loss, thought)
+        yield Message(_ROLES[role.lower()], content, loss, thought, media)
         thought = ""
     for place, call in enumerate(calls):
         yield Message("tool_call", _call(call, number), loss, "" if place else thought)
 
 
-def _content(value: Any, name: str) -> str:
-    """The text of a message; OpenAI also writes it as a list of typed parts."""
+def _content(value: Any, name: str) -> tuple[str, tuple[Medium, ...]]:
+    """The text of a message, with marks where its media stand; OpenAI also writes it as a list of typed parts."""
     if not isinstance(value, list):
-        return text(value, name)
-    if any(not isinstance(part, dict) or part.get("type") != "text" for part in value):
-        raise RowError(f"`{name}` has parts that are not text")
-    return "".join(text(part.get("text"), name) for part in value)
+        return _unmarked(text(value, name), name), ()
+    pieces, media = [], []
+    for part in value:
+        medium = part_medium(part, name) if isinstance(part, dict) else None
+        if medium is not None:
+            pieces.append(MARKS[medium.kind])
+            media.append(medium)
+        elif isinstance(part, dict) and part.get("type") in ("text", "input_text", "output_text"):
+            pieces.append(_unmarked(text(part.get("text"), name), name))
+        else:
+            raise RowError(f"`{name}` has a part that is neither text nor an image, audio or video")
+    return "".join(pieces), tuple(media)
+
+
+def _unmarked(found: str, name: str) -> str:
+    if any(mark in found for mark in MARKS.values()):
+        raise RowError(f"`{name}` has a character of Unicode's private use area that stands for media here")
+    return found
 
 
 def _loss(turn: dict[str, Any], number: int, *, answers: bool) -> float | None:

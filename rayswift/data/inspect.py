@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 from rayswift.config.job import DataSource
 from rayswift.data.detect import detect, load_format, normalise, renamed
 from rayswift.data.formats import RowError
+from rayswift.data.media import KINDS
 from rayswift.data.quarantine import describe
 from rayswift.data.sources import FileIndex, RawRow, bad_row, read_rows
-from rayswift.data.types import BadRow
+from rayswift.data.types import BadRow, MediaKind
 from rayswift.errors import ConfigError, DataError
 
 PREFLIGHT_ROWS = 100
@@ -28,6 +30,21 @@ def preflight(
         _preflight_source(source, [file for file in files if file.source == number], f"{path}.{number}")
         for number, source in enumerate(sources)
     )
+
+
+def media_kinds(
+    sources: Sequence[DataSource], files: Sequence[FileIndex], formats: Sequence[str]
+) -> tuple[MediaKind, ...]:
+    """The kinds of media that the first 100 rows of the sources have."""
+    found: set[MediaKind] = set()
+    for number, (source, name) in enumerate(zip(sources, formats, strict=True)):
+        own = [file for file in files if file.source == number]
+        for _, (_, _, row) in islice(_first_rows(own), PREFLIGHT_ROWS):
+            with suppress(RowError):
+                found |= (
+                    {medium.kind for medium in normalise(row, name, source).media} if isinstance(row, dict) else set()
+                )
+    return tuple(kind for kind in KINDS if kind in found)
 
 
 def _preflight_source(source: DataSource, files: Sequence[FileIndex], place: str) -> str:

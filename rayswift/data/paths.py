@@ -59,6 +59,18 @@ def file_name(path: str) -> str:
     return path.split("::")[_named_link(path)]
 
 
+def folder_of(path: str) -> str:
+    """The folder or URL that a file lies in."""
+    return path.rpartition("/")[0] or "."
+
+
+def size_of(path: str) -> int | None:
+    """The size of a file in bytes, None where its file system does not tell. Raises FileNotFoundError."""
+    filesystem, name = _filesystem(path)
+    size = filesystem.info(name).get("size")
+    return None if size is None else int(size)
+
+
 def open_file(path: str) -> IO[bytes]:
     """The file, opened for reading bytes."""
     filesystem, name = _filesystem(path)

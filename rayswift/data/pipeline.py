@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import DataContext, DataIterator, Dataset, ExecutionResources
+from ray.data import ActorPoolStrategy, DataContext, DataIterator, Dataset, ExecutionResources
 
 from rayswift.data.blocks import chunk_from, chunks_left
 from rayswift.data.ledger import Ledger
 from rayswift.data.prepare import SCHEMA
 from rayswift.data.stream import StreamPlan
+from rayswift.training.media import media_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,15 +45,15 @@ def stream_dataset(
     before the dataset is read. A tokenizer that cannot be used raises in the first task, not here.
     """
     chunks = chunks_left(plan, ledger)
-
-    def prepare(batch: dict[str, np.ndarray]) -> pa.Table:
-        tokenizer = _tokenizer(tokenizer_path)
-        tables = [chunk_from(plan, chunks.start + int(i), tokenizer, ledger) for i in batch["id"]]
-        return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-
+    work: dict[str, Any] = {"fn": _prepared, "concurrency": num_workers}
+    if plan.settings.media_kinds:
+        work = {"fn": _MediaActor, "compute": ActorPoolStrategy(min_size=1, max_size=num_workers or _num_actors())}
     with DataContext.current(_context()):
         dataset = ray.data.range(len(chunks), override_num_blocks=max(1, min(len(chunks), _MAX_TASKS)))
-        dataset = dataset.map_batches(prepare, batch_size=1, batch_format="numpy", concurrency=num_workers)
+        dataset = dataset.map_batches(
+            work.pop("fn"), batch_size=1, batch_format="numpy", **work,
+            fn_kwargs={"plan": plan, "tokenizer_path": tokenizer_path, "ledger": ledger, "first": chunks.start},
+        )  # fmt: skip
         return dataset.repartition(target_num_rows_per_block=global_batch_size // data_size, strict=True)
 
 
@@ -79,6 +80,28 @@ def split_stream(
         num_workers=num_workers,
     )
     return list(dataset.streaming_split(data_size, equal=False))
+
+
+def _prepared(
+    batch: dict[str, np.ndarray], plan: StreamPlan, tokenizer_path: str, ledger: Ledger, first: int
+) -> pa.Table:
+    """The chunks of a batch. A task: a worker process keeps its tokenizer, and starting none is faster for text."""
+    tokenizer, media = _tokenizer(tokenizer_path), media_encoder(tokenizer_path, plan.settings)
+    tables = [chunk_from(plan, first + int(i), tokenizer, ledger, media) for i in batch["id"]]
+    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+
+class _MediaActor:
+    """Decodes and encodes media beside the training workers: an actor, which keeps processor and model config."""
+
+    def __call__(self, batch: dict[str, np.ndarray], **given: Any) -> pa.Table:
+        """As `_prepared`."""
+        return _prepared(batch, **given)
+
+
+def _num_actors() -> int:
+    """One for each CPU that the cluster has to spare, at least one."""
+    return max(1, int(ray.available_resources().get("CPU", 1.0)))
 
 
 def _context() -> Any:

@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from safetensors.numpy import save
 
 from rayswift.data.detect import normalise
 from rayswift.data.formats import RowError, UnusedRow
+from rayswift.data.mixing import ChunkPart
 from rayswift.data.packing import pack
 from rayswift.data.sources import RawRow, bad_row, read_rows
-from rayswift.data.stream import ChunkPart, ChunkSpec, StreamPlan
+from rayswift.data.stream import ChunkSpec, StreamPlan
 from rayswift.data.tokenize import encode
 from rayswift.data.types import BadRow, Example, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rayswift.data.media.encoder import Encoded, MediaEncoder
 
 SCHEMA = pa.schema(
     [
@@ -39,11 +43,15 @@ SCHEMA = pa.schema(
         ("visited", pa.int32()),
         ("bad", pa.list_(pa.string())),
         ("bad_rows", pa.list_(pa.int64())),
+        ("media", pa.list_(pa.binary())),
+        ("rope", pa.list_(pa.int32())),
     ]
 )
 """One row per sequence. `lengths`, `rows` and `cut` (was truncated) have an entry per document; `num_sequences` is the
 chunk's, so that the place after its last sequence is known to be the next chunk. `visited` shares the chunk's rows, bad
-ones included, among its sequences; `bad` holds the chunk's BadRows as JSON and `bad_rows` their keys, on its first."""
+ones included, among its sequences; `bad` holds the chunk's BadRows as JSON and `bad_rows` their keys, on its first.
+`media` has the features of each medium as safetensors, `rope` the rope positions [A, T] of a model with several axes,
+row by row, else null."""
 
 _FILE_BITS = 40
 
@@ -60,14 +68,16 @@ class _Row:
         return self.file << _FILE_BITS | self.raw[0]
 
 
-def prepare_chunk(plan: StreamPlan, index: int, tokenizer: PreTrainedTokenizerBase) -> pa.Table:
-    """The sequences of chunk `index`, as `SCHEMA` says.
+def prepare_chunk(
+    plan: StreamPlan, index: int, tokenizer: PreTrainedTokenizerBase, media: MediaEncoder | None = None
+) -> pa.Table:
+    """The sequences of chunk `index`, as `SCHEMA` says. `media` is needed where the rows of the plan have any.
 
     A chunk without a usable row gives one empty sequence, which carries its bad rows to the quarantine.
     """
     chunk = plan.chunk(index)
     rows = _rows(plan, chunk)
-    documents, bad = _documents(plan, rows, tokenizer)
+    documents, bad = _documents(plan, rows, tokenizer, media)
     bins = _bins(plan, chunk, [len(example.input_ids) for _, example in documents]) or [[]]
     return _table(chunk, len(rows), [[documents[i] for i in one] for one in bins], bad)
 
@@ -91,10 +101,11 @@ def _part_rows(plan: StreamPlan, chunk: ChunkSpec, part: ChunkPart) -> Iterator[
 
 
 def _documents(
-    plan: StreamPlan, rows: Sequence[_Row], tokenizer: PreTrainedTokenizerBase
+    plan: StreamPlan, rows: Sequence[_Row], tokenizer: PreTrainedTokenizerBase, media: MediaEncoder | None
 ) -> tuple[list[tuple[int, Example]], list[tuple[int, BadRow]]]:
     """(key, Example) of all documents in row order, and (key, reason) of the rows that gave none."""
-    outcomes: list[Sample | BadRow] = [_normalised(plan, row) for row in rows]
+    read = [_read(plan, row, media) for row in rows]
+    outcomes = [one if isinstance(one, BadRow) else one[0] for one in read]
     settings = plan.settings
     encoded = iter(
         encode(
@@ -104,6 +115,8 @@ def _documents(
             rendering=settings.rendering,
             truncation=settings.truncation,
             loss=settings.loss,
+            media=media,
+            encoded=[one[1] for one in read if not isinstance(one, BadRow)],
         )
     )
     documents: list[tuple[int, Example]] = []
@@ -117,13 +130,20 @@ def _documents(
     return documents, bad
 
 
-def _normalised(plan: StreamPlan, row: _Row) -> Sample | BadRow:
+def _read(plan: StreamPlan, row: _Row, media: MediaEncoder | None) -> tuple[Sample, tuple[Encoded, ...]] | BadRow:
+    """The row as a Sample with its media encoded, or why there is none."""
     value = row.raw[2]
     if isinstance(value, BadRow):
         return value
-    source = plan.files[row.file].source
+    file = plan.files[row.file]
     try:
-        return normalise(value, plan.formats[source], plan.sources[source])
+        sample = normalise(value, plan.formats[file.source], plan.sources[file.source])
+        for medium in sample.media:
+            if medium.kind not in plan.settings.media_kinds:
+                raise RowError(f"has {medium.kind}, which no row had that was looked at: name it in data.media.kinds")
+        if sample.media and media is None:
+            raise RowError("has media, and the model takes only text")
+        return sample, media.encode(sample, file.path) if media is not None else ()
     except RowError as error:
         return _bad(plan, row, error)
 
@@ -162,8 +182,15 @@ def _table(
         "visited": [num_rows * (i + 1) // count - num_rows * i // count for i in range(count)],
         "bad": [[row.to_json() for _, row in bad], *nothing],
         "bad_rows": [[key for key, _ in bad], *nothing],
+        "media": [[save(features) for _, example in one for features in example.media] for one in sequences],
+        "rope": [_rope([example for _, example in one]) for one in sequences],
     }
     return pa.table(columns, schema=SCHEMA)
+
+
+def _rope(examples: Sequence[Example]) -> np.ndarray | None:
+    parts = [example.rope_AT for example in examples if example.rope_AT is not None]
+    return np.concatenate(parts, axis=1).astype(np.int32).reshape(-1) if parts else None
 
 
 def _concatenated(parts: list[list[Any]], dtype: type) -> np.ndarray:

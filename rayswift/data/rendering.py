@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from rayswift.data.media.encoder import Encoded
+
 Rendering = Literal["text", "chat"]
 
 
@@ -43,6 +45,8 @@ class Rendered:
 
     segments: tuple[Segment, ...]
     add_special_tokens: bool = False
+    media: tuple[Encoded, ...] = ()
+    """What stands in place of its placeholders, in order."""
 
     @property
     def text(self) -> str:

@@ -2,7 +2,7 @@
 
 An epoch is a seeded permutation of spans, cut into chunks of about `chunk_rows` rows. The chunks of all epochs
 are numbered through, so a place in training is a chunk and a sequence, and a resume reads nothing before it.
-How many rows an epoch has of each source is said by `quotas`.
+How many rows an epoch has of each source is said by `mixing`.
 """
 
 from __future__ import annotations
@@ -10,24 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from rayswift.config.job import DataSource, DataSpec
+from rayswift.config.job import DataSource, DataSpec, MediaSpec
 from rayswift.data.ledger import END, Ledger
 from rayswift.data.loss_rule import LossRule, rule_of
+from rayswift.data.mixing import ChunkPart, Stopping, blended, exactly, quotas, weighted
 from rayswift.data.rendering import Rendering
 from rayswift.data.sources import FileIndex
 from rayswift.data.tokenize import Truncation
+from rayswift.data.types import MediaKind
 
 CHUNK_BYTES = 32 << 20
 """A chunk is cut before it holds more bytes than this, however few rows that is."""
-Stopping = Literal["weights", "first_exhausted", "all_exhausted"]
+MEDIA_CHUNK_ROWS = 64
+"""The most rows of a chunk whose rows have images, audio or video."""
 FIRST_CHUNK_ROWS = 256
 """The first chunk of a long run is small, so that the first step does not wait for thousands of rows."""
 
@@ -45,17 +47,9 @@ class StreamSettings:
     rendering: Rendering
     loss: LossRule
     stopping: Stopping = "weights"
-
-
-@dataclass(frozen=True)
-class ChunkPart:
-    """Some rows of a span: rows `first` to `first + size` of it, of which a seeded `num_rows` are taken."""
-
-    file: int
-    span: int
-    first: int
-    size: int
-    num_rows: int
+    media: MediaSpec = field(default_factory=MediaSpec)
+    media_kinds: tuple[MediaKind, ...] = ()
+    """The kinds of media that rows may have: each micro-batch has some of each."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,7 @@ class StreamPlan:
             "formats": self.formats,
             "settings": asdict(self.settings),
         }
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(plain, sort_keys=True, default=_plain).encode()).hexdigest()
 
     def chunk(self, index: int) -> ChunkSpec:
         """Chunk `index` of the stream. Raises IndexError outside 0 to `num_chunks - 1`."""
@@ -131,7 +125,7 @@ class StreamPlan:
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields only: what is derived from them is cheap to derive again, and larger to send."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @cached_property
     def _parts(self) -> tuple[ChunkPart, ...]:
@@ -139,12 +133,12 @@ class StreamPlan:
             return tuple(
                 part
                 for number, source in enumerate(self.sources)
-                for part in _weighted(list(self._pieces(number)), source.weight)
+                for part in weighted(list(self._pieces(number)), source.weight)
             )
         pieces = [list(self._pieces(number)) for number in range(len(self.sources))]
         sizes = [sum(piece.size for piece in own) for own in pieces]
         wanted = quotas(sizes, [source.weight for source in self.sources], self.settings.stopping)
-        return _blended([list(_exactly(own, quota)) for own, quota in zip(pieces, wanted, strict=True)])
+        return blended([list(exactly(own, quota)) for own, quota in zip(pieces, wanted, strict=True)])
 
     def _pieces(self, source: int) -> Iterator[ChunkPart]:
         """The spans of a source; one that is longer than a chunk is visited in several parts."""
@@ -200,8 +194,11 @@ def plan_stream(
     rendering: Rendering,
     epochs: int,
     seed: int,
+    media_kinds: Sequence[MediaKind] = (),
 ) -> StreamPlan:
     """The stream over the indexed files of `sources`, whose rows have the given `formats` (see `inspect.preflight`).
+
+    A chunk of rows with media is smaller: it is held in memory with all its pictures.
 
     Raises ConfigError for a `data.loss` that means nothing here.
     """
@@ -211,71 +208,19 @@ def plan_stream(
         packing=data.packing,
         truncation=data.truncation,
         shuffle=data.shuffle,
-        chunk_rows=data.chunk_rows,
+        chunk_rows=min(data.chunk_rows, MEDIA_CHUNK_ROWS) if media_kinds else data.chunk_rows,
         rendering=rendering,
         loss=rule_of(data, everything=rendering == "text"),
         stopping=data.mixing.stopping,
+        media=data.media,
+        media_kinds=tuple(media_kinds),
     )
     return StreamPlan(tuple(files), tuple(sources), tuple(formats), settings, epochs)
 
 
-def quotas(num_rows: Sequence[int], weights: Sequence[float], stopping: Stopping) -> list[int]:
-    """Rows that an epoch visits of each source, which has `num_rows` rows and a weight.
-
-    Under `weights` a source is visited `weight` times. Otherwise the quotas are to one another as the weights are, cut
-    down to whole rows: `first_exhausted` scales them so that one source is visited exactly once and none more often,
-    `all_exhausted` so that one is visited exactly once and none less often. That is what `interleave_datasets` of
-    Hugging Face's datasets comes to, where weights are its `probabilities`; here the counts are exact, not drawn.
-    """
-    exact = [Fraction(repr(float(weight))) for weight in weights]  # 0.7 is seven tenths, not the binary next to it
-    lengths = [n / weight for n, weight in zip(num_rows, exact, strict=True) if n]
-    if stopping == "weights" or not lengths:
-        return [n * int(w) + _upto(w - int(w))(n) for n, w in zip(num_rows, weights, strict=True)]
-    length = min(lengths) if stopping == "first_exhausted" else max(lengths)
-    return [int(weight * length) if n else 0 for n, weight in zip(num_rows, exact, strict=True)]
-
-
-def _weighted(pieces: list[ChunkPart], weight: float) -> Iterator[ChunkPart]:
-    """Every piece `int(weight)` times, and once more with the fraction of its rows."""
-    return _repeated(pieces, int(weight), _upto(weight - int(weight)))
-
-
-def _exactly(pieces: list[ChunkPart], num_rows: int) -> Iterator[ChunkPart]:
-    """The pieces as often as they fit into `num_rows` rows, and once more with what is left spread over them."""
-    size = sum(piece.size for piece in pieces) or 1
-    copies, left = divmod(num_rows, size)
-    return _repeated(pieces, copies, lambda rows: rows * left // size)
-
-
-def _upto(fraction: float) -> Callable[[int], int]:
-    return lambda rows: int(rows * fraction + 1e-9)
-
-
-def _repeated(pieces: list[ChunkPart], copies: int, upto: Callable[[int], int]) -> Iterator[ChunkPart]:
-    """Every piece `copies` times, and once more with those of its rows that `upto` counts among the first so many.
-
-    Counting along the source, an epoch has the same number of rows whatever the order.
-    """
-    for _ in range(copies):
-        yield from pieces
-    before = 0
-    for piece in pieces:
-        after = before + piece.size
-        num_rows = upto(after) - upto(before)
-        if num_rows:
-            yield ChunkPart(piece.file, piece.span, piece.first, piece.size, num_rows)
-        before = after
-
-
-def _blended(sources: Sequence[Sequence[ChunkPart]]) -> tuple[ChunkPart, ...]:
-    """The parts of all sources, each source spread evenly over the whole: so they stay if nothing shuffles them."""
-    placed = []
-    for number, parts in enumerate(sources):
-        total, before = sum(part.num_rows for part in parts), 0
-        for part in parts:
-            placed.append(((before + part.num_rows / 2) / total, number, part))
-            before += part.num_rows
-    return tuple(part for _, _, part in sorted(placed, key=lambda one: one[:2]))
+def _plain(spec: MediaSpec) -> dict[str, Any]:
+    """What of a MediaSpec decides the content of the stream: not where a machine keeps its files."""
+    return spec.model_dump(mode="json", exclude={"folder", "kinds"})
 
 
 def _cuts(costs: np.ndarray, first: float) -> list[int]:

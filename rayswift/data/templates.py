@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from rayswift.data.formats import RowError
+from rayswift.data.media.parts import with_parts
 from rayswift.data.types import Sample
 from rayswift.errors import ConfigError
 
@@ -42,6 +43,7 @@ def chat_text(
     Arguments of tool calls are objects, as transformers documents them, and JSON texts, as in OpenAI's API, for a
     template that joins them as texts (DeepSeek's).
     """
+    chat = with_parts(tokenizer, chat)
     settings: Any = {"tools": list(tools) or None, "tokenize": False, "add_generation_prompt": generation_prompt}
     return str(_as_it_takes_calls(chat, lambda given: tokenizer.apply_chat_template(given, **settings)))
 

@@ -7,23 +7,44 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+
+MediaKind = Literal["image", "audio", "video"]
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An image, a sound or a video: the path, URL or data URI of a file, or its bytes."""
+
+    kind: MediaKind
+    source: str | bytes
+
+
+NUM_PLACEHOLDERS = "num_placeholders"
+"""Kept among the features, and no argument of the model: how many tokens of its input they fill."""
+Features = dict[str, np.ndarray]
+"""What a model reads of a medium, by the name of its forward's argument; the first axis counts items or patches."""
 
 
 @dataclass(frozen=True)
 class Message:
     """One turn. `loss` is what each of its tokens counts in the loss, 0 for nothing; None leaves it to the role.
 
-    `reasoning_content` is what an assistant thought before `content`.
+    `reasoning_content` is what an assistant thought before `content`. `media` are in the order of their marks in
+    `content`, kind by kind (`rayswift.data.media`).
     """
 
     role: str
     content: str
     loss: float | None = None
     reasoning_content: str = ""
+    media: tuple[Medium, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,11 @@ class Sample:
     def __post_init__(self) -> None:
         assert bool(self.messages) != (self.text is not None), "a Sample is a conversation or a text"
 
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """All media of the conversation, turn by turn."""
+        return tuple(medium for message in self.messages for medium in message.media)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -51,6 +77,10 @@ class Example:
     input_ids: list[int]
     loss_mask: list[float]
     """Numbers: 0, 1, or the weight that a row gives a message."""
+    media: tuple[Features, ...] = ()
+    """The features that fill its placeholders, in order."""
+    rope_AT: np.ndarray | None = None
+    """Rope positions on each axis of a model that has several; None for plain positions."""
     cut: bool = False
     """Whether tokens of the row were thrown away because it was too long."""
 
@@ -96,6 +126,10 @@ class PackedBatch:
     position_ids_BT: torch.Tensor
     targets_BT: torch.Tensor
     weights_BT: torch.Tensor
+    rope_ABT: torch.Tensor | None = None
+    """Rope positions on each of several axes, int64; None where the model has plain positions."""
+    media: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Features of all media, row by row, by the name of the model's argument."""
 
 
 @dataclass(frozen=True)

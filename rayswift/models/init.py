@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import ConfigError
-from rayswift.models.loading import load_config, load_tokenizer, quiet_progress
+from rayswift.models.loading import auto_class, load_config, load_tokenizer, quiet_progress
 from rayswift.models.shapes import Sizes, build_config, config_class, field_of
 from rayswift.models.staging import is_empty_folder, staged_folder
 from rayswift.models.tokenizer import train_tokenizer
@@ -88,12 +88,12 @@ def random_model(config: PretrainedConfig, *, seed: int, dtype: str = "float32")
     Raises ConfigError for a config whose model cannot be built or cannot run.
     """
     import torch
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import PreTrainedModel
 
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = auto_class(config).from_config(config, dtype=torch.float32)
         assert isinstance(model, PreTrainedModel)
         with torch.no_grad():  # sizes that clash, such as more experts per token than experts, only show when it runs
             ids_BT = torch.arange(min(8, config.vocab_size))[None]

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,8 @@ def load_config(path: str, *, field: str = "model.path") -> PretrainedConfig:
 
     folder = local_folder(path, weights=False, field=field)
     check_sizes(read_json(folder / "config.json", field=field), path, field=field)
-    with _refusals_named(path, field):
+    _register_parts()
+    with refusals_named(path, field):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     assert isinstance(config, PretrainedConfig)
     return config
@@ -125,27 +127,27 @@ def load_tokenizer(path: str, *, field: str = "model.path") -> PreTrainedTokeniz
 
     folder = local_folder(path, weights=False, field=field)
     check_tokenizer(folder, field=field)
-    with _refusals_named(path, field):
+    with refusals_named(path, field):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
 
 def load_model(spec: ModelSpec, *, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-    """The causal language model of `spec`, on the CPU in `dtype` (None: as stored), with `use_cache` off.
+    """The language model of `spec`, with its towers if any, on the CPU in `dtype` (None: as stored), without cache.
 
     With a cache the packed documents of a sequence would see each other. `spec.quantization` packs all linear layers
     but the head into 4 bits. Only safetensors are read and no code of the folder is run. Raises ConfigError when a
     weight is missing, which transformers alone would make up at random, and when the weights have layers that the
     config has not, which it would leave out.
     """
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import PreTrainedModel
 
     folder = local_folder(spec.path)
     check_weights(folder)
     config = load_config(str(folder))
-    with _refusals_named(spec.path, "model.path"), quiet_progress():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+    with refusals_named(spec.path, "model.path"), quiet_progress():
+        loaded: Any = auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype or "auto",
@@ -167,7 +169,7 @@ def load_model(spec: ModelSpec, *, dtype: torch.dtype | str | None = None) -> Pr
             value=spec.path,
             fix="copy the whole folder again",
         )
-    model.config.use_cache = False
+    _without_cache(model)
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -175,17 +177,41 @@ def load_model(spec: ModelSpec, *, dtype: torch.dtype | str | None = None) -> Pr
 def shape_model(spec: ModelSpec, *, dtype: torch.dtype) -> PreTrainedModel:
     """The model that `load_model` gives, its parameters shapes without values; buffers are real. Reads no weights."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import PreTrainedModel
 
     folder = local_folder(spec.path, weights=False)
     config = load_config(str(folder))
     attention = attention_of(spec.attention, config)
-    with _refusals_named(spec.path, "model.path"), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    with refusals_named(spec.path, "model.path"), init_empty_weights(include_buffers=False):
+        model = auto_class(config).from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()  # each name got a parameter of its own
-    model.config.use_cache = False
+    _without_cache(model)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """transformers' auto class for a model: with its towers where it takes more than text, else a causal one."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    _register_parts()
+    return AutoModelForMultimodalLM if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
+
+
+@cache
+def _register_parts() -> None:
+    """Models that transformers has as a part of another only: what of an omni model is trained is its thinker."""
+    from transformers import AutoConfig, AutoModelForMultimodalLM, Qwen2_5OmniThinkerConfig
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
+
+    AutoConfig.register("qwen2_5_omni_thinker", Qwen2_5OmniThinkerConfig, exist_ok=True)
+    AutoModelForMultimodalLM.register(Qwen2_5OmniThinkerConfig, Thinker, exist_ok=True)
+
+
+def _without_cache(model: PreTrainedModel) -> None:
+    for config in (model.config, model.config.get_text_config()):
+        config.use_cache = False
 
 
 def attention_of(asked: str, config: PretrainedConfig) -> str:
@@ -193,10 +219,8 @@ def attention_of(asked: str, config: PretrainedConfig) -> str:
 
     Any other choice is kept, so that transformers refuses one that cannot be.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     default: str = ModelSpec.model_fields["attention"].default
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class = auto_class(config)._model_mapping.get(type(config), None)
     return "eager" if asked == default and getattr(model_class, "_supports_sdpa", True) is False else asked
 
 
@@ -237,7 +261,7 @@ def _place(key: str) -> tuple[str, int] | None:
 
 
 @contextmanager
-def _refusals_named(path: str, field: str) -> Iterator[None]:
+def refusals_named(path: str, field: str) -> Iterator[None]:
     """Turns what transformers raises for a folder it cannot load into a ConfigError with its first line."""
     from huggingface_hub.errors import StrictDataclassError
 

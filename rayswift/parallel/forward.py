@@ -24,7 +24,9 @@ def batch_logprobs(
     """
     length = batch.input_ids_BT.shape[1]
     if context is None:
-        logits_BTV = model(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits
+        logits_BTV = model(
+            input_ids=batch.input_ids_BT, position_ids=_positions(batch), use_cache=False, **batch.media
+        ).logits
         return token_logprobs(logits_BTV, batch.targets_BT, vocabulary)
     batch = pad_to(batch, context.size())
     part = ContextPart(context, batch.position_ids_BT)
@@ -36,11 +38,27 @@ def batch_logprobs(
     return part.join(token_logprobs(logits_BtV, part.cut(batch.targets_BT), vocabulary))[:, :length]
 
 
+def _positions(batch: PackedBatch) -> torch.Tensor:
+    """[B, T]; for several rope axes [1 + A, B, T], the first of which tells the documents of a sequence apart."""
+    if batch.rope_ABT is None:
+        return batch.position_ids_BT
+    return torch.cat([batch.position_ids_BT[None], batch.rope_ABT])
+
+
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     """The batch on a device."""
     if device.type == "cpu":
         return batch
-    return type(batch)(**{f.name: getattr(batch, f.name).to(device, non_blocking=True) for f in fields(batch)})
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: moved(one) for name, one in value.items()}
+        return None if value is None else value.to(device, non_blocking=True)
+
+    return type(batch)(**{f.name: moved(getattr(batch, f.name)) for f in fields(batch)})
+
+
+_ROWS = ("input_ids_BT", "position_ids_BT", "targets_BT", "weights_BT")
 
 
 def alike(batches: Sequence[PackedBatch], *, count: int, multiple_of: int = 1) -> list[PackedBatch]:
@@ -58,7 +76,9 @@ def _grown(batch: PackedBatch, rows: int, length: int) -> PackedBatch:
     missing = rows - batch.input_ids_BT.shape[0]
     if not missing:
         return batch
-    parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    grown = {name: torch.cat([part, torch.zeros_like(part[:1]).expand(missing, -1)]) for name, part in parts.items()}
+    parts: dict[str, Any] = {name: getattr(batch, name) for name in _ROWS}
+    grown: dict[str, Any] = {
+        name: torch.cat([part, torch.zeros_like(part[:1]).expand(missing, -1)]) for name, part in parts.items()
+    }
     grown["position_ids_BT"][-missing:] = torch.arange(length, device=grown["position_ids_BT"].device)
     return PackedBatch(**grown)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pyarrow as pa
 import torch
 
 from rayswift.config.job import Job
 from rayswift.data.blocks import local_blocks, step_inputs
+from rayswift.data.collate import Filler
 from rayswift.data.ledger import Ledger
+from rayswift.data.media import KINDS
 from rayswift.data.quarantine import Quarantine
 from rayswift.data.types import StepInput
 from rayswift.errors import CheckpointError, DataError
@@ -29,6 +32,7 @@ from rayswift.training.evaluate import Evaluator
 from rayswift.training.hooks import RunHooks
 from rayswift.training.lock import sole_writer
 from rayswift.training.loop import train
+from rayswift.training.media import media_encoder, media_filler
 from rayswift.training.metrics import RunLog
 from rayswift.training.order import WorkOrder
 from rayswift.training.prefetch import Prefetched
@@ -108,6 +112,7 @@ def local_open(order: WorkOrder, seat: Seat, ledger: Ledger) -> Callable[[], Ite
         data_size=seat.data_size,
         global_batch_size=order.job.train.global_batch_size,
         ledger=ledger,
+        media=media_encoder(order.job.model.path, order.train_stream.settings),
     )
 
 
@@ -178,7 +183,16 @@ def _step_inputs(order: WorkOrder, blocks: Iterable[pa.Table]) -> Iterator[StepI
         sequences_per_step=train.global_batch_size // order.plan.layout.data_size,
         micro_batch_size=train.micro_batch_size,
         pad_id=0,
+        filler=_filler(order),
     )
+
+
+def _filler(order: WorkOrder) -> Filler | None:
+    """What keeps every rank in every tower of the model: the same for rows trained on and held out."""
+    streams = [order.train_stream, *([order.eval_stream] if order.eval_stream is not None else [])]
+    kinds = tuple(kind for kind in KINDS if any(kind in stream.settings.media_kinds for stream in streams))
+    settings = replace(order.train_stream.settings, media_kinds=kinds)
+    return media_filler(media_encoder(order.job.model.path, settings), kinds)
 
 
 def _evaluator(order: WorkOrder, engine: Engine, method: Method) -> Evaluator | None:
@@ -197,6 +211,7 @@ def _evaluator(order: WorkOrder, engine: Engine, method: Method) -> Evaluator | 
             data_size=engine.data_size,
             global_batch_size=order.job.train.global_batch_size,
             ledger=Ledger.start(stream.fingerprint),
+            media=media_encoder(order.job.model.path, stream.settings),
         )
         shares = _step_inputs(order, blocks)
         while engine.sum_over_data([(share := next(shares)).num_sequences])[0]:

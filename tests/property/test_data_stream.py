@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayswift.config.job import DataSource, DataSpec, MixingSpec
+from rayswift.data.mixing import quotas
 from rayswift.data.sources import FileIndex, Span
-from rayswift.data.stream import StreamPlan, plan_stream, quotas
+from rayswift.data.stream import StreamPlan, plan_stream
 
 
 def file_of(source: int, num_rows: int, span_rows: int = 16) -> FileIndex:

@@ -69,7 +69,10 @@ def test_several_calls_and_the_loss_of_the_turn() -> None:
         ([said(CALL, role="user")], "turn 1 is user and has a part of type 'tool_use'"),
         ([QUESTION, said({"type": "thinking"}, text("12"))], "turn 2 has a thought that is not text"),
         ([QUESTION, said({"type": "tool_use", "input": {}})], "turn 2 has a tool call without a name"),
-        ([QUESTION, said(CALL), answered([{"type": "image"}]), said(text("12"))], "parts that are not text"),
+        (
+            [QUESTION, said(CALL), answered([{"type": "image"}]), said(text("12"))],
+            "1 places for images (<image>) and 0 images",
+        ),
     ],
 )
 def test_what_has_no_place_is_refused(messages: list[Any], reason: str) -> None:

@@ -88,7 +88,8 @@ def test_a_file_elsewhere_is_where_it_says(tmp_path: Path, name: str) -> None:
 
 def test_media_that_an_entry_does_not_list_are_not_left_out(tmp_path: Path) -> None:
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "images": ["x.jpg"]}]
-    assert "has `images`" in str(samples(source_of(tmp_path, {}, rows))[1])
+    (medium,) = samples(source_of(tmp_path, {}, rows))[1].media
+    assert (medium.kind, medium.source) == ("image", "x.jpg")
 
 
 def test_expanding_twice_changes_nothing(tmp_path: Path) -> None:

@@ -110,7 +110,12 @@ def test_every_format_has_a_good_row_here() -> None:
         ("alpaca", {"instruction": "a"}, "`output` is missing"),
         ("alpaca", {"instruction": 3, "output": "x"}, "`instruction` is a number, not text"),
         ("alpaca", {"instruction": "a", "output": "x", "history": ["q"]}, "not a list of [question, answer] pairs"),
-        ("alpaca", {"instruction": "a", "output": "x", "images": ["p.png"]}, "has `images`, and only text"),
+        (
+            "alpaca",
+            {"instruction": "<image>a", "output": "x", "images": []},
+            "1 places for images (<image>) and 0 images",
+        ),
+        ("text", {"text": "a", "images": ["p.png"]}, "has `images`, and as plain text only text"),
         ("sharegpt", {"conversations": []}, "has no `conversations`"),
         ("sharegpt", {"conversations": "hello"}, "not the JSON of a list"),
         ("sharegpt", {"conversations": [{"from": "martian", "value": "x"}]}, "turn 1 has the role 'martian'"),
@@ -133,7 +138,7 @@ def test_every_format_has_a_good_row_here() -> None:
             {"messages": [{**TURNS[0], "reasoning_content": "x"}, TURNS[1]]},
             "turn 1 has `reasoning_content`",
         ),
-        ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts that are not text"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "has a part that is neither"),
         (
             "messages",
             {"messages": TURNS, "tools": [{"type": "function", "function": None}]},

@@ -10,7 +10,7 @@ import pytest
 
 from rayswift.config.job import DataSource
 from rayswift.data.ledger import END, Ledger
-from rayswift.data.stream import quotas
+from rayswift.data.mixing import quotas
 from tests.data_cases import pairs, plan_of, write_jsonl
 
 

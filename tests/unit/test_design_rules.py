@@ -37,12 +37,12 @@ THIRD_PARTY: dict[int, set[str]] = {
     2: set(),
     3: {
         "torch", "tokenizers", "transformers", "peft", "safetensors", "huggingface_hub", "jinja2", "numpy", "pyarrow",
-        "pandas", "fsspec", "accelerate",
+        "pandas", "fsspec", "accelerate", "PIL", "av",
     },
     4: {"deepspeed", "torchao"},
     5: {"matplotlib", "tensorboard", "tensorboardX", "wandb", "mlflow", "trackio", "vllm", "starlette"},
     6: {"ray", "fastapi"},
-    7: {"typer", "openai"},
+    7: {"typer", "openai", "sklearn"},
 }  # fmt: skip
 # Of one another they may import only rayswift.data.types.
 SIBLINGS = {"rayswift.data", "rayswift.models", "rayswift.methods"}

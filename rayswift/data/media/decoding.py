@@ -1,0 +1,147 @@
+"""From the bytes of a file to pixels and samples, with bounds that hold before memory is spent.
+
+Images through Pillow, audio and video through FFmpeg (PyAV): nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from rayswift.config.job import MediaSpec
+from rayswift.data.formats import RowError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Clip(list["Image"]):
+    """Frames of a video, evenly spread over its `duration` in seconds, and the second each is from."""
+
+    def __init__(self, frames: Sequence[Image], times: Sequence[float], duration: float) -> None:
+        super().__init__(frames)
+        self.times, self.duration = list(times), duration
+
+    @property
+    def fps(self) -> float:
+        """Kept frames per second."""
+        return len(self) / self.duration if self.duration > 0 else 1.0
+
+
+def decode_image(content: bytes, spec: MediaSpec) -> Image:
+    """The image in RGB, upright. Raises RowError for what is no image, damaged, or over `spec.max_pixels`."""
+    from PIL import Image, ImageOps
+
+    with _named("image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower bound is checked below
+        image = Image.open(io.BytesIO(content))
+        if image.width * image.height > spec.max_pixels:
+            raise RowError(
+                f"has an image of {image.width}x{image.height} pixels, over data.media.max_pixels={spec.max_pixels}"
+            )
+        upright = ImageOps.exif_transpose(image)
+        return _over_white(upright).convert("RGB")
+
+
+def _over_white(image: Image) -> Image:
+    """What is transparent becomes white: black letters on nothing would vanish."""
+    from PIL import Image
+
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+
+
+def decode_audio(content: bytes, rate: int, spec: MediaSpec) -> np.ndarray:
+    """Mono samples at `rate` Hz, float32 in [-1, 1], of a sound or of a video's sound track.
+
+    Raises RowError for what has no sound, is damaged, or lasts longer than `spec.max_audio_seconds`.
+    """
+    import av
+
+    parts: list[np.ndarray] = []
+    length = 0
+    with _named("audio"), av.open(io.BytesIO(content), "r", metadata_errors="ignore") as container:
+        if not container.streams.audio:
+            raise RowError("has an audio file without sound")
+        resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+        for frame in _flushed(container.decode(audio=0)):
+            for resampled in resampler.resample(frame):
+                parts.append(resampled.to_ndarray().reshape(-1))
+                length += len(parts[-1])
+            if length > spec.max_audio_seconds * rate:
+                raise RowError(f"has audio of more than data.media.max_audio_seconds={spec.max_audio_seconds:g}")
+    if not length:
+        raise RowError("has an audio file without sound")
+    return np.concatenate(parts).astype(np.float32, copy=False)
+
+
+def _flushed(frames: Iterator[Any]) -> Iterator[Any]:
+    yield from frames
+    yield None
+
+
+def decode_video(content: bytes, spec: MediaSpec) -> Clip:
+    """About `spec.video_fps` frames per second, at most `spec.max_frames`, evenly spread.
+
+    Raises RowError for what is no video, damaged, or of frames over `spec.max_pixels`.
+    """
+    import av
+
+    with _named("video"), av.open(io.BytesIO(content), "r", metadata_errors="ignore") as container:
+        if not container.streams.video:
+            raise RowError("has a video file without pictures")
+        stream = container.streams.video[0]
+        if stream.width * stream.height > spec.max_pixels:
+            raise RowError(
+                f"has a video of {stream.width}x{stream.height} pixels, over data.media.max_pixels={spec.max_pixels}"
+            )
+        duration = _duration(container, stream)
+        count = max(2, min(spec.max_frames, round(duration * spec.video_fps)))
+        step = duration / count
+        frames: list[Image] = []
+        times: list[float] = []
+        limit = round(duration * float(stream.average_rate or 30)) * 2 + 1000  # a header that lies ends somewhere
+        for number, frame in enumerate(islice(container.decode(video=0), limit)):
+            time = frame.time if frame.time is not None else number / float(stream.average_rate or 1)
+            if time + 1e-6 >= len(frames) * step:
+                frames.append(cast(Any, frame).to_image())
+                times.append(float(time))
+            if len(frames) == count:
+                break
+    if not frames:
+        raise RowError("has a video without a frame")
+    return Clip(frames, times, max(duration, times[-1]))
+
+
+def _duration(container: Any, stream: Any) -> float:
+    """Seconds, from the stream, the container, or the number of frames; one second where none of them says."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    if container.duration:
+        return float(container.duration) / 1e6
+    return float(stream.frames / stream.average_rate) if stream.frames and stream.average_rate else 1.0
+
+
+@contextmanager
+def _named(kind: str) -> Iterator[None]:
+    """Whatever a decoder raises becomes a RowError: files are other people's, and so are their faults."""
+    try:
+        yield
+    except (RowError, MemoryError):
+        raise
+    except Exception as error:
+        raise RowError(
+            f"has {'a' if kind == 'video' else 'an'} {kind} that cannot be decoded: {_line(error)}"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
