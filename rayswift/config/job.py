@@ -111,6 +111,8 @@ class DataSource(Section):
     """What a row of a `.txt` file is: a line, a paragraph (blank lines between), or the whole file."""
     system: str | None = None
     """A system message put before rows that have none."""
+    question: str | None = None
+    """What rows of images, sounds or videos with only a text, caption or label are asked: `Which digit is this?`"""
     limit: PositiveInt | None = None
     """Use the first so many rows of this source."""
     weight: Annotated[Number, Field(gt=0)] = 1.0

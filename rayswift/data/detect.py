@@ -65,12 +65,14 @@ def normalise(row: dict[str, Any], format_name: str, source: DataSource) -> Samp
 
 def renamed(row: dict[str, Any], source: DataSource) -> dict[str, Any]:
     """The row with the source's `columns` renamed, and the `tags` of its turns; a renamed column replaces one of that
-    name."""
+    name. A row without a `question` is asked the source's."""
     if source.columns:
         kept = {name: value for name, value in row.items() if name not in source.columns}
         row = kept | {new: row[old] for old, new in source.columns.items() if old in row}
     if source.tags:
         row = row | {name: retagged(row[name], source.tags) for name in _TURNS if name in row}
+    if source.question is not None and not row.get("question"):
+        row = row | {"question": source.question}
     return row
 
 

@@ -57,6 +57,11 @@ def _preflight_source(source: DataSource, files: Sequence[FileIndex], place: str
     elif not good:
         raise _unusable([row for _, (_, _, row) in rows if isinstance(row, BadRow)])
     chosen = detect(good, path=f"{place}.format") if source.format == "auto" else source.format
+    if source.question is not None and chosen != "captioned":
+        raise ConfigError(
+            f"is asked of rows of media with a text or label, and these are of the format {chosen}",
+            path=f"{place}.question", value=source.question, fix="leave it out",
+        )  # fmt: skip
     bad = [fault for file, raw in rows if (fault := _fault(file, raw, chosen, source)) is not None]
     if len(bad) == len(rows):
         raise _unusable(bad)

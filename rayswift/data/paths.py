@@ -38,6 +38,22 @@ def find(path: str, endings: Sequence[str]) -> list[str]:
     return sorted(_full_name(path, filesystem, one) for one in found)
 
 
+def folder_named(path: str) -> str | None:
+    """The absolute path or URL of the folder at `path`, with a slash at its end; None when there is no folder."""
+    filesystem, name = _filesystem(path)
+    if "::" in path or not filesystem.isdir(name):
+        return None
+    return _full_name(path, filesystem, name).rstrip("/") + "/"
+
+
+def files_below(folder: str, endings: Sequence[str]) -> list[tuple[str, int]]:
+    """The files below a folder with one of these `endings`, without hidden ones: sorted paths from there, and sizes."""
+    filesystem, name = _filesystem(folder)
+    found = filesystem.find(name, detail=True)
+    below = ((str(file).removeprefix(name).strip("/"), int(about["size"])) for file, about in found.items())
+    return sorted((file, size) for file, size in below if _is_data(file, endings))
+
+
 def closest(path: str) -> str:
     """A hint for a path that leads nowhere: the most similar name beside it, or what there is."""
     filesystem, name = _filesystem(path)

@@ -14,12 +14,14 @@ from typing import Any, ClassVar, Literal, Protocol, cast
 
 from rayswift import plugins
 from rayswift.config.job import DataSource
-from rayswift.data.paths import closest, file_name, find
+from rayswift.data.folders import is_metadata, media_files, with_media
+from rayswift.data.paths import closest, file_name, find, folder_named
 from rayswift.data.types import BadRow
 from rayswift.errors import ConfigError
 
 RawRow = tuple[int, int | None, dict[str, Any] | BadRow]
 """Row number in the file (from 0), 1-based line where the kind of file has lines, and the row or why it is bad."""
+_TEXTS = (".txt", ".md")
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,25 @@ class Reader(Protocol):
 def resolve(source: DataSource, index: int, *, path: str = "data.train") -> list[str]:
     """The sorted absolute paths or URLs of a source's files. Raises ConfigError when there is none.
 
-    A folder stands for the data files below it that a reader knows; see `paths.find`.
+    A folder stands for the data files below it that a reader knows, see `paths.find`; one that has media only is itself
+    what is read, and its name ends with a slash.
     """
     place = f"{path}.{index}.path"
     try:
         found = find(source.path, tuple(_extensions()))
+        folder = folder_named(source.path) if all(file.endswith(_TEXTS) for file in found) else None
+        media = folder is not None and media_files(folder)
     except Exception as error:  # every fsspec backend raises its own types; none may reach the user as a traceback
         raise ConfigError(
             f"cannot be opened: {_one_line(error)}", path=place, value=source.path, fix=_install_hint(error)
         ) from error
+    if folder is not None and media:
+        if found:
+            raise ConfigError(
+                f"has texts beside images, sounds or videos, such as {media[0][0]}: which are the rows is not clear",
+                path=place, value=source.path, fix="write `/*.txt` behind the folder, or move the texts out of it",
+            )  # fmt: skip
+        return [folder]
     if not found:
         raise ConfigError(_missing_rule(source.path), path=place, value=source.path, fix=closest(source.path))
     return found
@@ -121,7 +133,13 @@ def index_sources(
 
 def read_rows(index: FileIndex, span: Span) -> Iterator[RawRow]:
     """The rows of one span, as RawRow. Raises DataError when the file changed after it was indexed."""
-    return islice(_reader(index.reader).read(index, span), span.num_rows)
+    rows = islice(_reader(index.reader).read(index, span), span.num_rows)
+    return map(_described, rows) if is_metadata(index.path) else rows
+
+
+def _described(raw: RawRow) -> RawRow:
+    row, line, value = raw
+    return row, line, value if isinstance(value, BadRow) else with_media(value)
 
 
 def bad_row(index: FileIndex, row: int, line: int | None, reason: str, content: str = "") -> BadRow:
@@ -145,7 +163,10 @@ def _reader_name(file: str, place: str) -> str:
         if file_name(file).lower().endswith(extension):
             return name
     raise ConfigError(
-        "has no extension that a reader knows", path=place, value=file, fix=f"use one of {', '.join(sorted(known))}"
+        "has no extension that a reader knows",
+        path=place,
+        value=file,
+        fix=f"use one of {', '.join(sorted(known.keys() - {'/'}))}",
     )
 
 
