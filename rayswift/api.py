@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rayswift.cluster.preflight import Prepared
     from rayswift.export.manifest import ExportManifest
     from rayswift.planning.planner import Plan
+    from rayswift.training.audit_report import AuditReport
     from rayswift.training.report import RunReport
     from rayswift.training.run_dir import RunDir
 
@@ -50,6 +51,16 @@ def run(job: Job, *, progress: Progress | None = None) -> RunReport:
         progress.phase("the run is already finished")
         return _existing_report(prepared)
     return _train(job, prepared, progress, clock)
+
+
+def audit(run_dir: str) -> AuditReport:
+    """What became of each row of a run, proved from its directory; `AuditReport.check` raises DataError (exit 4).
+
+    Raises CheckpointError for a run without a checkpoint, DataError for one that does not say what it was to read.
+    """
+    from rayswift.training.audit import audit as audit_run
+
+    return audit_run(run_dir)
 
 
 def export(source: str, output: str, *, dtype: str | None = None, force: bool = False) -> ExportManifest:

@@ -351,6 +351,22 @@ def data_inspect(
     _print(seen.to_plain(), seen.text(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), as_json)
 
 
+@data_app.command("audit")
+def data_audit(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN", help="A run directory: output/name.")],
+    as_json: Json = False,
+) -> None:
+    """Proves from the run directory that each row was trained on or quarantined as often as planned; else exit 4.
+
+    Example: rayswift data audit runs/sft-demo
+    """
+    from rayswift import api
+
+    report = api.audit(run_dir)
+    _print(report.to_plain(), report.summary(), as_json)
+    report.check()
+
+
 @app.command()
 def schema() -> None:
     """Prints the JSON Schema of a job file, for editors.

@@ -17,6 +17,7 @@ from safetensors.numpy import load
 from rayswift.data.collate import Filler, PackedSequence, collate
 from rayswift.data.ledger import Ledger
 from rayswift.data.prepare import prepare_chunk
+from rayswift.data.row_keys import block_rows
 from rayswift.data.stream import StreamPlan
 from rayswift.data.types import BadRow, Features, PackedBatch, StepInput
 
@@ -166,6 +167,7 @@ def _step_input(block: pa.Table, batches: tuple[PackedBatch, ...], *, full: bool
         num_rows_visited=sum(block.column("visited").to_pylist()),
         position=_position_after(block) if full else None,
         bad_rows=tuple(BadRow(**json.loads(text)) for one in block.column("bad").to_pylist() for text in one),
+        rows=block_rows(block),
     )
 
 

@@ -1,8 +1,7 @@
 """One chunk of the stream as an Arrow table of sequences: read, shuffle, normalise, tokenize, pack.
 
 A pure function of plan, chunk number and tokenizer; runs in Ray Data tasks, in tests and in evaluation alike.
-Row keys are `file << 40 | row`; a document that continues a split row carries the complement `~key`, so that
-counting the non-negative keys counts each row once.
+What the keys of rows mean is known by `row_keys`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from rayswift.data.detect import normalise
 from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.mixing import ChunkPart
 from rayswift.data.packing import pack
+from rayswift.data.row_keys import key_of, taken_places
 from rayswift.data.sources import RawRow, bad_row, read_rows
 from rayswift.data.stream import ChunkSpec, StreamPlan
 from rayswift.data.tokenize import encode
@@ -53,8 +53,6 @@ ones included, among its sequences; `bad` holds the chunk's BadRows as JSON and 
 `media` has the features of each medium as safetensors, `rope` the rope positions [A, T] of a model with several axes,
 row by row, else null."""
 
-_FILE_BITS = 40
-
 
 @dataclass(frozen=True)
 class _Row:
@@ -65,7 +63,7 @@ class _Row:
 
     @property
     def key(self) -> int:
-        return self.file << _FILE_BITS | self.raw[0]
+        return key_of(self.file, self.raw[0])
 
 
 def prepare_chunk(
@@ -95,8 +93,7 @@ def _part_rows(plan: StreamPlan, chunk: ChunkSpec, part: ChunkPart) -> Iterator[
     rows = islice(read_rows(file, file.spans[part.span]), part.first, part.first + part.size)
     if part.num_rows == part.size:
         return rows
-    seed = [plan.settings.seed, chunk.epoch, 2, part.file, part.span, part.first]
-    taken = set(np.random.default_rng(seed).permutation(part.size)[: part.num_rows].tolist())
+    taken = set(taken_places(plan, chunk, part).tolist())
     return (row for place, row in enumerate(rows) if place in taken)
 
 

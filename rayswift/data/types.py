@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -147,3 +148,5 @@ class StepInput:
     num_rows_visited: int
     position: tuple[int, int] | None
     bad_rows: tuple[BadRow, ...] = field(default=())
+    rows: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """What became of each row, for the record of the run (`rayswift.data.row_keys.ROWS_DTYPE`)."""

@@ -38,6 +38,12 @@ class FileEntry(BaseModel):
     sha256: str
 
 
+class RowsEntry(FileEntry):
+    """The newest file of the record of rows; it names the one before it in the same way (see `row_record`)."""
+
+    name: str
+
+
 class CheckpointManifest(BaseModel):
     """What a checkpoint holds. Invariant: every file of `files` was complete before this was written."""
 
@@ -52,6 +58,7 @@ class CheckpointManifest(BaseModel):
     ledger: dict[str, Any]
     seed: int
     base_sha256: str | None = None
+    rows: RowsEntry | None = None
     versions: dict[str, str]
     files: dict[str, FileEntry]
 
@@ -241,7 +248,4 @@ def _by_index(value: Any) -> Any:
 
 
 def _folders(run_dir: RunDir) -> list[str]:
-    if not run_dir.exists(FOLDER):
-        return []
-    entries = run_dir.fs.ls(run_dir.path(FOLDER), detail=False)
-    return sorted(name for entry in entries if (name := str(entry).rstrip("/").rsplit("/", 1)[-1]).startswith("step-"))
+    return [name for name in run_dir.names(FOLDER) if name.startswith("step-")]

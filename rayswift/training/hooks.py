@@ -20,10 +20,11 @@ from rayswift.errors import DataError
 from rayswift.parallel.engine import Engine
 from rayswift.planning.planner import Plan
 from rayswift.training.build import base_sha256
-from rayswift.training.checkpoint import CheckpointManifest, FileEntry
+from rayswift.training.checkpoint import CheckpointManifest, FileEntry, RowsEntry
 from rayswift.training.evaluate import Evaluator
 from rayswift.training.loop import StepRecord
 from rayswift.training.metrics import RunLog, step_metrics
+from rayswift.training.row_record import RowRecord
 from rayswift.training.saver import Saver
 from rayswift.training.state import Horizon, TrainState
 
@@ -46,10 +47,12 @@ class RunHooks:
         evaluator: Evaluator | None,
         quarantine: Quarantine | None,
         held_out_quarantine: Quarantine | None,
+        rows: RowRecord,
     ) -> None:
         self._job, self._plan, self._engine, self._horizon = job, plan, engine, horizon
         self._device, self._saver, self._log = device, saver, log
         self._evaluator, self._quarantine, self._held_out_quarantine = evaluator, quarantine, held_out_quarantine
+        self._rows = rows
         self._group = dist.new_group(backend="gloo")
 
     def before_first_step(self, state: TrainState) -> None:
@@ -68,6 +71,7 @@ class RunHooks:
         self._record(metrics)
         if record.num_bad_rows:
             self._account(record.bad_rows, self._quarantine)
+        self._rows.add(state.step, record.row_keys, record.rows + record.num_bad_rows)
         if not ended and self._due(state, self._job.train.save_every):
             self._save(state, finished=False)
         self._saver.poll()
@@ -108,10 +112,12 @@ class RunHooks:
     def _save(self, state: TrainState, *, finished: bool) -> None:
         if self._log is not None:
             self._log.flush()
-        manifest = self._manifest(state, finished)
+        manifest = self._manifest(state, finished, self._rows.commit(state.step))
         self._saver.save(state.step, self._engine.state(), manifest)
 
-    def _manifest(self, state: TrainState, finished: bool) -> Callable[[dict[str, FileEntry]], CheckpointManifest]:
+    def _manifest(
+        self, state: TrainState, finished: bool, rows: RowsEntry | None
+    ) -> Callable[[dict[str, FileEntry]], CheckpointManifest]:
         def build(files: dict[str, FileEntry]) -> CheckpointManifest:
             return CheckpointManifest(
                 step=state.step,
@@ -124,6 +130,7 @@ class RunHooks:
                 seed=self._job.train.seed,
                 versions={"rayswift": __version__, **{name: version(name) for name in _VERSIONED}},
                 base_sha256=base_sha256(self._job.model.path),
+                rows=rows,
                 files=files,
             )
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from rayswift.data.types import BadRow, StepInput
@@ -36,6 +37,8 @@ class StepRecord:
     data_wait_s: float
     bad_rows: tuple[BadRow, ...]
     num_bad_rows: int
+    row_keys: np.ndarray | None = None
+    """This rank's rows of the step; see `StepInput.rows`."""
 
 
 class Hooks(Protocol):
@@ -138,6 +141,7 @@ def _record(
         data_wait_s=waited,
         bad_rows=share.bad_rows,
         num_bad_rows=int(totals.bad),
+        row_keys=share.rows,
     )
 
 

@@ -19,6 +19,7 @@ from rayswift.data.collate import Filler
 from rayswift.data.ledger import Ledger
 from rayswift.data.media import KINDS
 from rayswift.data.quarantine import Quarantine
+from rayswift.data.stream_json import stream_json
 from rayswift.data.types import StepInput
 from rayswift.errors import CheckpointError, DataError
 from rayswift.methods import Method
@@ -36,7 +37,8 @@ from rayswift.training.media import media_encoder, media_filler
 from rayswift.training.metrics import RunLog
 from rayswift.training.order import WorkOrder
 from rayswift.training.prefetch import Prefetched
-from rayswift.training.run_dir import HELD_OUT_QUARANTINE, QUARANTINE, RunDir
+from rayswift.training.row_record import RowRecord
+from rayswift.training.run_dir import HELD_OUT_QUARANTINE, QUARANTINE, STREAM, RunDir
 from rayswift.training.saver import Saver
 from rayswift.training.state import Horizon, TrainState
 
@@ -84,6 +86,7 @@ def _run(order: WorkOrder, seat: Seat, local_rank: int, open_blocks: OpenBlocks)
         evaluator=_evaluator(order, engine, method),
         quarantine=_quarantine(order, run_dir) if rank == 0 else None,
         held_out_quarantine=_held_out_quarantine(order, run_dir) if rank == 0 else None,
+        rows=_row_record(order, run_dir, seat, manifest),
     )
     try:
         hooks.before_first_step(state)
@@ -161,6 +164,14 @@ def _initial_state(order: WorkOrder, manifest: CheckpointManifest | None) -> Tra
 
 def _quarantine(order: WorkOrder, run_dir: RunDir) -> Quarantine:
     return Quarantine(f"{run_dir.url}/{QUARANTINE}", order.train_stream.rows_per_epoch, order.job.data.max_bad_fraction)
+
+
+def _row_record(order: WorkOrder, run_dir: RunDir, seat: Seat, manifest: CheckpointManifest | None) -> RowRecord:
+    """The record of rows, cut back to the checkpoint; rank 0 also writes down the stream that it is a record of."""
+    if seat.rank == 0:
+        run_dir.write_text(STREAM, stream_json(order.train_stream))
+    step, head = (manifest.step, manifest.rows) if manifest else (0, None)
+    return RowRecord(run_dir, seat, order.train_stream.fingerprint, step=step, head=head)
 
 
 def _held_out_quarantine(order: WorkOrder, run_dir: RunDir) -> Quarantine | None:

@@ -17,7 +17,12 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 QUARANTINE = "quarantine.jsonl"
 HELD_OUT_QUARANTINE = "quarantine-eval.jsonl"
-RECORDS = (METRICS, EVENTS, QUARANTINE, HELD_OUT_QUARANTINE, "tensorboard", "report.json", "report.md", "curves.png")
+STREAM = "stream.json"
+ROWS = "rows"
+RECORDS = (
+    METRICS, EVENTS, QUARANTINE, HELD_OUT_QUARANTINE, STREAM, ROWS, "tensorboard", "report.json", "report.md",
+    "curves.png",
+)  # fmt: skip
 """What a run leaves beside its job, plan and checkpoints."""
 _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -46,22 +51,36 @@ class RunDir:
         return bool(self.fs.exists(self.path(name)))
 
     def read_text(self, name: str) -> str:
+        """The content of a text file. Raises FileNotFoundError."""
+        return self.read_bytes(name).decode("utf-8")
+
+    def read_bytes(self, name: str) -> bytes:
         """The content of a file. Raises FileNotFoundError."""
         with self.fs.open(self.path(name), "rb") as stream:
-            return bytes(stream.read()).decode("utf-8")
+            return bytes(stream.read())
+
+    def names(self, name: str) -> list[str]:
+        """The sorted names of what lies in a folder; none when it is absent."""
+        if not self.exists(name):
+            return []
+        return sorted(str(one).rstrip("/").rsplit("/", 1)[-1] for one in self.fs.ls(self.path(name), detail=False))
 
     def write_text(self, name: str, text: str) -> None:
+        """Replace a text file; see `write_bytes`."""
+        self.write_bytes(name, text.encode("utf-8"))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
         """Replace a file as a whole: written beside it, flushed to disk and renamed, so that no reader sees half."""
         self.fs.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
         if not self.is_local:
             with self.fs.open(self.path(name), "wb") as stream:
-                stream.write(text.encode("utf-8"))
+                stream.write(content)
             return
         temporary = f"{self.path(name)}.{os.getpid()}.tmp"
         with writing(self):
             try:
-                with open(temporary, "w", encoding="utf-8") as file:
-                    file.write(text)
+                with open(temporary, "wb") as file:
+                    file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(temporary, self.path(name))

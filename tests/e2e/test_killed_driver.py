@@ -59,3 +59,7 @@ def test_the_same_command_continues_a_killed_run(
     assert not half.exists()
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole"), "bit for bit on a CPU"
     assert "continuing after step" in again.stderr
+    audited = rayswift("data", "audit", str(tmp_path / "killed"), "--json")
+    assert audited.returncode == 0, audited.stdout
+    total = json.loads(audited.stdout)["total"]
+    assert total["read"] == total["trained"] == report["rows_trained"]
