@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rayswift.data.media.features import laid_together
-from rayswift.data.types import NUM_PLACEHOLDERS, Features, PackedBatch
+from rayswift.data.media.features import model_features
+from rayswift.data.types import Features, PackedBatch
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def collate(
         torch.from_numpy(targets_BT),
         torch.from_numpy(weights_BT),
         _rope(sequences, position_ids_BT),
-        _features([features for sequence in sequences for features in sequence.media]),
+        model_features([features for sequence in sequences for features in sequence.media]),
     )
 
 
@@ -101,9 +101,3 @@ def _rope(sequences: Sequence[PackedSequence], position_ids_BT: np.ndarray) -> t
         if sequence.rope_AT is not None:
             rope_ABT[:, b, : sequence.rope_AT.shape[1]] = sequence.rope_AT
     return torch.from_numpy(rope_ABT)
-
-
-def _features(media: Sequence[Features]) -> dict[str, torch.Tensor]:
-    """The features of all media under each name, laid end to end."""
-    names = dict.fromkeys(name for features in media for name in features if name != NUM_PLACEHOLDERS)
-    return {name: torch.from_numpy(laid_together([one[name] for one in media if name in one])) for name in names}

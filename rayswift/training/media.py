@@ -38,8 +38,8 @@ def media_encoder(model_path: str, settings: StreamSettings) -> MediaEncoder | N
     return encoder
 
 
-@cache
-def _encoder(model_path: str, spec: MediaSpec) -> MediaEncoder:
+def load_encoder(model_path: str, spec: MediaSpec) -> MediaEncoder:
+    """The encoder of a model that takes more than text. Raises ConfigError when its processor cannot be built."""
     import torch
 
     from rayswift.models.loading import load_config, shape_model
@@ -58,6 +58,9 @@ def _encoder(model_path: str, spec: MediaSpec) -> MediaEncoder:
     placeholders = {str(processor.tokenizer.convert_ids_to_tokens(found)): found for found in ids.values()}
     shape = shape_model(ModelSpec(path=model_path), dtype=torch.float32)
     return MediaEncoder(processor, tokens, placeholders, spec, positions_of(shape, ids))
+
+
+_encoder = cache(load_encoder)
 
 
 def _token_id(config: Any, kind: MediaKind) -> int | None:

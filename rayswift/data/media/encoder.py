@@ -20,8 +20,8 @@ from rayswift.data.media import KINDS, MARKS
 from rayswift.data.media.decoding import Clip, decode_audio, decode_image, decode_video
 from rayswift.data.media.features import laid_together
 from rayswift.data.media.reading import read
-from rayswift.data.rendering import Rendered
-from rayswift.data.types import NUM_PLACEHOLDERS, Example, Features, MediaKind, Medium, Sample
+from rayswift.data.rendering import Rendered, Segment
+from rayswift.data.types import NUM_PLACEHOLDERS, Example, Features, MediaKind, Medium, Message, Sample
 
 Positions = Callable[[np.ndarray, Sequence[Features]], np.ndarray]
 """(ids [T], features of the document's media in order) -> rope positions [A, T], A axes."""
@@ -110,6 +110,17 @@ class MediaEncoder:
         if found and len(found[-1].media) != len(encoded):
             raise RowError(f"has {len(encoded)} media, of which the chat template renders {len(found[-1].media)}")
         return found
+
+    def prompt(self, text: str, media: Sequence[Medium], encoded: Sequence[Encoded]) -> Example:
+        """A rendered conversation that is to be continued: its ids are those that training has before an answer.
+
+        Raises RowError as `filled` does.
+        """
+        sample = Sample((Message("user", "", media=tuple(media)),))
+        (found,) = self.filled([Rendered((Segment(text, 0),))], sample, encoded)
+        # verbose=False: a prompt that is too long is refused by name later, not warned about in a log
+        ids = list(self.processor.tokenizer(found.text, add_special_tokens=False, verbose=False)["input_ids"])
+        return self.positioned(Example(ids, [0] * len(ids), tuple(one.features for one in found.media)))
 
     def _filled(self, text: Rendered, sample: Sample, encoded: Sequence[Encoded]) -> Rendered:
         left = {kind: iter([one for medium, one in zip(sample.media, encoded, strict=True)

@@ -5,6 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+
+from rayswift.data.types import NUM_PLACEHOLDERS, Example, Features
+
+
+def model_features(media: Sequence[Features]) -> dict[str, torch.Tensor]:
+    """The features of all media laid end to end, by the name of the model's argument."""
+    names = dict.fromkeys(name for features in media for name in features if name != NUM_PLACEHOLDERS)
+    return {name: torch.from_numpy(laid_together([one[name] for one in media if name in one])) for name in names}
+
+
+def model_inputs(example: Example) -> dict[str, torch.Tensor]:
+    """What a model's forward is given of one document alone: ids [1, T], features, and rope positions [1 + A, 1, T].
+
+    As in training, the first of several position axes is the plain one. A model of plain positions is given none.
+    """
+    inputs = {"input_ids": torch.tensor([example.input_ids]), **model_features(example.media)}
+    if example.rope_AT is not None:
+        plain_1T = torch.arange(len(example.input_ids))[None]
+        inputs["position_ids"] = torch.cat([plain_1T, torch.from_numpy(example.rope_AT)])[:, None]
+    return inputs
 
 
 def laid_together(parts: Sequence[np.ndarray]) -> np.ndarray:
