@@ -41,13 +41,34 @@ def attach(row: Mapping[str, Any], messages: Sequence[Message]) -> list[Message]
 
     Raises RowError where the tags are more or fewer than the media. A tag in a row without such a column is text.
     """
+    _check_marks(messages)
     attached = list(messages)
     for kind, names in _COLUMNS.items():
         present = [name for name in names if name in row]
         media = [medium for name in present for medium in _column(row[name], kind, name)]
         if present or any(medium.kind == kind for message in messages for medium in message.media):
             attached = _placed(attached, kind, media, tag=TAGS[kind] if present else MARKS[kind])
-    return attached
+    return [_in_order(message) if message.media else message for message in attached]
+
+
+def _check_marks(messages: Sequence[Message]) -> None:
+    """Raises RowError for a mark that is no medium's: what people write must not become a picture."""
+    for kind, mark in MARKS.items():
+        for message in messages:
+            if (message.media or mark in message.content) and message.content.count(mark) != _count(message, kind):
+                raise RowError("has a character of Unicode's private use area that stands for media here")
+
+
+def _count(message: Message, kind: MediaKind) -> int:
+    return sum(medium.kind == kind for medium in message.media)
+
+
+def _in_order(message: Message) -> Message:
+    """Its media in the order of their marks, across kinds too: a model that reads videos as images mixes the two."""
+    left = {kind: iter([medium for medium in message.media if medium.kind == kind]) for kind in KINDS}
+    kinds = {mark: kind for kind, mark in MARKS.items()}
+    media = (next(left[kinds[letter]]) for letter in message.content if letter in kinds)
+    return replace(message, media=tuple(media))
 
 
 def _placed(messages: Sequence[Message], kind: MediaKind, media: Sequence[Medium], tag: str) -> list[Message]:
@@ -95,7 +116,7 @@ def _before_first_question(messages: Sequence[Message], kind: MediaKind, media: 
         raise RowError(f"has {kind}s and no question that they could stand before")
     question = messages[first]
     content = MARKS[kind] * len(media) + question.content
-    changed = replace(question, content=content, media=(*question.media, *media))
+    changed = replace(question, content=content, media=(*media, *question.media))
     return [*messages[:first], changed, *messages[first + 1 :]]
 
 

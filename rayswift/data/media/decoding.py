@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from rayswift.data.formats import RowError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA")
+"""What Pillow may open: formats whose header tells the size, and that no other program is started for (EPS is one)."""
 
 
 class Clip(list["Image"]):
@@ -40,13 +43,25 @@ def decode_image(content: bytes, spec: MediaSpec) -> Image:
 
     with _named("image"), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower bound is checked below
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
         if image.width * image.height > spec.max_pixels:
             raise RowError(
                 f"has an image of {image.width}x{image.height} pixels, over data.media.max_pixels={spec.max_pixels}"
             )
         upright = ImageOps.exif_transpose(image)
-        return _over_white(upright).convert("RGB")
+        return _over_white(_eight_bit(upright)).convert("RGB")
+
+
+def _eight_bit(image: Image) -> Image:
+    """Greys of 16 bits become 8: Pillow would cut them off at 255, and make everything white."""
+    from PIL import Image
+
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    greys = np.asarray(image)
+    if image.mode == "I" and greys.max() <= 255:
+        return image
+    return Image.fromarray((greys.clip(0, 65535) // 256).astype(np.uint8))
 
 
 def _over_white(image: Image) -> Image:
@@ -60,7 +75,7 @@ def _over_white(image: Image) -> Image:
 
 
 def decode_audio(content: bytes, rate: int, spec: MediaSpec) -> np.ndarray:
-    """Mono samples at `rate` Hz, float32 in [-1, 1], of a sound or of a video's sound track.
+    """Mono samples at `rate` Hz, the mean of the channels, float32 in [-1, 1], of a sound or a video's sound track.
 
     Raises RowError for what has no sound, is damaged, or lasts longer than `spec.max_audio_seconds`.
     """
@@ -71,10 +86,10 @@ def decode_audio(content: bytes, rate: int, spec: MediaSpec) -> np.ndarray:
     with _named("audio"), av.open(io.BytesIO(content), "r", metadata_errors="ignore") as container:
         if not container.streams.audio:
             raise RowError("has an audio file without sound")
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+        resampler = av.AudioResampler(format="fltp", rate=rate)  # FFmpeg's own mono is louder than its channels
         for frame in _flushed(container.decode(audio=0)):
             for resampled in resampler.resample(frame):
-                parts.append(resampled.to_ndarray().reshape(-1))
+                parts.append(resampled.to_ndarray().mean(axis=0))
                 length += len(parts[-1])
             if length > spec.max_audio_seconds * rate:
                 raise RowError(f"has audio of more than data.media.max_audio_seconds={spec.max_audio_seconds:g}")
@@ -96,29 +111,46 @@ def decode_video(content: bytes, spec: MediaSpec) -> Clip:
     import av
 
     with _named("video"), av.open(io.BytesIO(content), "r", metadata_errors="ignore") as container:
-        if not container.streams.video:
+        cover = av.stream.Disposition.attached_pic
+        stream = next((one for one in container.streams.video if not one.disposition & cover), None)
+        if stream is None:
             raise RowError("has a video file without pictures")
-        stream = container.streams.video[0]
-        if stream.width * stream.height > spec.max_pixels:
-            raise RowError(
-                f"has a video of {stream.width}x{stream.height} pixels, over data.media.max_pixels={spec.max_pixels}"
-            )
+        _check_pixels(stream, spec)
         duration = _duration(container, stream)
         count = max(2, min(spec.max_frames, round(duration * spec.video_fps)))
         step = duration / count
         frames: list[Image] = []
         times: list[float] = []
+        first: float | None = None
+        decoded = 0
         limit = round(duration * float(stream.average_rate or 30)) * 2 + 1000  # a header that lies ends somewhere
-        for number, frame in enumerate(islice(container.decode(video=0), limit)):
-            time = frame.time if frame.time is not None else number / float(stream.average_rate or 1)
-            if time + 1e-6 >= len(frames) * step:
-                frames.append(cast(Any, frame).to_image())
-                times.append(float(time))
+        for number, frame in enumerate(islice(container.decode(stream), limit)):
+            time = float(frame.time if frame.time is not None else number / float(stream.average_rate or 1))
+            first, decoded = time if first is None else first, number + 1
+            if time - first + 1e-6 >= len(frames) * step:
+                _check_pixels(frame, spec)  # a stream may change its size
+                frames.append(_upright(frame))
+                times.append(time - first)
             if len(frames) == count:
                 break
     if not frames:
         raise RowError("has a video without a frame")
+    if len(frames) < count and decoded < 0.9 * stream.frames:
+        raise RowError(f"has a video that ends after {decoded} of its {stream.frames} frames")
     return Clip(frames, times, max(duration, times[-1]))
+
+
+def _check_pixels(pictures: Any, spec: MediaSpec) -> None:
+    if pictures.width * pictures.height > spec.max_pixels:
+        raise RowError(
+            f"has a video of {pictures.width}x{pictures.height} pixels, over data.media.max_pixels={spec.max_pixels}"
+        )
+
+
+def _upright(frame: Any) -> Image:
+    """The picture as players show it: phones film sideways, and say so."""
+    image: Image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 def _duration(container: Any, stream: Any) -> float:
