@@ -80,14 +80,14 @@ def preview(job: Job, *, num_rows: int) -> Preview:
 
     Raises ConfigError or DataError as training would.
     """
-    from rayswift.data.dataset_info import expand
+    from rayswift.data.hub_sources import settled
     from rayswift.data.inspect import preflight
     from rayswift.data.sources import index_sources
     from rayswift.models.loading import check_folder, load_tokenizer
 
     rendering = plugins.load("methods", job.method.name, path="method.name").rendering
     check_folder(job.model.path, chat_template=rendering == "chat")
-    given = tuple(expand(source, place=f"data.train.{number}") for number, source in enumerate(job.data.train))
+    given = tuple(settled(source, place=f"data.train.{number}") for number, source in enumerate(job.data.train))
     files = index_sources(given)
     formats = preflight(given, files)
     tokenizer = load_tokenizer(job.model.path)

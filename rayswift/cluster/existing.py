@@ -12,7 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from rayswift.config.job import Job
+from rayswift.config.job import Job, is_hub_dataset
+from rayswift.data.hub_sources import commit_of, unpinned
 from rayswift.data.stream import StreamPlan
 from rayswift.errors import ConfigError, PlanError
 from rayswift.planning.memory import checkpoint_bytes
@@ -50,6 +51,21 @@ def find_checkpoint(job: Job, train_stream: StreamPlan) -> CheckpointManifest | 
     if found is not None:
         check_rows(found, train_stream.fingerprint, job.run_dir)
     return found
+
+
+def kept_commits(job: Job) -> dict[str, str]:
+    """The commits that the run of this name has trained on, by the hub dataset that stood at it.
+
+    A run goes on with them, wherever the branch has moved since: other rows would not be the run's.
+    """
+    given = (*job.data.train, *job.data.eval)
+    if not any(is_hub_dataset(source.path) or source.dataset is not None for source in given):
+        return {}
+    found = find_newest(RunDir(job.run_dir), verify=False)
+    data = found.job.get("data", {}) if found is not None else {}
+    paths = [str(source["path"]) for part in ("train", "eval") for source in data.get(part) or ()]
+    commits = {unpinned(path): commit_of(path) for path in paths if is_hub_dataset(path)}
+    return {source: commit for source, commit in commits.items() if commit is not None}
 
 
 def check_disk(job: Job, shape: ModelShape) -> None:

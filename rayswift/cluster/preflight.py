@@ -16,7 +16,7 @@ from rayswift import plugins
 from rayswift.cluster import existing
 from rayswift.config import deepspeed_check
 from rayswift.config.job import DataSource, Job, MixingSpec, ParallelSpec
-from rayswift.data.dataset_info import expand
+from rayswift.data.hub_sources import settled
 from rayswift.data.inspect import media_kinds, preflight
 from rayswift.data.mixing import quotas
 from rayswift.data.rendering import Rendering
@@ -114,11 +114,13 @@ def _check_axes(job: Job, shape: ModelShape, cuts: Callable[[], ModelPlan]) -> N
 
 
 def _absolute(job: Job) -> Job:
-    """The job with local paths made absolute: workers run in other directories. URLs, globs and hub ids stay."""
+    """The job with local paths made absolute, for workers run in other directories, and datasets of hubs pinned to a
+    commit: the one that the run began with, if it goes on. URLs, globs and model ids stay."""
+    kept = existing.kept_commits(job)
     data = job.data.model_copy(
         update={
-            "train": _absolute_sources(job.data.train, "data.train"),
-            "eval": _absolute_sources(job.data.eval, "data.eval"),
+            "train": _absolute_sources(job.data.train, "data.train", kept),
+            "eval": _absolute_sources(job.data.eval, "data.eval", kept),
         }
     )
     base = os.path.expanduser(job.model.path)
@@ -135,9 +137,9 @@ def _absolute_deepspeed(parallel: ParallelSpec) -> ParallelSpec:
     return parallel.model_copy(update={"deepspeed": _absolute_path(given)})
 
 
-def _absolute_sources(sources: Sequence[DataSource], path: str) -> tuple[DataSource, ...]:
+def _absolute_sources(sources: Sequence[DataSource], path: str, kept: Mapping[str, str]) -> tuple[DataSource, ...]:
     return tuple(
-        expand(source.model_copy(update={"path": _absolute_path(source.path)}), place=f"{path}.{number}")
+        settled(source.model_copy(update={"path": _absolute_path(source.path)}), place=f"{path}.{number}", kept=kept)
         for number, source in enumerate(sources)
     )
 

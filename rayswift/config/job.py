@@ -95,10 +95,11 @@ class AdapterSpec(Section):
 
 
 class DataSource(Section):
-    """One source of rows: a file, a glob, a folder or an fsspec URL."""
+    """One source of rows: a file, a glob, a folder, an fsspec URL or a dataset on a hub."""
 
     path: str
-    """A path, a glob (`data/*.jsonl`), a folder, or a URL that fsspec opens (`s3://bucket/x.jsonl`)."""
+    """A path, a glob (`data/*.jsonl`), a folder, a URL that fsspec opens (`s3://bucket/x.jsonl`), or a dataset on
+    Hugging Face's hub or ModelScope: `hf::ID[@REVISION][:SUBSET][/SPLIT][#N]`, `ms::...`; N are the first rows."""
     dataset: str | None = None
     """An entry of the LLaMA-Factory `dataset_info.json` that `path` names: its file, columns and tags are used."""
     format: str = "auto"
@@ -289,6 +290,15 @@ class LoggingSpec(Section):
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[^@]*)?")
 
 
+_HUB_DATASET = re.compile(r"(hf|ms)::", re.IGNORECASE)
+_PINNED = re.compile(r"(@?)~[0-9a-f]{40}")
+
+
+def is_hub_dataset(path: str) -> bool:
+    """Whether the path of a source is a dataset on a hub, `hf::...` or `ms::...` (`rayswift.data.hub_sources`)."""
+    return _HUB_DATASET.match(path) is not None
+
+
 def is_hub_id(path: str) -> bool:
     """Whether a model path is `name`, `org/name` or `org/name@revision` and no local folder."""
     return not os.path.isdir(path) and _HUB_ID.fullmatch(path) is not None
@@ -363,7 +373,8 @@ class Job(Section):
 
         Local paths count by their last part only: the same run may be continued from another folder, as every
         `ray job submit --working-dir .` does. That the rows are the same is known by the ledger's fingerprint, and
-        that a local base is the same by the hash of its weights. A hub id counts whole, its revision too.
+        that a local base is the same by the hash of its weights. A hub id counts whole, its revision too; the commit
+        that a dataset of a hub was pinned to is no part of the job, and that its rows are the same is known as well.
         """
         plain = self.model_dump(mode="json", exclude={"output", "cluster", "parallel", "logging"})
         for section, keys in _FREE_ON_RESUME.items():
@@ -372,7 +383,9 @@ class Job(Section):
         base = self.model.path
         plain["model"]["path"] = base if is_hub_id(base) else os.path.basename(base.rstrip("/"))
         for source in plain["data"]["train"]:
-            source["path"] = os.path.basename(source["path"].rstrip("/"))
+            path = source["path"]
+            hub = is_hub_dataset(path)
+            source["path"] = _PINNED.sub("", path) if hub else os.path.basename(path.rstrip("/"))
         return plain
 
     def job_hash(self) -> str:

@@ -1,15 +1,19 @@
 """LLaMA-Factory's `dataset_info.json`: an entry of it as a source of this project, its columns and tags mapped.
 
 Knows that file's words and defaults. Without `columns` an entry has the standard ones; with them only what is listed.
-`num_samples` are the first rows here, and a random part there.
+`num_samples` are the first rows here, and a random part there. An entry that has a local file is that file, whatever
+else it names; then it is the dataset on the hub that it names, ModelScope's if USE_MODELSCOPE_HUB says so or there is
+no other. Its `folder` is taken for the subset that it restricts the files to.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 from rayswift.config.job import DataSource
 from rayswift.data.paths import open_file
@@ -49,7 +53,7 @@ def expand(source: DataSource, *, place: str) -> DataSource:
     return source.model_copy(
         update={
             "dataset": None,
-            "path": _beside(folder, _file_name(entry, source, place)),
+            "path": _path(entry, folder, source, place),
             "format": found if source.format == "auto" else source.format,
             "columns": {k: v for k, v in renamed.items() if k != v} | hidden | source.columns,
             "tags": dict(entry.get("tags", {})) | source.tags,
@@ -74,7 +78,7 @@ def _entries(path: str, place: str) -> Mapping[str, dict[str, Any]]:
 
 
 def _unknown(source: DataSource, entries: Mapping[str, Any], place: str) -> ConfigError:
-    here = [name for name, entry in entries.items() if "file_name" in entry]
+    here = [name for name, entry in entries.items() if {"file_name", "hf_hub_url", "ms_hub_url"} & entry.keys()]
     close = difflib.get_close_matches(source.dataset or "", entries, n=1)
     hint = f"did you mean {close[0]}?" if close else f"set {place}.dataset to one of {', '.join(here[:12])}"
     rule = f"names no entry of {source.path}" if source.dataset else f"is a {FILE_NAME}, and says not which entry"
@@ -95,11 +99,20 @@ def _beside(folder: str, name: str) -> str:
     return name if name.startswith("/") or "://" in name else f"{folder}/{name}"
 
 
-def _file_name(entry: Mapping[str, Any], source: DataSource, place: str) -> str:
-    if isinstance(entry.get("file_name"), str):
-        return str(entry["file_name"])
-    hub = entry.get("hf_hub_url") or entry.get("ms_hub_url") or "nothing"
-    raise ConfigError(
-        f"stands for {hub}, which this version does not load from a hub", path=f"{place}.dataset",
-        value=source.dataset, fix="download it beside the file and give the entry a file_name",
-    )  # fmt: skip
+def _path(entry: Mapping[str, Any], folder: str, source: DataSource, place: str) -> str:
+    local = entry.get("file_name") or entry.get("cloud_file_name")
+    if isinstance(local, str):
+        return _beside(folder, local)
+    hf, ms = entry.get("hf_hub_url"), entry.get("ms_hub_url")
+    prefer_ms = os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true", "y")
+    hub, repo = ("ms", ms) if ms and (prefer_ms or not hf) else ("hf", hf)
+    subset, below = entry.get("subset"), entry.get("folder")
+    if not repo or (subset and below):
+        what = (
+            "a subset and a folder of it" if repo else entry.get("script_url") or entry.get("om_hub_url") or "nothing"
+        )
+        raise ConfigError(
+            f"stands for {what}, which this version does not load", path=f"{place}.dataset",
+            value=source.dataset, fix="download it beside the file and give the entry a file_name",
+        )  # fmt: skip
+    return f"{hub}::{repo}:{quote(str(subset or below or ''), safe=' ')}/{entry.get('split') or 'train'}"

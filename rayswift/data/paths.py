@@ -111,7 +111,9 @@ def read_range(path: str, start: int, stop: int) -> bytes:
 def _filesystem(path: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
-    filesystem, name = url_to_fs(path)
+    from rayswift.data.hub_sources import is_pinned_file, local_copy
+
+    filesystem, name = url_to_fs(local_copy(path) if is_pinned_file(path) else path)
     return filesystem, name
 
 

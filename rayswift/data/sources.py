@@ -13,8 +13,9 @@ from itertools import islice
 from typing import Any, ClassVar, Literal, Protocol, cast
 
 from rayswift import plugins
-from rayswift.config.job import DataSource
+from rayswift.config.job import DataSource, is_hub_dataset
 from rayswift.data.folders import is_metadata, media_files, with_media
+from rayswift.data.hub_sources import check_copy, hub_files, is_pinned_file, limit_of
 from rayswift.data.paths import closest, file_name, find, folder_named
 from rayswift.data.types import BadRow
 from rayswift.errors import ConfigError
@@ -87,9 +88,11 @@ def resolve(source: DataSource, index: int, *, path: str = "data.train") -> list
     """The sorted absolute paths or URLs of a source's files. Raises ConfigError when there is none.
 
     A folder stands for the data files below it that a reader knows, see `paths.find`; one that has media only is itself
-    what is read, and its name ends with a slash.
+    what is read, and its name ends with a slash. The files of a dataset on a hub are URLs of one commit.
     """
     place = f"{path}.{index}.path"
+    if is_hub_dataset(source.path):
+        return hub_files(source, {ending: kind for ending, kind in _extensions().items() if ending != "/"}, place=place)
     try:
         found = find(source.path, tuple(_extensions()))
         folder = folder_named(source.path) if all(file.endswith(_TEXTS) for file in found) else None
@@ -119,7 +122,7 @@ def index_sources(
     """
     indexes: list[FileIndex] = []
     for number, source in enumerate(sources):
-        left = source.limit
+        left = limit_of(source)
         for file in resolve(source, number, path=path):
             if left == 0:
                 break
@@ -152,9 +155,12 @@ def _index_file(file: str, source: DataSource, number: int, path: str, span_rows
     options = ReadOptions(text_unit=source.text_unit, span_rows=span_rows)
     name = _reader_name(file, f"{path}.{number}.path")
     try:
-        return _reader(name).index(file, number, options)
+        index = _reader(name).index(file, number, options)
     except OSError as error:
         raise ConfigError(f"cannot be read: {_one_line(error)}", path=f"{path}.{number}.path", value=file) from error
+    if is_pinned_file(file):
+        check_copy(file, index.sha256)
+    return index
 
 
 def _reader_name(file: str, place: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rayswift.config.job import Job
 from rayswift.data.ledger import Ledger
 from rayswift.errors import CheckpointError, ConfigError, PlanError
 from rayswift.training.checkpoint import CheckpointManifest
+from tests.hub_cases import HubDataset, commit_name, point_at, serve_hub
 
 
 @pytest.fixture
@@ -57,6 +59,51 @@ def test_a_run_of_another_job_is_refused_with_the_difference(
     with pytest.raises(ConfigError, match=r"runs/run is a run of a different job \(train\.lr: 0\.0001 -> 0\.5\)"):
         api.run(Job.model_validate(plain))
     assert sorted(path.name for path in run_dir.rglob("*")) == before
+
+
+BEFORE, AFTER = commit_name(1), commit_name(2)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: dict[str, Any]) -> Iterator[HubDataset]:
+    """A dataset on a hub that the job trains on."""
+    files = {"train.jsonl": Path(plain["data"]["train"][0]["path"]).read_bytes()}
+    moved = {"train.jsonl": files["train.jsonl"].replace(b'"q1', b'"Q1')}
+    dataset = HubDataset({BEFORE: files, AFTER: moved}, {"main": BEFORE, "v1": BEFORE})
+    plain["data"]["train"] = [{"path": "hf::org/rows#12"}]
+    with serve_hub({"org/rows": dataset}) as stand_in:
+        point_at(monkeypatch, stand_in.url, tmp_path)
+        yield dataset
+
+
+def test_a_run_keeps_the_commit_of_a_hub_it_began_with(run_dir: Path, plain: dict[str, Any], hub: HubDataset) -> None:
+    fresh = prepare(Job.model_validate(plain))
+    assert fresh.job.data.train[0].path == f"hf::org/rows@~{BEFORE}#12"
+    assert fresh.train_stream.num_rows_total == 12
+    commit(run_dir, plain)
+    hub.branches["main"] = AFTER
+    again = prepare(Job.model_validate(plain))
+    assert again.checkpoint is not None
+    assert again.job.data.train[0].path == fresh.job.data.train[0].path
+    assert again.train_stream.fingerprint == fresh.train_stream.fingerprint
+    plain["name"] = "another"
+    other = prepare(Job.model_validate(plain))
+    assert other.job.data.train[0].path == f"hf::org/rows@~{AFTER}#12"
+    assert other.train_stream.fingerprint != fresh.train_stream.fingerprint
+
+
+def test_another_revision_of_a_hub_is_another_job(run_dir: Path, plain: dict[str, Any], hub: HubDataset) -> None:
+    commit(run_dir, plain)
+    plain["data"]["train"] = [{"path": "hf::org/rows@v1#12"}]
+    with pytest.raises(ConfigError, match=r'data\.train\.0\.path: "hf::org/rows#12" -> "hf::org/rows@v1#12"'):
+        prepare(Job.model_validate(plain))
+
+
+def test_a_run_of_a_hub_without_a_checkpoint_is_the_same_job(
+    run_dir: Path, plain: dict[str, Any], hub: HubDataset
+) -> None:
+    begin(run_dir, plain, steps=3)
+    assert prepare(Job.model_validate(plain)).checkpoint is None
 
 
 def test_a_job_that_failed_before_its_first_step_may_be_corrected(run_dir: Path, plain: dict[str, Any]) -> None:

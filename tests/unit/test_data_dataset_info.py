@@ -102,7 +102,8 @@ def test_expanding_twice_changes_nothing(tmp_path: Path) -> None:
     [
         ('{"mine": {"file_name": "a.json"}}', "mime", "did you mean mine?"),
         ('{"mine": {"file_name": "a.json"}}', None, "set data.train.0.dataset to one of mine"),
-        ('{"mine": {"hf_hub_url": "org/mine"}}', "mine", "stands for org/mine"),
+        ('{"mine": {"script_url": "script"}}', "mine", "stands for script, which this version does not load"),
+        ('{"mine": {"hf_hub_url": "o/n", "subset": "a", "folder": "b"}}', "mine", "stands for a subset and a folder"),
         ("[]", "mine", "is no dataset_info.json"),
         ("{", "mine", "is not JSON"),
     ],
