@@ -58,7 +58,7 @@ def sound(seconds: float = 0.5, *, rate: int = 16000, channels: int = 1, level: 
 
 
 def video(
-    path: Path, *, frames: int = 12, rate: int = 10, size: tuple[int, int] = (48, 32), first: int = 0,
+    path: Path, *, frames: int = 12, rate: int = 10, size: tuple[int, int] = (48, 32), first: int = 0, green: int = 0,
     format: str = "mp4", codec: str = "mpeg4", **options: str,
 ) -> bytes:  # fmt: skip
     """A film whose left half is red and whose right half gets brighter with each frame."""
@@ -67,7 +67,7 @@ def video(
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for number in range(frames):
             image = Image.new("RGB", size, "red")
-            image.paste((0, 0, 20 * number % 256), (size[0] // 2, 0, *size))
+            image.paste((0, green, 20 * number % 256), (size[0] // 2, 0, *size))
             frame: Any = av.VideoFrame.from_image(image)
             frame.pts = first + number
             container.mux(stream.encode(frame))

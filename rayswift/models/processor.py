@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,9 @@ class _Heard:
         ear = _Ear(tokenizer)
         self.tokenizer = ear
         try:
-            yield ear.texts
+            with warnings.catch_warnings():  # InternVL's has numpy sum a tensor of torch, which works
+                warnings.filterwarnings("ignore", "__array_wrap__", DeprecationWarning)
+                yield ear.texts
         finally:
             self.tokenizer = tokenizer
 
