@@ -62,10 +62,11 @@ async def open_model(spec: ServeSpec, folder: str) -> ServedModel:
     """A started engine with its tokenizer and its places. Raises ConfigError or ServeError when it cannot load."""
     from rayswift.models.loading import load_tokenizer
 
-    options = EngineOptions(spec.max_concurrency, spec.max_model_len, spec.dtype, spec.device)
+    options = EngineOptions(spec.max_concurrency, spec.max_model_len, spec.dtype, spec.device, spec.media)
     engine: Engine = plugins.load("serving.engines", spec.engine, path="engine")(folder, options)
     await engine.start()
-    return ServedModel(engine, PromptBuilder(load_tokenizer(folder)), Admission(spec.max_concurrency, spec.max_queued))
+    prompts = PromptBuilder(load_tokenizer(folder), engine.media_encoder, spec.max_media)
+    return ServedModel(engine, prompts, Admission(spec.max_concurrency, spec.max_queued))
 
 
 def build_app(spec: ServeSpec) -> serve.Application:

@@ -9,9 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
+import numpy as np
+
+from rayswift.config.job import MediaSpec
+from rayswift.data.types import Features
 from rayswift.errors import ServeError
+
+if TYPE_CHECKING:
+    from rayswift.data.media.encoder import MediaEncoder
 
 FinishReason = Literal["stop", "length"]
 
@@ -30,11 +37,23 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a model is to continue. `media` fill the placeholders among `ids`, in order.
+
+    `rope_AT` are positions on the axes of a model that has several; None stands for plain ones on each.
+    """
+
+    ids: tuple[int, ...]
+    media: tuple[Features, ...] = field(default=(), compare=False)
+    rope_AT: np.ndarray | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class Request:
-    """One answer to generate. Invariant: `prompt_ids` is not empty and leaves room for `sampling.max_new_tokens`."""
+    """One answer to generate. Invariant: the prompt is not empty and leaves room for `sampling.max_new_tokens`."""
 
     request_id: str
-    prompt_ids: tuple[int, ...]
+    prompt: Prompt
     sampling: Sampling
 
 
@@ -71,12 +90,16 @@ class Delta:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine is built with. `dtype` and `device` may be `auto`; `max_model_len` None is the model's own."""
+    """What an engine is built with. `dtype` and `device` may be `auto`; `max_model_len` None is the model's own.
+
+    `media` are the bounds of the images and sounds that it is shown.
+    """
 
     max_concurrency: int = 16
     max_model_len: int | None = None
     dtype: str = "auto"
     device: str = "auto"
+    media: MediaSpec = field(default_factory=MediaSpec)
 
 
 class Engine(Protocol):
@@ -85,6 +108,10 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int:
         """Most tokens of a prompt and its answer together. Valid after `start`."""
+
+    @property
+    def media_encoder(self) -> MediaEncoder | None:
+        """What makes features of images and sounds; None for an engine that is given text only. After `start`."""
 
     async def start(self) -> None:
         """Load the model and generate one token. Raises ConfigError or ServeError; once it returns, it is ready."""
@@ -107,6 +134,7 @@ class FakeEngine:
     max_model_len: int = 64
     gate: asyncio.Event | None = None
     failure: str | None = None
+    media_encoder: MediaEncoder | None = None
     running: int = 0
     seen: list[Request] = field(default_factory=list)
 

@@ -25,17 +25,18 @@ async def read_json(http: HttpRequest, max_bytes: int) -> bytes:
         raise ApiError("Content-Type must be application/json", status=415, code="unsupported_media_type")
     announced = http.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
-        raise _too_large(max_bytes)
+        raise too_large(max_bytes)
     parts, size = [], 0
     async for part in http.stream():
         size += len(part)
         if size > max_bytes:
-            raise _too_large(max_bytes)
+            raise too_large(max_bytes)
         parts.append(part)
     return b"".join(parts)
 
 
-def _too_large(max_bytes: int) -> ApiError:
+def too_large(max_bytes: int) -> ApiError:
+    """The 413 for a body, or for the text in it."""
     return ApiError(f"the body is larger than {max_bytes} bytes", status=413, code="request_too_large")
 
 

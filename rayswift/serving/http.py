@@ -23,7 +23,7 @@ from rayswift.errors import ServeError
 from rayswift.serving import flow, gate, openai, replies
 from rayswift.serving.admission import Admission, Places
 from rayswift.serving.api_errors import ApiError, unknown_model
-from rayswift.serving.engine import Delta, Engine, Request
+from rayswift.serving.engine import Delta, Engine, Prompt, Request
 from rayswift.serving.openai import AnyRequest, ChatRequest, TextRequest
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.replies import Answer, Reply
@@ -109,48 +109,60 @@ class Endpoint:
 
     async def _answer(self, http: HttpRequest, kind: type[AnyRequest]) -> Response:
         deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
-        body = await flow.read_json(http, self._spec.max_body_bytes)
+        body = await flow.read_json(http, self._max_body_bytes(kind))
         request = openai.parse(kind, body)
+        if isinstance(request, ChatRequest) and request.num_chars > self._spec.max_body_bytes:
+            raise flow.too_large(self._spec.max_body_bytes)
         model = self._find(request.model)
-        work = await self._plan(request, model, deadline)
-        reply = Reply(request.model, chat=kind is ChatRequest)
-        deltas = flow.choice_deltas(model.engine, work.requests, work.deadline)
-        answers = [Answer(index) for index in range(len(work.requests))]
-        places = model.admission.enter(len(work.requests))
-        if not request.stream:
-            with places:
-                await flow.unless_gone(http, _collect(deltas, answers))
-            return JSONResponse(reply.body(answers, replies.usage(answers, work.num_prompt_tokens)))
-        events = _events(deltas, answers, reply, work.num_prompt_tokens if request.include_usage else None)
-        try:
-            # The first event is awaited here, so that what fails before it still gets an HTTP status of its own.
-            first = await flow.unless_gone(http, anext(events))
-        except BaseException:
-            places.release()
-            raise
-        return _EventStream(first, events, places)
-
-    async def _plan(self, request: ChatRequest | TextRequest, model: ServedModel, deadline: float) -> Work:
-        """Prompts and sampling of every choice. Raises ApiError for what this model cannot do."""
         if request.num_choices > self._spec.max_choices:
             raise ApiError(
                 f"n: {request.num_choices} answers in one request are more than {self._spec.max_choices}",
                 param="n",
                 code="invalid_value",
             )
-        prompts = await asyncio.to_thread(_prompt_ids, request, model.prompts)
+        places = model.admission.enter(request.num_choices)  # before the prompt: images cost time
+        try:
+            return await self._reply(http, request, await self._plan(request, model, deadline), model, places)
+        except BaseException:
+            places.release()
+            raise
+
+    async def _reply(
+        self, http: HttpRequest, request: ChatRequest | TextRequest, work: Work, model: ServedModel, places: Places
+    ) -> Response:
+        """The answer whole, or the stream of it, which then holds the places."""
+        reply = Reply(request.model, chat=isinstance(request, ChatRequest))
+        deltas = flow.choice_deltas(model.engine, work.requests, work.deadline)
+        answers = [Answer(index) for index in range(len(work.requests))]
+        if not request.stream:
+            with places:
+                await flow.unless_gone(http, _collect(deltas, answers))
+            return JSONResponse(reply.body(answers, replies.usage(answers, work.num_prompt_tokens)))
+        events = _events(deltas, answers, reply, work.num_prompt_tokens if request.include_usage else None)
+        # The first event is awaited here, so that what fails before it still gets an HTTP status of its own.
+        first = await flow.unless_gone(http, anext(events))
+        return _EventStream(first, events, places)
+
+    async def _plan(self, request: ChatRequest | TextRequest, model: ServedModel, deadline: float) -> Work:
+        """Prompts and sampling of every choice. Raises ApiError for what this model cannot do."""
+        prompts = await asyncio.to_thread(_prompts, request, model.prompts)
         unique, requests = uuid.uuid4().hex, list[Request]()
-        for ids in prompts:
+        for prompt in prompts:
             sampling = openai.sampling(
                 request,
-                num_prompt_tokens=len(ids),
+                num_prompt_tokens=len(prompt.ids),
                 room=model.engine.max_model_len,
                 max_new_tokens=self._spec.max_new_tokens,
             )
             for choice in range(request.n):
                 one = openai.for_choice(sampling, choice)
-                requests.append(Request(f"{unique}-{len(requests)}", tuple(ids), one))
-        return Work(tuple(requests), sum(map(len, prompts)), deadline)
+                requests.append(Request(f"{unique}-{len(requests)}", prompt, one))
+        return Work(tuple(requests), sum(len(prompt.ids) for prompt in prompts), deadline)
+
+    def _max_body_bytes(self, kind: type[AnyRequest]) -> int:
+        """Bytes of a body before it is read: with room for media, in base64, where a model takes them."""
+        takes_media = kind is ChatRequest and any(model.prompts.takes_media for model in self._models.values())
+        return self._spec.max_body_bytes + takes_media * (self._spec.max_media_bytes * 4 // 3 + 1024)
 
     def _find(self, name: str) -> ServedModel:
         if name not in self._models:
@@ -158,7 +170,7 @@ class Endpoint:
         return self._models[name]
 
 
-def _prompt_ids(request: ChatRequest | TextRequest, prompts: PromptBuilder) -> list[list[int]]:
+def _prompts(request: ChatRequest | TextRequest, prompts: PromptBuilder) -> list[Prompt]:
     if isinstance(request, ChatRequest):
         return [prompts.chat(request.messages)]
     return [prompts.text(prompt) for prompt in request.prompt]

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
 from rayswift.serving.api_errors import ApiError, too_long
+from rayswift.serving.content import Content, content_of
 from rayswift.serving.engine import Sampling
 
 MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_LOGPROBS = 4, 256, 20
@@ -49,22 +50,6 @@ _ABSENT_OPTIONS: Mapping[str, tuple[Any, ...]] = {
 _MESSAGE_EXTRAS = frozenset({"refusal", "audio", "annotations", "function_call", "tool_calls"})
 
 
-def _text(value: Any) -> Any:
-    """Message content as one string; a list of text parts is joined."""
-    if not isinstance(value, list):
-        return value
-    for part in value:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise PydanticCustomError("content_part", "every content part must be an object with a type")
-        if part["type"] != "text":
-            raise PydanticCustomError(
-                "content_part", "only text parts are supported, not {type}", {"type": part["type"]}
-            )
-        if not isinstance(part.get("text"), str):
-            raise PydanticCustomError("content_part", "a text part must have a text that is a string")
-    return "".join(part["text"] for part in value)
-
-
 def _stop_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -95,7 +80,7 @@ class Message(_Strict):
     """One turn of a conversation. `developer` is the API's newer word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text)]
+    content: Annotated[InstanceOf[Content], BeforeValidator(content_of)]
     name: str | None = None
 
     @model_validator(mode="before")
@@ -165,6 +150,11 @@ class ChatRequest(_CommonRequest):
     def num_choices(self) -> int:
         """How many answers are asked for."""
         return self.n
+
+    @property
+    def num_chars(self) -> int:
+        """The length of all that is said, images and sounds not counted."""
+        return sum(len(message.content.text) for message in self.messages)
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -1,77 +1,136 @@
-"""From messages or text to token ids, with the model folder's own tokenizer and chat template, as in training.
+"""From messages or text to token ids and features, with the model folder's own tokenizer, chat template and processor.
 
-Knows transformers' tokenizers; knows no model and no engine.
+The path is that of training. Knows transformers' tokenizers; knows no model and no engine.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rayswift.data.formats import RowError, one_row
 from rayswift.data.templates import chat_text
+from rayswift.data.types import Medium
 from rayswift.serving.api_errors import ApiError
+from rayswift.serving.engine import Prompt
 from rayswift.serving.openai import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rayswift.data.media.encoder import Encoded, MediaEncoder
+
+_MAX_MEDIA = 8
+_SETTINGS = {"data.media.max_bytes": "max_media_bytes", "data.media.max_pixels": "max_media_pixels",
+             "data.media.max_audio_seconds": "max_media_seconds"}  # fmt: skip
+"""What a bound is called in a serve spec, by its name in a job."""
+
 
 class PromptBuilder:
-    """Turns what clients send into token ids. Safe to call from several threads; the tokenizer itself is not."""
+    """Turns what clients send into prompts. Safe to call from several threads; the tokenizer itself is not."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer, self._lock = tokenizer, threading.Lock()
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: MediaEncoder | None = None,
+        max_media: int = _MAX_MEDIA,
+    ) -> None:
+        self._tokenizer, self._encoder, self._max_media = tokenizer, encoder, max_media
+        self._lock = threading.Lock()
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of a conversation that the model is to continue. Raises ApiError when the template refuses it."""
+    @property
+    def takes_media(self) -> bool:
+        """Whether there may be more than text in a conversation."""
+        return self._encoder is not None and self._max_media > 0
+
+    def chat(self, messages: Sequence[Message]) -> Prompt:
+        """The conversation that the model is to continue. Raises ApiError when template or processor refuse it."""
         if not self._tokenizer.chat_template:
             raise ApiError(
                 "this model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
-        return self.turns([{"role": _template_role(m.role), "content": m.content} | _named(m) for m in messages])
+        turns = [{"role": _template_role(m.role), "content": m.content.text} | _named(m) for m in messages]
+        found = [(f"messages[{i}].content", one) for i, m in enumerate(messages) for one in m.content.media]
+        if found and len(found) > self._max_media:
+            raise _refusal(found[self._max_media][0], f"more than {self._max_media} images or sounds in one request")
+        encoded = [self._encoded(place, medium) for place, medium in found]
+        return self._conversation(turns, (), [medium for _, medium in found], encoded)
 
     def turns(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """The ids of a conversation in the words that chat templates take, tool calls and tools included."""
+        return list(self._conversation(turns, tools, (), ()).ids)
+
+    def _encoded(self, place: str, medium: Medium) -> Encoded:
+        if self._encoder is None:
+            raise _refusal(place, "this model reads text only")
+        assert isinstance(medium.source, bytes), "a request brings its files with it"
+        content = medium.source
+        if not content or len(content) > (limit := self._encoder.spec.max_bytes):
+            raise _refusal(place, f"a file of more than max_media_bytes={limit}" if content else "an empty file")
+        try:
+            with self._lock, one_row():
+                return self._encoder.encode_one(medium.kind, content)
+        except RowError as error:
+            raise _refusal(place, _in_own_words(str(error), _SETTINGS)) from None
+
+    def _conversation(
+        self,
+        turns: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]],
+        media: Sequence[Medium],
+        encoded: Sequence[Encoded],
+    ) -> Prompt:
         from jinja2 import TemplateError
 
         with self._lock:
             try:
                 text = chat_text(self._tokenizer, turns, tools, generation_prompt=True)
-            except TemplateError as error:
-                raise ApiError(
-                    f"messages: the model's chat template refuses this conversation: {error}",
-                    param="messages",
-                    code="invalid_value",
-                ) from None
-            ids = self._encode(text, add_special_tokens=False)
-        if not ids:
-            raise ApiError(
-                "messages: the model's chat template makes no prompt of this conversation",
-                param="messages",
-                code="invalid_value",
-            )
-        return ids
+                with one_row():
+                    prompt = self._filled(text, media, encoded)
+            except (TemplateError, RowError) as error:
+                what = "the model's chat template refuses this conversation: " * isinstance(error, TemplateError)
+                raise _refusal("messages", f"{what}{error}") from None
+        if not prompt.ids:
+            raise _refusal("messages", "the model's chat template makes no prompt of this conversation")
+        return prompt
 
-    def text(self, prompt: str | list[int]) -> list[int]:
-        """The ids of a plain prompt, begun as the tokenizer begins a text. Ids are checked and taken as they are."""
+    def _filled(self, text: str, media: Sequence[Medium], encoded: Sequence[Encoded]) -> Prompt:
+        if self._encoder is None:
+            return Prompt(tuple(self._encode(text, add_special_tokens=False)))
+        found = self._encoder.prompt(text, media, encoded)
+        return Prompt(tuple(found.input_ids), found.media, found.rope_AT)
+
+    def text(self, prompt: str | list[int]) -> Prompt:
+        """A plain prompt, begun as the tokenizer begins a text. Ids are checked and taken as they are."""
         if isinstance(prompt, str):
             with self._lock:
                 ids = self._encode(prompt, add_special_tokens=True)
         else:
             ids = prompt
         if not ids:
-            raise ApiError("prompt: must not be empty", param="prompt", code="invalid_value")
+            raise _refusal("prompt", "must not be empty")
         if max(ids) >= len(self._tokenizer):
-            raise ApiError(
-                f"prompt: token ids must be below {len(self._tokenizer)}", param="prompt", code="invalid_value"
-            )
-        return ids
+            raise _refusal("prompt", f"token ids must be below {len(self._tokenizer)}")
+        kept = {} if self._encoder is None else {number: token for token, number in self._encoder.placeholders.items()}
+        if found := kept.keys() & set(ids):
+            raise _refusal("prompt", f"has {kept[min(found)]}, which stands for a medium; use /v1/chat/completions")
+        return Prompt(tuple(ids))
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # verbose=False: a prompt that is too long is refused by name later, not warned about in a log
         encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return list(encoded["input_ids"])
+
+
+def _refusal(place: str, rule: str) -> ApiError:
+    return ApiError(f"{place}: {rule}", param=place, code="invalid_value")
+
+
+def _in_own_words(text: str, names: Mapping[str, str]) -> str:
+    for job_name, own in names.items():
+        text = text.replace(job_name, own)
+    return text
 
 
 def _template_role(role: str) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from rayswift.config import problems, yamlfile
-from rayswift.config.job import Dtype, Number, PositiveInt, Section
+from rayswift.config.job import Dtype, MediaSpec, Number, PositiveInt, Section
 from rayswift.errors import ConfigError
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$"
@@ -51,7 +51,15 @@ class ServeSpec(Section):
     max_choices: PositiveInt = 16
     """Most answers one request may ask for (`n` times the number of prompts)."""
     max_body_bytes: PositiveInt = 2 * 2**20
-    """Largest request body."""
+    """Largest request body, images and sounds not counted."""
+    max_media: Annotated[int, Field(ge=0)] = 8
+    """Most images and sounds in one request, over all its messages; 0 serves text only."""
+    max_media_bytes: PositiveInt = 8 * 2**20
+    """Largest size of a request's images and sounds together."""
+    max_media_pixels: PositiveInt = 16_000_000
+    """Most pixels of an image before the model's processor scales it."""
+    max_media_seconds: Annotated[Number, Field(gt=0)] = 120
+    """Longest sound."""
     request_timeout_s: Annotated[Number, Field(gt=0)] = 600
     """Seconds a request may take from its arrival to its last token."""
     num_replicas: PositiveInt = 1
@@ -62,6 +70,13 @@ class ServeSpec(Section):
     """Accelerators that Ray reserves for a replica."""
     start_timeout_s: Annotated[Number, Field(gt=0)] = 600
     """Seconds to wait for the models to be placed, loaded and warmed up."""
+
+    @property
+    def media(self) -> MediaSpec:
+        """The bounds of one image or sound, as they are told to the code that decodes it."""
+        return MediaSpec(
+            max_bytes=self.max_media_bytes, max_pixels=self.max_media_pixels, max_audio_seconds=self.max_media_seconds
+        )
 
     @property
     def url(self) -> str:

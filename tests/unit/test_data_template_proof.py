@@ -90,7 +90,7 @@ def decoded(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 def served(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """The prompt of a conversation that a client sends; what was thought before is not among what clients send."""
     request = [openai.Message(role=m.role, content=m.content) for m in messages]  # type: ignore[arg-type]
-    return PromptBuilder(tokenizer).chat(request)
+    return list(PromptBuilder(tokenizer).chat(request).ids)
 
 
 def answers(family: Family, messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[Answer]:

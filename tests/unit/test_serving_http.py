@@ -86,7 +86,7 @@ def test_chat_reply(make: Callable[..., _Server]) -> None:
     [choice] = body["choices"]
     assert choice["message"] == {"role": "assistant", "content": _TEXT, "refusal": None}
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)
-    num_prompt = len(server.engine.seen[0].prompt_ids)
+    num_prompt = len(server.engine.seen[0].prompt.ids)
     assert body["usage"] == {
         "prompt_tokens": num_prompt, "completion_tokens": 4, "total_tokens": num_prompt + 4
     }  # fmt: skip
@@ -101,7 +101,7 @@ def test_the_prompt_is_the_chat_template_of_the_model(make: Callable[..., _Serve
     server.chat(messages=turns)
     turns[0]["role"] = "system"
     expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    assert tokenizer.decode(server.engine.seen[0].prompt_ids) == expected
+    assert tokenizer.decode(server.engine.seen[0].prompt.ids) == expected
 
 
 def test_text_reply_for_several_prompts_and_answers(make: Callable[..., _Server]) -> None:

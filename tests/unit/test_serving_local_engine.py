@@ -15,7 +15,7 @@ from rayswift.config.job import ModelSpec
 from rayswift.errors import ConfigError, ServeError
 from rayswift.models.init import random_model
 from rayswift.models.loading import load_model
-from rayswift.serving.engine import Delta, EngineOptions, Request, Sampling
+from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampling
 from rayswift.serving.engines.local import Local
 from rayswift.serving.local import proof
 from rayswift.serving.local.batch import Prefill, SlotBatch, SoloBatch, open_batch
@@ -46,7 +46,7 @@ class _Runner:
 
 async def _answer(engine: Local, prompt_ids: list[int], sampling: Sampling) -> Delta:
     total = Delta("", 0)
-    async for delta in engine.generate(Request("r", tuple(prompt_ids), sampling)):
+    async for delta in engine.generate(Request("r", Prompt(tuple(prompt_ids)), sampling)):
         total = total + delta
     return total
 
@@ -112,7 +112,7 @@ def test_slot_batch_equals_solo_batch_while_rows_join_and_leave(arch: str) -> No
             if rows < 6 and chance.random() < 0.5:
                 prompt = tuple(chance.randrange(64) for _ in range(chance.choice([1, 3, 20, 150])))
                 for batch in (slots, solo):
-                    prefill = Prefill(model, prompt, 64)
+                    prefill = Prefill(model, Prompt(prompt), 64)
                     while prefill.advance() is None:
                         pass
                     batch.join(prefill.cache)
@@ -172,7 +172,9 @@ def test_logprobs_are_of_the_chosen_tokens(runner: _Runner) -> None:
 def test_closing_the_generator_frees_the_place(runner: _Runner) -> None:
     async def scenario() -> Delta:
         long = Sampling(max_new_tokens=1500, temperature=1.0, seed=0)
-        streams: list[AsyncIterator[Delta]] = [runner.engine.generate(Request(str(i), (5, 6), long)) for i in range(5)]
+        streams: list[AsyncIterator[Delta]] = [
+            runner.engine.generate(Request(str(i), Prompt((5, 6)), long)) for i in range(5)
+        ]
         for stream in streams:  # every place of the batch is taken
             await anext(stream)
         waiting = asyncio.create_task(_answer(runner.engine, [5, 6], Sampling(2, temperature=0)))
@@ -207,7 +209,7 @@ def _beside_a_running_answer(runner: _Runner, prompt_ids: list[int], sampling: S
     """What comes of an answer that runs already and of one that joins it: a Delta or the exception."""
 
     async def scenario() -> Any:
-        running = runner.engine.generate(Request("running", (5, 6), _LONG))
+        running = runner.engine.generate(Request("running", Prompt((5, 6)), _LONG))
         total = await anext(running)
         try:
             joined: Any = await asyncio.wait_for(_answer(runner.engine, prompt_ids, sampling), 20)
@@ -238,7 +240,7 @@ def test_what_fails_for_one_answer_ends_that_answer_only(runner: _Runner, monkey
     assert (running.text, type(joined)) == (undisturbed.text, ServeError)
     join = SlotBatch.join
 
-    def second_join_fails(batch: SlotBatch, cache: Any) -> None:
+    def second_join_fails(batch: SlotBatch, cache: Any, shift: int = 0) -> None:
         if batch._cache.lengths:
             raise RuntimeError("out of memory")
         join(batch, cache)
@@ -286,7 +288,7 @@ def test_numbers_that_overflowed_do_not_outlive_their_answer() -> None:
 
 
 def _join(batch: SlotBatch, model: Any, prompt: tuple[int, ...]) -> None:
-    prefill = Prefill(model, prompt, None)
+    prefill = Prefill(model, Prompt(prompt), None)
     assert prefill.advance() is not None
     batch.join(prefill.cache)
 

@@ -9,6 +9,7 @@ import pytest
 
 from rayswift.serving import openai
 from rayswift.serving.api_errors import ApiError
+from rayswift.serving.content import Content
 from rayswift.serving.openai import ChatRequest, TextRequest, parse
 
 _USER = {"role": "user", "content": "hi"}
@@ -125,7 +126,7 @@ def test_a_message_of_an_earlier_answer_is_accepted_as_the_client_has_it() -> No
 def test_content_parts_are_joined_and_prompts_are_lists() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     chat = parse(ChatRequest, json.dumps(_CHAT | {"messages": [{"role": "user", "content": parts}]}).encode())
-    assert chat.messages[0].content == "ab"
+    assert chat.messages[0].content == Content("ab")
     for prompt, expected in (("x", ["x"]), (["x", "y"], ["x", "y"]), ([1, 2], [[1, 2]]), ([[1], [2]], [[1], [2]])):
         text = parse(TextRequest, json.dumps({"model": "m", "prompt": prompt, "n": 2}).encode())
         assert text.prompt == expected

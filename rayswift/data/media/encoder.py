@@ -52,6 +52,11 @@ class MediaEncoder:
     spec: MediaSpec
     positions: Positions | None = None
 
+    @cached_property
+    def num_axes(self) -> int:
+        """Of the model's rope positions; 0 for a model of plain ones."""
+        return 0 if self.positions is None else len(self.positions(np.zeros(1, np.int64), ()))
+
     def encode(self, sample: Sample, data_file: str) -> tuple[Encoded, ...]:
         """The media of a Sample, read and encoded in order. Raises RowError for one that cannot be."""
         found: list[Encoded] = []

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 from rayswift.config.job import ModelSpec
 from rayswift.errors import ConfigError, RaySwiftError, ServeError
 from rayswift.models.loading import load_model, load_tokenizer
-from rayswift.serving.engine import Delta, EngineOptions, Request, Sampling
+from rayswift.models.processor import has_processor
+from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampling
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rayswift.data.media.encoder import MediaEncoder
     from rayswift.serving.local.loop import DecodeLoop, Vocabulary
 
 _log = logging.getLogger("rayswift.serving")
@@ -36,6 +38,11 @@ class Local:
         self._folder, self._options = folder, options
         self._loop: DecodeLoop | None = None
         self._max_model_len = 0
+        self._media_encoder: MediaEncoder | None = None
+
+    @property
+    def media_encoder(self) -> MediaEncoder | None:
+        return self._media_encoder
 
     @property
     def max_model_len(self) -> int:
@@ -43,7 +50,7 @@ class Local:
 
     async def start(self) -> None:
         await asyncio.to_thread(self._load)
-        warm_up = Request("warm-up", (0,), Sampling(max_new_tokens=1, temperature=0))
+        warm_up = Request("warm-up", Prompt((0,)), Sampling(max_new_tokens=1, temperature=0))
         async for _ in self.generate(warm_up):
             pass
         _log.info("engine local is ready: %s, %d tokens", self._folder, self._max_model_len)
@@ -87,6 +94,7 @@ class Local:
 
         from rayswift.serving.local.loop import DecodeLoop
         from rayswift.serving.local.proof import prove
+        from rayswift.training.media import load_encoder
 
         dtype = None if self._options.dtype == "auto" else getattr(torch, self._options.dtype)
         tokenizer = load_tokenizer(self._folder)
@@ -94,8 +102,11 @@ class Local:
         # `to` of transformers is wrapped in a way that loses its signature
         model = cast("Any", model).to(_device(self._options.device)).eval()
         self._max_model_len = _model_len(model, self._options.max_model_len)
-        prove(model, self._folder, self._max_model_len)
-        self._loop = DecodeLoop(model, _vocabulary(model, tokenizer), self._options.max_concurrency)
+        encoder = load_encoder(self._folder, self._options.media) if has_processor(self._folder) else None
+        prove(model, self._folder, self._max_model_len, encoder)
+        vocabulary, num_axes = _vocabulary(model, tokenizer), encoder.num_axes if encoder else 0
+        self._loop = DecodeLoop(model, vocabulary, self._options.max_concurrency, num_axes)
+        self._media_encoder = encoder
         self._loop.start()
 
 

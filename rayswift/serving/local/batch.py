@@ -1,7 +1,7 @@
 """The running batch: sequences of different lengths that join and leave between two decode steps.
 
-Knows transformers' caches and the forward pass. Knows nothing of requests, sampling or text.
-Shape legend: B rows (running sequences), H key/value heads, S tokens of the longest row, D head size, V vocabulary.
+Knows the forward pass; the cache that rows share is in `slots.py`. Knows nothing of requests, sampling or text.
+Shape legend: B rows (running sequences), T tokens of a prompt, S of the longest row, A rope axes, V vocabulary.
 
 transformers' own continuous batching (5.17) has per-request temperature and top_p, but neither a seed nor greedy
 decoding per request, and was four times slower than a plain loop at concurrency 1 on a CPU; hence this one.
@@ -12,18 +12,21 @@ from __future__ import annotations
 import inspect
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
-_FIRST_ROWS, _FIRST_COLUMNS = 4, 128
+from rayswift.data.media.features import model_features
+from rayswift.serving.engine import Prompt
+from rayswift.serving.local.slots import SlotCache
 
 
 class Batch(Protocol):
     """Running sequences, numbered by row. Removing a row moves the last row into its place."""
 
-    def join(self, cache: DynamicCache) -> None:
-        """Add a prefilled sequence as the last row."""
+    def join(self, cache: DynamicCache, shift: int = 0) -> None:
+        """Add a prefilled sequence as the last row. `shift`: see `Prefill`."""
 
     def leave(self, row: int) -> None:
         """Drop a sequence; the last row takes its number."""
@@ -32,33 +35,60 @@ class Batch(Protocol):
         """Logits_BV, float32, after feeding each row its newest token."""
 
 
-def open_batch(model: PreTrainedModel) -> Batch:
+def open_batch(model: PreTrainedModel, num_axes: int = 0) -> Batch:
     """The batch that fits the model: one forward pass for all rows where every layer keeps all keys and values.
+
+    `num_axes`: those of its rope positions, 0 for a model of plain ones.
 
     Sliding-window and other state has no common shape for rows of different lengths; such a model is run row by row,
     which is slower. Neither is right for every model: `proof.py` finds out.
     """
     layers = _new_cache(model).layers
     plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-    return SlotBatch(model, len(layers)) if plain and "position_ids" in _parameters(model) else SoloBatch(model)
+    if plain and "position_ids" in _parameters(model):
+        return SlotBatch(model, len(layers), num_axes)
+    return SoloBatch(model, num_axes)
 
 
 class Prefill:
-    """A prompt on its way into the model, a chunk at a time so that running answers do not wait for a long one."""
+    """A prompt on its way into the model, a chunk at a time so that running answers do not wait for a long one.
 
-    def __init__(self, model: PreTrainedModel, prompt_ids: tuple[int, ...], chunk_tokens: int | None) -> None:
-        self._model, self._prompt_ids, self._done = model, prompt_ids, 0
-        self._chunk_tokens = chunk_tokens or len(prompt_ids)
+    One with media is read at once: the model wants the features together with all the places that they fill.
+    `shift` is what is added to the number of a later token for its position on a rope axis: an image of many tokens
+    takes fewer positions than it has tokens.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prompt: Prompt, chunk_tokens: int | None = None, num_axes: int = 0
+    ) -> None:
+        self._model, self._prompt, self._done = model, prompt, 0
+        self._length = len(prompt.ids)
+        self._chunk_tokens = self._length if prompt.media or not chunk_tokens else chunk_tokens
+        self._rope_AT = prompt.rope_AT
+        if num_axes and self._rope_AT is None:
+            self._rope_AT = np.tile(np.arange(self._length), (num_axes, 1))
+        self.shift = 0 if self._rope_AT is None else int(self._rope_AT.max(initial=-1)) + 1 - self._length
         self.cache = _new_cache(model)
 
     def advance(self) -> torch.Tensor | None:
         """Logits_V after the whole prompt, or None while there is more of it."""
-        chunk = self._prompt_ids[self._done : self._done + self._chunk_tokens]
-        ids_1T = torch.tensor([chunk], device=self._model.device)
+        stop = min(self._done + self._chunk_tokens, self._length)
+        inputs = self.inputs(slice(self._done, stop))
         keep = keep_logits(self._model, 1)
-        logits_1TV = self._model(input_ids=ids_1T, past_key_values=self.cache, use_cache=True, **keep).logits
-        self._done += len(chunk)
-        return None if self._done < len(self._prompt_ids) else logits_1TV[0, -1].float()
+        logits_1TV = self._model(**inputs, past_key_values=self.cache, use_cache=True, **keep).logits
+        self._done = stop
+        return None if stop < self._length else logits_1TV[0, -1].float()
+
+    def inputs(self, chunk: slice) -> dict[str, torch.Tensor]:
+        """What the model is given of a part of the prompt, on its device; the features all at once."""
+        device = self._model.device
+        inputs = {"input_ids": torch.tensor([self._prompt.ids[chunk]], device=device)}
+        if self._rope_AT is not None:
+            plain_T = np.arange(self._length)
+            inputs["position_ids"] = torch.from_numpy(np.stack([plain_T, *self._rope_AT])[:, None, chunk]).to(device)
+        for name, value in model_features(self._prompt.media).items():
+            inputs[name] = value.to(device, self._model.dtype if value.is_floating_point() else None)
+        return inputs
 
 
 class SoloBatch:
@@ -67,26 +97,39 @@ class SoloBatch:
     Not so mamba, mamba2, rwkv and recurrent_gemma (transformers 5.17), which ignore the cache they are given.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model, self._caches = model, list[DynamicCache]()
+    def __init__(self, model: PreTrainedModel, num_axes: int = 0) -> None:
+        self._model, self._num_axes = model, num_axes
+        self._caches, self._shifts = list[DynamicCache](), list[int]()
 
-    def join(self, cache: DynamicCache) -> None:
+    def join(self, cache: DynamicCache, shift: int = 0) -> None:
         self._caches.append(cache)
+        self._shifts.append(shift)
 
     def leave(self, row: int) -> None:
-        self._caches[row] = self._caches[-1]
+        self._caches[row], self._shifts[row] = self._caches[-1], self._shifts[-1]
         self._caches.pop()
+        self._shifts.pop()
 
     def decode(self, token_ids: list[int]) -> torch.Tensor:
         assert len(token_ids) == len(self._caches), "one token per row"
-        device = self._model.device
-        rows_V = [
-            self._model(input_ids=torch.tensor([[token]], device=device), past_key_values=cache, use_cache=True).logits[
-                0, -1
-            ]
-            for token, cache in zip(token_ids, self._caches, strict=True)
-        ]
-        return torch.stack(rows_V).float()
+        return torch.stack([self._decoded(row, token) for row, token in enumerate(token_ids)]).float()
+
+    def _decoded(self, row: int, token: int) -> torch.Tensor:
+        device, cache = self._model.device, self._caches[row]
+        given: dict[str, Any] = {"input_ids": torch.tensor([[token]], device=device)}
+        if self._num_axes:
+            given["position_ids"] = _positions([cache.get_seq_length()], [self._shifts[row]], self._num_axes, device)
+        logits_V: torch.Tensor = self._model(**given, past_key_values=cache, use_cache=True).logits[0, -1]
+        return logits_V
+
+
+def _positions(lengths: list[int], shifts: list[int], num_axes: int, device: torch.device) -> torch.Tensor:
+    """Of each row's newest token, [B, 1]; for several rope axes [1 + A, B, 1], of which the first is the plain one."""
+    lengths_B1 = torch.tensor(lengths, device=device)[:, None]
+    if not num_axes:
+        return lengths_B1
+    axis_B1 = lengths_B1 + torch.tensor(shifts, device=device)[:, None]
+    return torch.stack([lengths_B1, *[axis_B1] * num_axes])
 
 
 class SlotBatch:
@@ -97,24 +140,28 @@ class SlotBatch:
     row's result does not depend on its neighbours, nor on who had its slot before, beyond the rounding of a matmul.
     """
 
-    def __init__(self, model: PreTrainedModel, num_layers: int) -> None:
-        self._model, self._cache = model, _SlotCache(num_layers)
+    def __init__(self, model: PreTrainedModel, num_layers: int, num_axes: int = 0) -> None:
+        self._model, self._cache, self._num_axes = model, SlotCache(num_layers), num_axes
+        self._shifts: list[int] = []
 
-    def join(self, cache: DynamicCache) -> None:
+    def join(self, cache: DynamicCache, shift: int = 0) -> None:
         self._cache.append(cache)
+        self._shifts.append(shift)
 
     def leave(self, row: int) -> None:
         self._cache.remove(row)
+        self._shifts[row] = self._shifts[-1]
+        self._shifts.pop()
 
     def decode(self, token_ids: list[int]) -> torch.Tensor:
         lengths, device = self._cache.lengths, self._model.device
         assert len(token_ids) == len(lengths), "one token per row"
         self._cache.begin_step(device)
-        lengths_B1 = torch.tensor(lengths, device=device)[:, None]
-        visible_BS = torch.arange(max(lengths) + 1, device=device) <= lengths_B1
+        columns_S = torch.arange(max(lengths) + 1, device=device)
+        visible_BS = columns_S <= torch.tensor(lengths, device=device)[:, None]
         logits_B1V = self._model(
             input_ids=torch.tensor(token_ids, device=device)[:, None],
-            position_ids=lengths_B1,
+            position_ids=_positions(lengths, self._shifts, self._num_axes, device),
             attention_mask=visible_BS,
             past_key_values=self._cache,
             use_cache=True,
@@ -122,117 +169,6 @@ class SlotBatch:
         self._cache.end_step()
         logits_BV: torch.Tensor = logits_B1V[:, -1].float()
         return logits_BV
-
-
-class _SlotCache(Cache):
-    """The cache of a SlotBatch. `lengths` is the truth about what its layers hold."""
-
-    def __init__(self, num_layers: int) -> None:
-        self.lengths: list[int] = []
-        self.slots: list[_SlotLayer] = [_SlotLayer(self) for _ in range(num_layers)]
-        self.columns_B = torch.empty(0, dtype=torch.long)
-        super().__init__(layers=list(self.slots))
-
-    def append(self, cache: DynamicCache) -> None:
-        """Copy a prefilled sequence into the next free slot."""
-        row = len(self.lengths)
-        for slot, layer in zip(self.slots, cache.layers, strict=True):
-            assert isinstance(layer, DynamicLayer), "only full attention layers share slots"
-            keys_1HSD, values_1HSD = layer.keys, layer.values
-            assert keys_1HSD is not None, "a joining sequence is prefilled"
-            assert values_1HSD is not None, "a joining sequence is prefilled"
-            slot.write(row, keys_1HSD, values_1HSD)
-        self.lengths.append(cache.get_seq_length())
-
-    def remove(self, row: int) -> None:
-        """Free a slot by moving the last one into it."""
-        last = len(self.lengths) - 1
-        if row != last:
-            for slot in self.slots:
-                slot.move(last, row, self.lengths[last])
-        self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
-        if not self.lengths:
-            for slot in self.slots:
-                slot.clear()  # idle: the memory that the longest answers took is not kept
-
-    def begin_step(self, device: torch.device) -> None:
-        """Note the column each row's next token goes to."""
-        self.columns_B = torch.tensor(self.lengths, device=device)
-        for slot in self.slots:
-            slot.reserve(len(self.lengths), max(self.lengths) + 1)
-
-    def end_step(self) -> None:
-        """Count the tokens that the forward pass has added."""
-        self.lengths = [length + 1 for length in self.lengths]
-
-
-class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [rows, H, columns, D], with room to grow so that a step copies one column only."""
-
-    def __init__(self, owner: _SlotCache) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._owner = owner
-        self._keys: torch.Tensor = torch.empty(0, 0, 0, 0)
-        self._values: torch.Tensor = torch.empty(0, 0, 0, 0)
-
-    def write(self, row: int, keys_1HSD: torch.Tensor, values_1HSD: torch.Tensor) -> None:
-        """Fill a slot with a prefilled sequence, and its further columns with zeros."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys_1HSD, values_1HSD)
-        length = keys_1HSD.shape[2]
-        self.reserve(row + 1, length)
-        self._keys[row, :, :length] = keys_1HSD[0]
-        self._values[row, :, :length] = values_1HSD[0]
-        self._blank(row, length)
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a slot's first `length` columns to another slot, and zeros behind them."""
-        self._keys[target, :, :length] = self._keys[source, :, :length]
-        self._values[target, :, :length] = self._values[source, :, :length]
-        self._blank(target, length)
-
-    def _blank(self, row: int, length: int) -> None:
-        self._keys[row, :, length:] = 0
-        self._values[row, :, length:] = 0
-
-    def clear(self) -> None:
-        """Give all memory back; the next `write` starts anew."""
-        self._keys = self._values = torch.empty(0, 0, 0, 0)
-        self.is_initialized = False
-
-    def reserve(self, num_rows: int, num_columns: int) -> None:
-        """Grow to at least this size, by doubling. Room that was never written is zero, hence finite."""
-        rows, columns = self._keys.shape[0], self._keys.shape[2]
-        if rows >= num_rows and columns >= num_columns:
-            return
-        new_rows, new_columns = _doubled(rows, num_rows), _doubled(columns, num_columns)
-        grown = _grown(self._keys, new_rows, new_columns), _grown(self._values, new_rows, new_columns)
-        self._keys, self._values = grown  # both or, out of memory, none: their sizes stay equal
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._keys = key_states.new_zeros(_FIRST_ROWS, key_states.shape[1], _FIRST_COLUMNS, key_states.shape[3])
-        self._values = value_states.new_zeros(_FIRST_ROWS, value_states.shape[1], _FIRST_COLUMNS, value_states.shape[3])
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        columns_B, num_rows = self._owner.columns_B, key_states.shape[0]
-        rows_B = torch.arange(num_rows, device=columns_B.device)
-        self._keys[rows_B, :, columns_B] = key_states[:, :, 0]
-        self._values[rows_B, :, columns_B] = value_states[:, :, 0]
-        width = self.get_seq_length() + 1
-        return self._keys[:num_rows, :, :width], self._values[:num_rows, :, :width]
-
-    def get_seq_length(self) -> int:
-        return max(self._owner.lengths, default=0)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 def keep_logits(model: PreTrainedModel, count: int) -> dict[str, int]:
@@ -246,15 +182,3 @@ def _new_cache(model: PreTrainedModel) -> DynamicCache:
 
 def _parameters(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
-
-
-def _doubled(size: int, wanted: int) -> int:
-    while size < wanted:
-        size *= 2
-    return size
-
-
-def _grown(old: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
-    new[: old.shape[0], :, : old.shape[2]] = old
-    return new

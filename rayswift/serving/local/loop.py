@@ -52,9 +52,10 @@ class DecodeLoop:
     pass. `num_failures` counts failures since the last decode step, or whole answer, that went well.
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, max_concurrency: int) -> None:
+    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, max_concurrency: int, num_axes: int = 0) -> None:
         self._model, self._vocabulary, self._max_concurrency = model, vocabulary, max_concurrency
-        self._batch: Batch = open_batch(model)
+        self._num_axes = num_axes
+        self._batch: Batch = open_batch(model, num_axes)
         self._waiting: deque[Ticket] = deque()
         self._prefilling: deque[tuple[Ticket, Prefill]] = deque()
         self._running: list[Ticket] = []
@@ -138,7 +139,8 @@ class DecodeLoop:
         with self._wake:
             while self._waiting and len(self._running) + len(self._prefilling) < self._max_concurrency:
                 ticket = self._waiting.popleft()
-                self._prefilling.append((ticket, Prefill(self._model, ticket.request.prompt_ids, chunk_tokens)))
+                prefill = Prefill(self._model, ticket.request.prompt, chunk_tokens, self._num_axes)
+                self._prefilling.append((ticket, prefill))
 
     def _prefill_one(self) -> None:
         if not self._prefilling:
@@ -149,7 +151,7 @@ class DecodeLoop:
             if logits_V is None:
                 self._prefilling.appendleft((ticket, prefill))
             elif not self._advance(ticket, logits_V):
-                self._batch.join(prefill.cache)
+                self._batch.join(prefill.cache, prefill.shift)
                 self._running.append(ticket)
         except Exception as error:  # its cache is its own, so nobody else is touched
             self.num_failures += 1
@@ -210,7 +212,8 @@ class DecodeLoop:
 
     def _fail_running(self, error: ServeError) -> None:
         """End what runs and begin with an empty batch: after a failed forward pass its cache cannot be trusted."""
-        failed, self._running, self._batch = self._running, [], open_batch(self._model)
+        failed, self._running = self._running, []
+        self._batch = open_batch(self._model, self._num_axes)
         for ticket in failed:
             ticket.emit(error)
 
