@@ -21,7 +21,7 @@ from rayswift.planning.checks import check_layout
 from rayswift.planning.layout import Layout, Seat
 from rayswift.planning.model_shape import shape_from_config
 from rayswift.planning.refused import check_refused
-from rayswift.training.build import refuse_leaking_packing
+from rayswift.training.self_check import refuse_leaking_packing
 from tests.architecture_cases import tiny_architecture, tiny_config
 from tests.job_cases import make_job
 from tests.parity import LR, Difference, Outcome, Step, difference, run_each, run_engine, run_reference

@@ -230,6 +230,9 @@ class TrainSpec(Section):
     """Newest checkpoints that are kept."""
     resume: Literal["auto", "never", "must"] = "auto"
     """`auto` continues a run of the same name and job, `never` refuses an existing run, `must` demands one."""
+    self_check: bool = True
+    """Prove before the first step, on the run's own model and first rows, that packing changes no loss and that the
+    prompts trained on are those that will be served; a run that fails is stopped. Takes a second or two."""
 
 
 class ParallelSpec(Section):
@@ -306,7 +309,16 @@ def is_hub_id(path: str) -> bool:
 
 # Changing these between two sessions of a run does not change which losses it computes, or extends it knowingly.
 _FREE_ON_RESUME: dict[str, tuple[str, ...]] = {
-    "train": ("epochs", "max_steps", "log_every", "eval_every", "save_every", "keep_checkpoints", "resume"),
+    "train": (
+        "epochs",
+        "max_steps",
+        "log_every",
+        "eval_every",
+        "save_every",
+        "keep_checkpoints",
+        "resume",
+        "self_check",
+    ),
     "data": ("num_workers", "eval", "max_bad_fraction"),
 }
 

@@ -119,6 +119,16 @@ def render_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase, rule: LossRu
     return [_cut(tokenizer, place.text, [(place.start, place.stop, turn)], 0, rule) for turn, place in found]
 
 
+def prompts_before_answers(sample: Sample, rule: LossRule = _DEFAULT) -> list[list[dict[str, Any]]]:
+    """The conversation before each answer that is trained, as the server is sent it: its prompt is trained on too.
+
+    Of a conversation that is trained everywhere, the last: a template may render earlier answers as no server does.
+    """
+    chat, turns = _chat(sample.messages, rule)
+    answers = [turn.index for turn in turns if turn.answers and turn.weight]
+    return [chat[:index] for index in (answers[-1:] if rule.turns == "all" else answers)]
+
+
 def _last(
     tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], sample: Sample, rendered: str, *, is_wanted: bool
 ) -> Turn:

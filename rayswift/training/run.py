@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 import torch
@@ -27,7 +27,7 @@ from rayswift.parallel.engine import Engine
 from rayswift.parallel.mesh import find_device
 from rayswift.planning.layout import Seat
 from rayswift.training import checkpoint
-from rayswift.training.build import base_sha256, broadcast, build_engine, build_method, refuse_leaking_packing
+from rayswift.training.build import base_sha256, broadcast, build_engine, build_method
 from rayswift.training.checkpoint import CheckpointManifest
 from rayswift.training.evaluate import Evaluator
 from rayswift.training.hooks import RunHooks
@@ -40,6 +40,7 @@ from rayswift.training.prefetch import Prefetched
 from rayswift.training.row_record import RowRecord
 from rayswift.training.run_dir import HELD_OUT_QUARANTINE, QUARANTINE, STREAM, RunDir
 from rayswift.training.saver import Saver
+from rayswift.training.self_check import self_check
 from rayswift.training.state import Horizon, TrainState
 
 OpenBlocks = Callable[[WorkOrder, Seat, Ledger], Callable[[], Iterable[pa.Table]]]
@@ -66,11 +67,12 @@ def _run(order: WorkOrder, seat: Seat, local_rank: int, open_blocks: OpenBlocks)
     engine = build_engine(job, plan, seat, device)
     if manifest is not None:
         _load(engine, f"{job.run_dir}/{checkpoint.folder_name(manifest.step)}")
-    if job.data.packing:
-        refuse_leaking_packing(engine, job)
+    checked = self_check(engine, order, rank) if job.train.self_check else None
     log = RunLog(run_dir, job, up_to_step=state.step) if rank == 0 else None
     if log is not None:
         log.event("start", state.step, world_size=plan.layout.world_size, device=str(device), pid=os.getpid())
+        if checked is not None:
+            log.event("self_check", state.step, **asdict(checked))
         if removed:
             log.event("removed", state.step, checkpoints=removed, reason="not whole")
     saver = Saver(job.run_dir, job.train.keep_checkpoints, saved_step=manifest.step if manifest else None)

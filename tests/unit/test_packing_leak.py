@@ -15,7 +15,7 @@ from rayswift.errors import ConfigError
 from rayswift.parallel.engines.fsdp2 import Fsdp2
 from rayswift.parallel.logprobs import token_logprobs
 from rayswift.planning.layout import Layout, Seat
-from rayswift.training.build import refuse_leaking_packing
+from rayswift.training.self_check import refuse_leaking_packing
 from tests.engine_cases import Document, documents, share, tiny_model
 from tests.job_cases import make_job
 
