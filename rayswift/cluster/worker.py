@@ -73,7 +73,10 @@ def _torn_apart(plan: Plan, nodes: Sequence[str]) -> PlanError:
 
 
 def _open_blocks(order: WorkOrder, seat: Seat, ledger: Ledger) -> Callable[[], Iterable[pa.Table]]:
-    """How this data rank reads its share of the stream: a head start of its own, then what rank 0 split."""
+    """How this data rank reads its share of the stream: a head start of its own, then what rank 0 split.
+
+    Ranks that are handed their rows by another one only take part in handing out the splits.
+    """
     import torch.distributed as dist
 
     from rayswift.data.blocks import head_start
@@ -82,7 +85,8 @@ def _open_blocks(order: WorkOrder, seat: Seat, ledger: Ledger) -> Callable[[], I
 
     head: list[pa.Table] = []
     rest = ledger  # media are decoded by Ray Data alone, off the processes that train
-    if not order.train_stream.settings.media_kinds:
+    reads = seat.data_leader(seat.data_rank) == seat.rank
+    if (reads or seat.rank == 0) and not order.train_stream.settings.media_kinds:  # rank 0 needs `rest`
         head, rest = head_start(
             order.train_stream,
             load_tokenizer(order.job.model.path),
@@ -92,12 +96,12 @@ def _open_blocks(order: WorkOrder, seat: Seat, ledger: Ledger) -> Callable[[], I
             ledger=ledger,
         )
     group = dist.new_group(backend="gloo")  # the stream is handed out in a thread, beside the model's collectives
-    stream = Prefetched(lambda: _split_blocks(order, rest, seat.data_rank, group))
+    stream = Prefetched(lambda: _split_blocks(order, rest, seat.data_rank, reads, group))
     return lambda: itertools.chain(head, stream)
 
 
-def _split_blocks(order: WorkOrder, ledger: Ledger, data_rank: int, group: Any) -> Iterable[pa.Table]:
-    """This rank's blocks from `ledger` on, as Ray Data prepares them."""
+def _split_blocks(order: WorkOrder, ledger: Ledger, data_rank: int, reads: bool, group: Any) -> Iterable[pa.Table]:
+    """This rank's blocks from `ledger` on, as Ray Data prepares them; none where another rank reads them."""
     import torch.distributed as dist
 
     from rayswift.data.pipeline import split_stream
@@ -114,5 +118,7 @@ def _split_blocks(order: WorkOrder, ledger: Ledger, data_rank: int, group: Any) 
             num_workers=order.job.data.num_workers,
         )
     mine = broadcast(splits, group)[data_rank]
+    if not reads:
+        return []
     blocks: Iterable[pa.Table] = mine.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     return blocks

@@ -36,15 +36,16 @@ from rayswift.training.loop import train
 from rayswift.training.media import media_encoder, media_filler
 from rayswift.training.metrics import RunLog
 from rayswift.training.order import WorkOrder
-from rayswift.training.prefetch import Prefetched
 from rayswift.training.row_record import RowRecord
 from rayswift.training.run_dir import HELD_OUT_QUARANTINE, QUARANTINE, STREAM, RunDir
 from rayswift.training.saver import Saver
 from rayswift.training.self_check import self_check
+from rayswift.training.shares import Shares
 from rayswift.training.state import Horizon, TrainState
 
 OpenBlocks = Callable[[WorkOrder, Seat, Ledger], Callable[[], Iterable[pa.Table]]]
-"""Given its seat and the ledger to continue from, called by all ranks: how this rank opens its blocks."""
+"""Given its seat and the ledger to continue from, called by all ranks: how this rank opens its blocks. Only the first
+rank of a data group opens them (see `shares`)."""
 
 
 def run_rank(order: WorkOrder, seat: Seat, local_rank: int, open_blocks: OpenBlocks) -> TrainState:
@@ -62,7 +63,7 @@ def _run(order: WorkOrder, seat: Seat, local_rank: int, open_blocks: OpenBlocks)
     manifest = _agree_on_checkpoint(job, run_dir, rank)
     state = _initial_state(order, manifest)
     read = open_blocks(order, seat, state.ledger)
-    steps = Prefetched(lambda: _step_inputs(order, read()))
+    steps = Shares(seat, lambda: _step_inputs(order, read()))
     method = build_method(job)
     engine = build_engine(job, plan, seat, device)
     if manifest is not None:
