@@ -1,4 +1,4 @@
-"""From rows with media to ids and features, for every family: those of the model's own processor, no more and no less."""
+"""From rows with media to ids and features, for every family: those of the model's own processor, and no others."""
 
 from __future__ import annotations
 

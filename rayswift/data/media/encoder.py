@@ -175,10 +175,19 @@ class MediaEncoder:
         return tuple(kept)
 
     def positioned(self, example: Example) -> Example:
-        """The Example with rope positions, where the model has its own."""
+        """The Example with rope positions, where the model has its own.
+
+        Raises RowError for placeholders that no medium fills, such as a text writes: the model would refuse the batch.
+        """
+        places = int(np.isin(example.input_ids, list(self.placeholders.values())).sum())
+        filled = sum(num_placeholders(features) for features in example.media)
+        if places != filled:
+            raise RowError(f"has {places} tokens that stand for media ({', '.join(self.placeholders)}), and media for "
+                           f"{filled} of them: its text must not have such tokens")  # fmt: skip
         if self.positions is None:
             return example
-        return replace(example, rope_AT=self.positions(np.asarray(example.input_ids), example.media))
+        with one_row():
+            return replace(example, rope_AT=self.positions(np.asarray(example.input_ids), example.media))
 
     def _taken_as(self, kind: MediaKind) -> MediaKind:
         return "image" if kind == "video" and "video" not in self.tokens else kind
