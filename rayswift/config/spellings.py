@@ -52,6 +52,14 @@ def _turns(meant: str) -> Callable[[str, Any], _Settings]:
     return lambda _name, value: {"data.loss": meant} if value else {}
 
 
+def _mixing(name: str, value: Any) -> _Settings:
+    """LLaMA-Factory's words for how sources are mixed."""
+    meant = {"concat": "weights", "interleave_under": "first_exhausted", "interleave_over": "all_exhausted"}
+    if value not in meant:
+        raise ConfigError(f"is none of {', '.join(meant)}", path=name, value=value, fix="use data.mixing.stopping")
+    return {"data.mixing.stopping": meant[value]}
+
+
 _OLD: dict[str, Callable[[str, Any], _Settings]] = {
     "tensor_parallel_size": _axis("parallel.tp"),
     "tensor_model_parallel_size": _axis("parallel.tp"),
@@ -68,6 +76,8 @@ _OLD: dict[str, Callable[[str, Any], _Settings]] = {
     "mask_history": _turns("last_round"),
     "train_on_inputs": _turns("all"),
     "train_on_prompt": _turns("all"),
+    "stopping_strategy": _axis("data.mixing.stopping"),
+    "mix_strategy": _mixing,
     "quantization_bit": _four_bits,
     "quant_bits": _four_bits,
     "load_in_4bit": _four_bits,

@@ -56,6 +56,10 @@ MEANINGS = [
     ("load_in_4bit", "false", {"model.quantization": None}),
     ("loss_scale", "last_round+hermes", {"data.loss": "last_round+hermes"}),
     ("mask_history", "true", {"data.loss": "last_round"}),
+    ("stopping_strategy", "all_exhausted", {"data.mixing.stopping": "all_exhausted"}),
+    ("mix_strategy", "concat", {"data.mixing.stopping": "weights"}),
+    ("mix_strategy", "interleave_under", {"data.mixing.stopping": "first_exhausted"}),
+    ("mix_strategy", "interleave_over", {"data.mixing.stopping": "all_exhausted"}),
     ("train_on_inputs", "true", {"data.loss": "all"}),
     ("train_on_prompt", "false", {"data.loss": "default"}),
 ]

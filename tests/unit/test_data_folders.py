@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayswift.config.job import DataSource
-from rayswift.data.detect import detect, renamed
+from rayswift.config.job import DataSource, MediaSpec
+from rayswift.data.detect import detect, normalise, renamed
 from rayswift.data.formats import RowError
 from rayswift.data.formats.captioned import Captioned
 from rayswift.data.inspect import preflight
+from rayswift.data.media.reading import read
 from rayswift.data.sources import FileIndex, index_sources, read_rows
 from rayswift.data.types import BadRow, Message, Sample
 from rayswift.errors import ConfigError, DataError
@@ -109,6 +110,30 @@ def test_folders_behind_urls(tmp_path: Path) -> None:
     index = index_of("memory://photos")
     assert index.path == "memory:///photos/"
     assert [row["images"] for row in rows_of(index)] == [["x/1.jpg"], ["y/2.jpg"]]
+
+
+def test_the_media_of_a_row_are_found(tmp_path: Path) -> None:
+    """From the row of a folder to the bytes: paths start at the folder, or where the metadata file lies."""
+    write(tmp_path / "labels", "cat/1.jpg", "dog/2.jpg")
+    write(tmp_path / "told", "deep/1.jpg")
+    (tmp_path / "told" / "metadata.csv").write_text("file_name,text\ndeep/1.jpg,one\n../labels/cat/1.jpg,two\n")
+    found = []
+    for folder in ("labels", "told"):
+        source = DataSource(path=str(tmp_path / folder), question="What is it?")
+        index = index_of(tmp_path / folder)
+        assert preflight([source], [index]) == ("captioned",)
+        for row in rows_of(index):
+            (medium,) = normalise(row, "captioned", source).media
+            try:
+                found.append(read(medium, index.path, MediaSpec()))
+            except RowError as error:
+                found.append(str(error)[:29].encode())
+    assert found == [
+        b"pixelscat/1.jpg",
+        b"pixelsdog/2.jpg",
+        b"pixelsdeep/1.jpg",
+        b"names ../labels/cat/1.jpg, whi"[:29],
+    ]
 
 
 ROWS = [

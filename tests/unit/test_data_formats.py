@@ -13,8 +13,9 @@ from rayswift.config.job import DataSource
 from rayswift.data.detect import detect, load_format, normalise
 from rayswift.data.formats import RowError
 from rayswift.data.inspect import preflight
+from rayswift.data.media import MARKS
 from rayswift.data.sources import index_sources, read_rows
-from rayswift.data.types import Message, Sample
+from rayswift.data.types import Medium, Message, Sample
 from rayswift.errors import ConfigError, DataError
 from tests.data_cases import write_jsonl
 
@@ -49,6 +50,11 @@ GOOD: list[tuple[str, dict[str, Any], Sample]] = [
             (USER, Message("tool_call", json.dumps(CALL)), Message("tool", "2"), ANSWER),
             tools=({"type": "function", "function": {"name": "f"}},),
         ),
+    ),
+    (
+        "captioned",
+        {"images": ["1.jpg"], "text": "yo", "question": "<image>hi"},
+        Sample((Message("user", f"{MARKS['image']}hi", media=(Medium("image", "1.jpg"),)), ANSWER)),
     ),
     ("messages", {"messages": TURNS}, Sample((USER, ANSWER))),
     ("messages", {"messages": json.dumps(TURNS), "id": 7}, Sample((USER, ANSWER))),
@@ -99,8 +105,7 @@ def test_a_good_row_is_detected_and_normalised(name: str, row: dict[str, Any], e
 
 
 def test_every_format_has_a_good_row_here() -> None:
-    with_media = {"captioned"}  # tests/unit/test_data_folders.py
-    assert {name for name, _, _ in GOOD} == set(plugins.names("data.formats")) - with_media
+    assert {name for name, _, _ in GOOD} == set(plugins.names("data.formats"))
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayswift.config.job import DataSource
+from rayswift.config.job import DataSource, MediaSpec
 from rayswift.data import paths
 from rayswift.data.dataset_info import expand
+from rayswift.data.formats import RowError
 from rayswift.data.hub_sources import local_copy, settled, unpinned
+from rayswift.data.media.reading import read
 from rayswift.data.sources import index_sources, read_rows, resolve
+from rayswift.data.types import Medium
 from rayswift.errors import ConfigError, DataError
 from tests.hub_cases import HubDataset, StandIn, commit_name, point_at, serve_hub
 
@@ -210,6 +213,19 @@ def test_a_file_of_the_same_commit_is_found_and_another_is_not(hub: tuple[str, S
         assert stream.read() == FILES["other/a.jsonl"]
     with pytest.raises(FileNotFoundError):
         paths.open_file(f"{at}/nowhere.jsonl")
+
+
+def test_pictures_beside_the_rows_come_from_the_same_commit(hub: tuple[str, StandIn]) -> None:
+    name, stand_in = hub
+    files = {"metadata.jsonl": b'{"file_name": "train/1.jpg", "text": "one"}\n', "train/1.jpg": b"pixels"}
+    stand_in.datasets["org/photos"] = HubDataset({FIRST: files}, {"main": FIRST, "master": FIRST})
+    source = settled(DataSource(path=f"{name}::org/photos"), place="data.train.0")
+    (index,) = index_sources([source])
+    ((_, _, row),) = read_rows(index, index.spans[0])
+    assert row == {"text": "one", "images": ["train/1.jpg"]}
+    assert read(Medium("image", "train/1.jpg"), index.path, MediaSpec()) == b"pixels"
+    with pytest.raises(RowError, match="does not exist"):
+        read(Medium("image", "train/2.jpg"), index.path, MediaSpec())
 
 
 def test_a_worker_that_cannot_reach_the_hub_says_so(

@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rayswift.config.job import DataSource
+from rayswift.data.detect import detect, normalise
 from rayswift.data.readers import webdataset
 from rayswift.data.sources import FileIndex, index_sources, read_rows
 from rayswift.data.tar import BLOCK, BrokenTar, HeldBytes, members
-from rayswift.data.types import BadRow
+from rayswift.data.types import BadRow, Medium
 from rayswift.errors import DataError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -131,6 +132,14 @@ def test_the_pictures_of_the_archive_replace_what_the_row_calls_them(tmp_path: P
     path = write_tar(tmp_path / "x.tar", [("0.json", json.dumps(row).encode()), ("0.jpg", b"p")])
     ((_, _, found),) = rows_of(index_of(path))
     assert found == {"__key__": "0", "audio": "kept", "messages": [], "images": [{"bytes": b"p", "path": "0.jpg"}]}
+
+
+def test_pictures_reach_the_conversation_as_bytes(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a cat"}]}
+    path = write_tar(tmp_path / "x.tar", [("0.json", json.dumps(row).encode()), ("0.jpg", b"pixels")])
+    source = DataSource(path=str(path))
+    ((_, _, found),) = rows_of(index_of(path))
+    assert normalise(found, detect([found]), source).media == (Medium("image", b"pixels"),)
 
 
 def test_a_row_that_is_too_large_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
