@@ -46,6 +46,7 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Tag = Literal["role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"]
+Part = Literal["vision", "audio", "projector", "language"]
 Dtype = Literal["float32", "bfloat16", "float16", "float8"]
 
 
@@ -75,6 +76,8 @@ class ModelSpec(Section):
     """Keep the frozen base of an adapter in 4 bits (bitsandbytes, double quantization): QLoRA."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """The attention implementation of transformers."""
+    freeze: tuple[Part, ...] = ()
+    """Parts that are not trained, by full fine-tuning or an adapter: `[vision, projector]`."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
 
@@ -202,6 +205,8 @@ class TrainSpec(Section):
     """Sequences per forward pass of one worker."""
     lr: Annotated[Number, Field(gt=0)] = 1e-4
     """The peak learning rate."""
+    lr_groups: dict[Part, Annotated[Number, Field(gt=0)]] = {}
+    """Other peak learning rates for parts of the model: `{vision: 1e-5, projector: 1e-3}`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warmup."""
     warmup_steps: Count = 0
@@ -363,6 +368,13 @@ class Job(Section):
                 f"model.quantization={self.model.quantization} freezes the base, and without an adapter there is "
                 "nothing else to train; set adapter.name=lora, or model.quantization=null"
             )
+        if set(self.model.freeze) & set(self.train.lr_groups):
+            part = sorted(set(self.model.freeze) & set(self.train.lr_groups))[0]
+            raise ValueError(
+                f"train.lr_groups gives {part} a learning rate, and model.freeze keeps it as it is; leave out one"
+            )
+        if self.data.media.kinds != "auto" and len(set(self.data.media.kinds)) < len(self.data.media.kinds):
+            raise ValueError("data.media.kinds names a kind twice")
         p = self.parallel
         if p.nvme is not None and p.offload == "none" and p.deepspeed is None:
             raise ValueError(
@@ -375,6 +387,11 @@ class Job(Section):
     def run_dir(self) -> str:
         """The run directory, `output/name`, as a path or URL."""
         return f"{self.output.rstrip('/')}/{self.name}"
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether what is trained means something beside its own base only: a checkpoint lacks what was not trained."""
+        return self.adapter is not None or bool(self.model.freeze)
 
     def num_micro_batches(self, data_size: int) -> int:
         """Micro-batches of one of `data_size` data ranks per optimizer step."""

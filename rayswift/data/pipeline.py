@@ -47,7 +47,9 @@ def stream_dataset(
     chunks = chunks_left(plan, ledger)
     work: dict[str, Any] = {"fn": _prepared, "concurrency": num_workers}
     if plan.settings.media_kinds:
-        work = {"fn": _MediaActor, "compute": ActorPoolStrategy(min_size=1, max_size=num_workers or _num_actors())}
+        # Actors keep what they reserve: on one spare CPU the tasks behind them would never run.
+        actors = ActorPoolStrategy(min_size=1, max_size=num_workers or _num_actors())
+        work = {"fn": _MediaActor, "compute": actors, "num_cpus": 0}
     with DataContext.current(_context()):
         dataset = ray.data.range(len(chunks), override_num_blocks=max(1, min(len(chunks), _MAX_TASKS)))
         dataset = dataset.map_batches(

@@ -9,16 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rayswift.data.types import Example
 from rayswift.errors import ExportError
 from rayswift.export.manifest import Difference
 from rayswift.export.source import Source
 from rayswift.export.verify import MERGE_BOUNDS, difference, logprobs_of
 from rayswift.models.adapters import add_lora, attach_adapter, load_adapter_state, load_base
+from rayswift.planning.parts import part_of
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from rayswift.config.job import Part
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class Merged:
     change: Difference | None = None
 
 
-def build(source: Source, prompts: Sequence[list[int]]) -> Merged:
-    """The model of a source in float32. `prompts` are token ids on which a merge is measured.
+def build(source: Source, prompts: Sequence[list[int] | Example]) -> Merged:
+    """The model of a source in float32. `prompts` are what a merge is measured on.
 
     Raises ExportError when the tensors are not those of the base, or when merging changed what the model computes.
     """
@@ -40,14 +44,14 @@ def build(source: Source, prompts: Sequence[list[int]]) -> Merged:
     if source.checkpoint is None:
         return Merged(model)
     if source.adapter is None:
-        overwrite(model, source.weights())
+        overwrite(model, source.weights(), frozen=source.freeze)
         return Merged(model)
-    adapted = add_lora(model, source.adapter, seed=0)
+    adapted = add_lora(model, source.adapter, seed=0, freeze=source.freeze)
     load_adapter_state(adapted, source.weights())
     return merge(adapted, prompts)
 
 
-def merge(adapted: PeftModel, prompts: Sequence[list[int]]) -> Merged:
+def merge(adapted: PeftModel, prompts: Sequence[list[int] | Example]) -> Merged:
     """The adapter merged into its base, and the measured difference. Raises ExportError when it is no rounding."""
     before = logprobs_of(adapted, prompts)
     try:
@@ -64,10 +68,10 @@ def merge(adapted: PeftModel, prompts: Sequence[list[int]]) -> Merged:
     return Merged(model, change)
 
 
-def overwrite(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> None:
+def overwrite(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], *, frozen: Sequence[Part] = ()) -> None:
     """Write trained tensors over the model's own. Raises ExportError unless every parameter is written exactly once.
 
-    Tied parameters count as one, whichever of their names the tensors come under.
+    Those of `frozen` parts are kept. Tied parameters count as one, whichever of their names the tensors come under.
     """
     import torch
 
@@ -75,7 +79,9 @@ def overwrite(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> No
     unknown = sorted(set(weights) - set(own))
     written = {own[name].data_ptr() for name in weights if name in own}
     lacking = sorted(
-        name for name, p in own.items() if p.data_ptr() not in written and isinstance(p, torch.nn.Parameter)
+        name
+        for name, p in own.items()
+        if p.data_ptr() not in written and isinstance(p, torch.nn.Parameter) and part_of(name) not in frozen
     )
     wrong = sorted(name for name in weights if name in own and own[name].shape != weights[name].shape)
     for names, rule in ((unknown, "are unknown to"), (lacking, "are missing for"), (wrong, "have another shape in")):

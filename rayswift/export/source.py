@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayswift.config.job import AdapterSpec, Job
+from rayswift.config.job import AdapterSpec, Job, Part
 from rayswift.errors import CheckpointError, ConfigError
 from rayswift.export import manifest as export_manifest
 from rayswift.models.adapters import ADAPTER_CONFIG, read_binding
@@ -32,6 +32,8 @@ class Source:
     checkpoint: str | None = None
     adapter_dir: str | None = None
     adapter: AdapterSpec | None = None
+    freeze: tuple[Part, ...] = ()
+    """Parts that were not trained: the checkpoint lacks them, and the base has them."""
     method: str | None = None
     job_hash: str | None = None
     step: int | None = None
@@ -95,6 +97,7 @@ def _of_checkpoint(path: str, found: CheckpointManifest) -> Source:
         base=job.model.path,
         checkpoint=path,
         adapter=job.adapter,
+        freeze=job.model.freeze,
         method=job.method.name,
         job_hash=found.job_hash,
         step=found.step,

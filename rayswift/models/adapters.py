@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,14 @@ from rayswift.errors import ConfigError
 from rayswift.models.folder import read_json, weight_files
 from rayswift.models.loading import load_model, local_folder
 from rayswift.models.staging import staged_folder
+from rayswift.planning.parts import PARTS, part_of
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from rayswift.config.job import AdapterSpec
+    from rayswift.config.job import AdapterSpec, Part
 
 BINDING = "rayswift_base.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -33,11 +34,11 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in _linear_modules(model)})
 
 
-def add_lora(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> PeftModel:
+def add_lora(model: PreTrainedModel, spec: AdapterSpec, seed: int, *, freeze: Sequence[Part] = ()) -> PeftModel:
     """`model` frozen, with a fresh float32 adapter of `spec` on its targets: the same one for the same seed.
 
-    The adapter starts as zero: the model computes what it did before. Raises ConfigError for a target that is no
-    linear layer of the model.
+    Parts in `freeze` get none. The adapter starts as zero: the model computes what it did before. Raises ConfigError
+    for a target that is no linear layer of the model.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -47,7 +48,7 @@ def add_lora(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> PeftModel:
         r=spec.rank,
         lora_alpha=alpha,
         lora_dropout=spec.dropout,
-        target_modules=_targets(model, spec),
+        target_modules=_outside(model, _targets(model, spec), freeze),
         fan_in_fan_out=_is_transposed(model),
         task_type="CAUSAL_LM",
         bias="none",
@@ -186,6 +187,39 @@ def _is_transposed(model: PreTrainedModel) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in _linear_modules(model).values())
+
+
+def freeze_parts(model: PreTrainedModel, parts: Sequence[Part]) -> None:
+    """Take these parts of the model out of training. Raises ConfigError for one it does not have, or all of them."""
+    own = {part_of(name) for name, _ in model.named_parameters()}
+    for part in parts:
+        if part not in own:
+            raise ConfigError(
+                f"is no part of {type(model).__name__}", path="model.freeze", value=part,
+                fix=f"it has {' and '.join(one for one in PARTS if one in own)}",
+            )  # fmt: skip
+    if own <= set(parts):
+        raise ConfigError("leaves nothing to train", path="model.freeze", value=list(parts), fix="leave out a part")
+    for name, parameter in model.named_parameters():
+        if part_of(name) in parts:
+            parameter.requires_grad_(False)
+
+
+def _outside(model: PreTrainedModel, targets: list[str], freeze: Sequence[Part]) -> list[str]:
+    """The targets as whole names outside of the frozen parts; as they are where nothing is frozen."""
+    if not freeze:
+        return targets
+    names = [
+        name
+        for name in _linear_modules(model)
+        if part_of(name) not in freeze and any(name == one or name.endswith(f".{one}") for one in targets)
+    ]
+    if not names:
+        raise ConfigError(
+            "leaves no layer that an adapter goes on", path="model.freeze", value=list(freeze),
+            fix="leave out a part, or name layers of the other parts in adapter.targets",
+        )  # fmt: skip
+    return names
 
 
 def _targets(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:

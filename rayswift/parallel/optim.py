@@ -9,6 +9,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rayswift.config.job import TrainSpec
+from rayswift.planning.parts import part_of
+
+LR_SCALE = "lr_scale"
+"""The key of a parameter group under which its share of the learning rate is kept (`train.lr_groups`)."""
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """The learning rate of a step, in each group its share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group[LR_SCALE]
 
 
 def build_optimizer(model: nn.Module, train: TrainSpec) -> torch.optim.Optimizer:
@@ -16,13 +26,15 @@ def build_optimizer(model: nn.Module, train: TrainSpec) -> torch.optim.Optimizer
 
     Call it AFTER sharding: an optimizer built before holds the unsharded tensors and silently trains nothing.
     """
-    kinds: dict[tuple[Any, ...], list[nn.Parameter]] = {}
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        kinds.setdefault((parameter.ndim >= 2, mesh), []).append(parameter)  # one kernel call takes one mesh only
+    kinds: dict[tuple[bool, float, Any], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None  # a kernel call takes one mesh
+            scale = train.lr_groups.get(part_of(name), train.lr) / train.lr
+            kinds.setdefault((parameter.ndim >= 2, scale, mesh), []).append(parameter)
     groups = [
-        {"params": parameters, "weight_decay": train.weight_decay if is_matrix else 0.0}
-        for (is_matrix, _), parameters in sorted(kinds.items(), key=lambda kind: not kind[0][0])
+        {"params": parameters, "weight_decay": train.weight_decay if is_matrix else 0.0, LR_SCALE: scale}
+        for (is_matrix, scale, _), parameters in sorted(kinds.items(), key=lambda kind: (not kind[0][0], kind[0][1]))
     ]
     if train.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from rayswift.config.job import Job
 from rayswift.parallel.engine import StepStats
 from rayswift.parallel.grads import clip_gradients
-from rayswift.parallel.optim import build_optimizer
+from rayswift.parallel.optim import build_optimizer, set_learning_rate
 from rayswift.parallel.precision import LossScale
 from rayswift.parallel.state import engine_state, load_engine_state
 from rayswift.parallel.tensor import check_agreement, sum_partial_gradients
@@ -70,8 +70,7 @@ class Trained:
         )
         finite = math.isfinite(norm)
         if finite:
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self._optimizer, lr)
             self._optimizer.step()
         self._optimizer.zero_grad()
         metrics = dict(stats.metrics)

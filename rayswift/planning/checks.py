@@ -16,6 +16,7 @@ from rayswift.planning.stages import STAGES_PER_RANK
 
 def check_layout(job: Job, shape: ModelShape, layout: Layout, model_plan: Callable[[], ModelPlan]) -> None:
     """Raises PlanError for a model that cannot be cut like this. `model_plan` is asked only where one is cut at all."""
+    _check_towers(job, shape, layout)
     if layout.tp > 1:
         _check_tp(job, shape, layout, model_plan())
     if layout.pp > 1:
@@ -78,6 +79,19 @@ def one_of(values: Iterable[int]) -> str:
     """`1, 2, 4 or 8`."""
     *most, last = map(str, values)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def _check_towers(job: Job, shape: ModelShape, layout: Layout) -> None:
+    """The plans of transformers cut language models; a tower beside one would be cut by nobody's plan."""
+    for axis in ("tp", "pp", "cp", "ep"):
+        size = getattr(layout, axis)
+        if shape.towers and size > 1:
+            raise PlanError(
+                f"cuts only the language model of {model_name(job)}, which has a {' and '.join(shape.towers)} tower",
+                path=f"parallel.{axis}",
+                value=size,
+                fix=f"use parallel.{axis}=1; parallel.dp_shard shards towers too",
+            )
 
 
 def _check_tp(job: Job, shape: ModelShape, layout: Layout, plan: ModelPlan) -> None:

@@ -15,6 +15,7 @@ from rayswift.config.deepspeed_json import Zero
 from rayswift.config.job import Job
 from rayswift.planning.layout import Layout
 from rayswift.planning.model_shape import ModelShape
+from rayswift.planning.parts import part_of
 from rayswift.planning.slices import Slice, all_slices
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 2}  # float8: of what is not a matrix product
@@ -53,12 +54,13 @@ class MemoryEstimate:
 def trainable_params(shape: ModelShape, job: Job) -> int:
     """Parameters that get gradients. A LoRA pair on an (n, m) matrix has rank * (n + m) of them."""
     if job.adapter is None:
-        return shape.num_params
+        return shape.num_params - shape.frozen_params(job.model.freeze)
     wanted = job.adapter.targets
     targets = (wanted,) if isinstance(wanted, str) else wanted
     return job.adapter.rank * sum(
         layer.num_in + layer.num_out
         for layer in shape.linear_layers()
+        if part_of(layer.name) not in job.model.freeze
         if wanted == "all-linear" or any(map(layer.is_named, targets))
     )
 
@@ -91,8 +93,9 @@ def _of_slice(
     stored = 4 if zero is None else compute  # ZeRO keeps the float32 copy with the optimizer's state
     states = _state_bytes(job) + (4 if stored < 4 else 0)
     ways = _Ways.of(layout, zero, job.num_micro_batches(layout.data_size))
-    trained = _Params(part.dense, part.experts) if full else _Params(lora, 0)
-    frozen = 0 if full else _frozen_bytes(job, part, ways, layout)
+    still = shape.frozen_params(job.model.freeze) if full else 0  # what is not trained of a dense model
+    trained = _Params(part.dense - still, part.experts) if full else _Params(lora, 0)
+    frozen = _Params(still, 0).over(ways.parameters, 1, stored) if full else _frozen_bytes(job, part, ways, layout)
     kept = _Kept(
         parameters=trained.over(ways.parameters, layout.ep, stored) + frozen,
         gradients=trained.over(ways.gradients, layout.ep, 4),

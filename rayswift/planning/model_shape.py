@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from rayswift.config.job import Part
+from rayswift.planning.parts import part_of
+
+_TOWERS: dict[str, Part] = {"vision_config": "vision", "audio_config": "audio"}
 _ALIASES = {
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
     "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -49,6 +53,7 @@ class ModelShape:
     `tied` says that the input embedding is the output head too. `active_params` are those a token passes through,
     None where it is all of them. `linears` are the layers an adapter can go on, None where only sizes are known.
     Of a mixture, `expert_params` are those of all experts that tokens are routed to, `expert_size` is one's inner size.
+    `towers` says what the model takes beside text, `part_params` counts the parameters of each part.
     """
 
     architecture: str
@@ -66,6 +71,8 @@ class ModelShape:
     num_experts: int = 1
     expert_params: int = 0
     expert_size: int | None = None
+    towers: tuple[Part, ...] = ()
+    part_params: Mapping[Part, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert min(self.hidden_size, self.num_layers, self.vocab_size, self.num_params) > 0, self
@@ -87,6 +94,10 @@ class ModelShape:
         """How many of the experts a token passes through, as far as the counts of parameters tell."""
         unused = self.num_params - (self.active_params or self.num_params)
         return max(1, round(self.num_experts * (1 - unused / self.expert_params))) if self.expert_params else 1
+
+    def frozen_params(self, parts: Sequence[Part]) -> int:
+        """Parameters of these parts, as far as they were counted."""
+        return sum(self.part_params.get(part, 0) for part in parts)
 
     def linear_layers(self) -> tuple[Linear, ...]:
         """The layers an adapter can go on, as stored or as a gated dense decoder of these sizes has them."""
@@ -128,6 +139,7 @@ def shape_from_config(config: Mapping[str, Any], stored: Mapping[str, tuple[int,
         tied=_is_tied(config, text, stored),
         num_experts=_first(text, _NUM_EXPERTS) or 1,
         expert_size=_first(text, ("moe_intermediate_size",)),
+        towers=tuple(part for name, part in _TOWERS.items() if isinstance(config.get(name), Mapping)),
     )
     return _estimated(shape, text) if stored is None else _counted(shape, text, stored)
 
@@ -191,7 +203,12 @@ def _counted(shape: ModelShape, text: Mapping[str, Any], stored: Mapping[str, tu
         if name.endswith(".weight") and len(size) == 2 and not name.endswith(_HEADS) and not _NO_LINEAR.search(name)
     )
     active = total - round(experts * (1 - _used_share(text)))
-    return replace(shape, num_params=total, active_params=active, expert_params=experts, linears=linears)
+    parts: dict[Part, int] = {}
+    for name, size in own.items():
+        parts[part_of(name)] = parts.get(part_of(name), 0) + prod(size)
+    return replace(
+        shape, num_params=total, active_params=active, expert_params=experts, linears=linears, part_params=parts
+    )
 
 
 def _estimated(shape: ModelShape, text: Mapping[str, Any]) -> ModelShape:

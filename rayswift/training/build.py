@@ -30,14 +30,15 @@ def build_engine(job: Job, plan: Plan, seat: Seat, device: torch.device) -> Engi
     Of several ranks the first one reads the weights where the engine fills the others; a packed base is small, and
     what packing it leaves beside the weights travels no other way, so each rank reads that.
     """
-    from rayswift.models.adapters import add_lora
+    from rayswift.models.adapters import add_lora, freeze_parts
     from rayswift.models.loading import load_model, shape_model
 
     engine_class = plugins.load("parallel.engines", plan.engine, path="parallel.engine")
     reads = seat.rank == 0 or not engine_class.fills or job.model.quantization is not None
     dtype = torch.float32 if job.adapter is None else compute_dtype(job.model.dtype)
     base = load_model(job.model, dtype=dtype) if reads else shape_model(job.model, dtype=dtype)
-    model = base if job.adapter is None else add_lora(base, job.adapter, job.train.seed)
+    freeze_parts(base, job.model.freeze)
+    model = base if job.adapter is None else add_lora(base, job.adapter, job.train.seed, freeze=job.model.freeze)
     engine: Engine = engine_class(model, job, seat, device)
     return engine
 

@@ -63,7 +63,8 @@ def _run(order: WorkOrder, seat: Seat, local_rank: int, open_blocks: OpenBlocks)
     manifest = _agree_on_checkpoint(job, run_dir, rank)
     state = _initial_state(order, manifest)
     read = open_blocks(order, seat, state.ledger)
-    steps = Shares(seat, lambda: _step_inputs(order, read()))
+    filler = _filler(order)  # not in the thread: transformers' lazy imports do not bear two at once
+    steps = Shares(seat, lambda: _step_inputs(order, read(), filler))
     method = build_method(job)
     engine = build_engine(job, plan, seat, device)
     if manifest is not None:
@@ -86,7 +87,7 @@ def _run(order: WorkOrder, seat: Seat, local_rank: int, open_blocks: OpenBlocks)
         device=device,
         saver=saver,
         log=log,
-        evaluator=_evaluator(order, engine, method),
+        evaluator=_evaluator(order, engine, method, filler),
         quarantine=_quarantine(order, run_dir) if rank == 0 else None,
         held_out_quarantine=_held_out_quarantine(order, run_dir) if rank == 0 else None,
         rows=_row_record(order, run_dir, seat, manifest),
@@ -142,7 +143,7 @@ def _check_job(job: Job, manifest: CheckpointManifest) -> None:
             path=f"{job.run_dir}/{checkpoint.folder_name(manifest.step)}",
             fix="give this job another name",
         )
-    if job.adapter is not None and manifest.base_sha256 not in (None, base_sha256(job.model.path)):
+    if job.needs_base and manifest.base_sha256 not in (None, base_sha256(job.model.path)):
         raise CheckpointError(
             f"was made with other weights in {job.model.path}: the base model has changed since",
             path=f"{job.run_dir}/{checkpoint.folder_name(manifest.step)}",
@@ -190,14 +191,14 @@ def _load(engine: Engine, url: str) -> None:
     engine.load_state(state)
 
 
-def _step_inputs(order: WorkOrder, blocks: Iterable[pa.Table]) -> Iterator[StepInput]:
+def _step_inputs(order: WorkOrder, blocks: Iterable[pa.Table], filler: Filler | None) -> Iterator[StepInput]:
     train = order.job.train
     return step_inputs(
         blocks,
         sequences_per_step=train.global_batch_size // order.plan.layout.data_size,
         micro_batch_size=train.micro_batch_size,
         pad_id=0,
-        filler=_filler(order),
+        filler=filler,
     )
 
 
@@ -209,7 +210,7 @@ def _filler(order: WorkOrder) -> Filler | None:
     return media_filler(media_encoder(order.job.model.path, settings), kinds)
 
 
-def _evaluator(order: WorkOrder, engine: Engine, method: Method) -> Evaluator | None:
+def _evaluator(order: WorkOrder, engine: Engine, method: Method, filler: Filler | None) -> Evaluator | None:
     """Held-out rows are prepared by each data rank for itself: few, read once, and kept."""
     stream = order.eval_stream
     if stream is None:
@@ -227,7 +228,7 @@ def _evaluator(order: WorkOrder, engine: Engine, method: Method) -> Evaluator | 
             ledger=Ledger.start(stream.fingerprint),
             media=media_encoder(order.job.model.path, stream.settings),
         )
-        shares = _step_inputs(order, blocks)
+        shares = _step_inputs(order, blocks, filler)
         while engine.sum_over_data([(share := next(shares)).num_sequences])[0]:
             yield share
 

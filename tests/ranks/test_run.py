@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from rayswift.cluster.preflight import prepare
 from rayswift.errors import CheckpointError
+from rayswift.parallel.engines.deepspeed import Deepspeed
 from rayswift.planning.layout import Seat
 from rayswift.planning.planner import plan
 from rayswift.training import checkpoint
@@ -50,7 +51,8 @@ def order_of(name: str, output: Path, model: Path, rows: Path, *, ranks: int, **
         "cluster.workers": ranks, "cluster.device": "cpu",
     }  # fmt: skip
     prepared = prepare(make_job(**(settings | changes)))
-    made = plan(prepared.job, prepared.shape, CPU_BOX, engines=ENGINES)
+    engines = ENGINES | {"deepspeed": Deepspeed.capability}
+    made = plan(prepared.job, prepared.shape, CPU_BOX, engines=engines)
     return WorkOrder(prepared.job, made, prepared.train_stream, prepared.eval_stream)
 
 

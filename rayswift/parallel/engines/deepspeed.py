@@ -103,10 +103,11 @@ class Deepspeed:
         """See `Engine`. DeepSpeed clips, looks for what is not finite, steps and clears."""
         from dataclasses import replace
 
+        from rayswift.parallel.optim import set_learning_rate
+
         scale = self._scaler
         metrics = dict(stats.metrics) | ({"loss_scale": float(scale.cur_scale)} if scale is not None else {})
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._engine.optimizer, lr)
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         return replace(stats, grad_norm=norm, skipped=not self._engine.was_step_applied(), metrics=metrics)
