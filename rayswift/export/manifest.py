@@ -52,12 +52,16 @@ class VerifyResult(Record):
     """What was proved by reading the written folder back."""
 
     num_prompts: int
+    media: tuple[str, ...] = ()
+    """The kinds of media that prompts were given with; none for a model of text."""
     num_positions: int
     logprobs: Difference
     top1_agreement: float
     """The fraction of positions whose most likely next token is the same."""
     tokenizer_equal: bool
     chat_template_equal: bool
+    processor_equal: bool = True
+    """Whether the files of the processor make the same features; true for a model of text."""
 
 
 class ExportManifest(Record):

@@ -18,6 +18,7 @@ from rayswift.errors import ConfigError, ExportError
 from rayswift.export import manifest as manifests
 from rayswift.export.manifest import ExportManifest
 from rayswift.export.merge import Merged, build
+from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source, resolve
 from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, Bounds, compare, encode, probe
 from rayswift.models.adapters import weights_sha256
@@ -63,8 +64,9 @@ def export(
     base_sha256 = _check_base(what, base)
     dtype = _dtype(dtype, base)
     tokenizer = load_tokenizer(str(base))
-    merged = build(what, [encode(tokenizer, text) for text in prompts])
-    reference = probe(merged.model, tokenizer, prompts) if verify else None
+    encoder = encoder_of(base)
+    merged = build(what, [*(encode(tokenizer, text) for text in prompts), *shown(encoder).values()])
+    reference = probe(merged.model, tokenizer, prompts, encoder) if verify else None
     with _disk_errors(output), staged_folder(output, replace=force) as stage:
         _write_model(merged, base, dtype, stage)
         result = compare(reference, stage, bounds or DEFAULT_BOUNDS[dtype]) if reference else None
@@ -137,7 +139,7 @@ def _write_model(merged: Merged, base: Path, dtype: str, stage: Path) -> None:
     model = merged.model
     torch.nn.Module.to(model, getattr(torch, dtype))
     _check_space(model, stage)
-    model.config.use_cache = getattr(load_config(str(base)), "use_cache", True)  # off is for training only
+    _restore_cache(model, base)
     with quiet_progress():
         model.save_pretrained(stage, max_shard_size=_SHARD_SIZE)
     for pattern in _COMPANIONS:
@@ -145,6 +147,13 @@ def _write_model(merged: Merged, base: Path, dtype: str, stage: Path) -> None:
             target = stage / file.relative_to(base)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
+
+
+def _restore_cache(model: PreTrainedModel, base: Path) -> None:
+    """What the base's config says of the cache: off is for training only."""
+    before = load_config(str(base))
+    for config, own in ((model.config, before), (model.config.get_text_config(), before.get_text_config())):
+        config.use_cache = getattr(own, "use_cache", True)
 
 
 def _check_space(model: PreTrainedModel, stage: Path) -> None:

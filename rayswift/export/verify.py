@@ -1,4 +1,4 @@
-"""Proves that a written folder is the model that was trained: log-probabilities, token ids and rendered chat agree.
+"""Proves that a written folder is the model that was trained: log-probabilities, token ids, features and chats agree.
 
 The reference is probed in memory before anything is written or rounded; the folder is then read back as a stranger
 would. Both compute in float32 on the CPU, so that what differs is what was written, not how it is computed.
@@ -13,8 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayswift.data.media.encoder import MediaEncoder
+from rayswift.data.media.features import model_inputs
+from rayswift.data.templates import chat_text
+from rayswift.data.types import Example
 from rayswift.errors import ExportError
 from rayswift.export.manifest import Difference, VerifyResult
+from rayswift.export.shown import encoder_of, same_shown, shown
 from rayswift.models.adapters import load_base
 from rayswift.models.loading import load_tokenizer
 
@@ -54,20 +59,32 @@ MERGE_BOUNDS = Bounds(5e-3, 5e-4)
 
 @dataclass(frozen=True)
 class Probe:
-    """What a model and its tokenizer say: ids and float32 `logprobs_TV` per prompt, and rendered chats."""
+    """What a model, its tokenizer and its processor say: ids and float32 `logprobs_TV` per prompt, and rendered chats.
+
+    `logprobs` are those of the text prompts, then those of `media`, prompts with a medium of each kind.
+    """
 
     prompts: tuple[str, ...]
     ids: tuple[list[int], ...]
     logprobs: tuple[torch.Tensor, ...]
     chats: tuple[str | None, ...]
+    media: dict[str, Example]
 
 
-def probe(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] = PROMPTS) -> Probe:
-    """What `model` and `tokenizer` say to the prompts and, where there is a template, to a rendered conversation."""
-    chats = render_chats(tokenizer)
+def probe(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] = PROMPTS,
+    encoder: MediaEncoder | None = None,
+) -> Probe:
+    """What `model` and `tokenizer` say to the prompts and, where there is a template, to a rendered conversation.
+
+    With an `encoder` also to prompts with an image or a sound.
+    """
+    chats, media = render_chats(tokenizer), shown(encoder)
     texts = (*prompts, *(chat for chat in chats[:1] if chat))
     ids = tuple(encode(tokenizer, text) for text in texts)
-    return Probe(texts, ids, logprobs_of(model, ids), chats)
+    return Probe(texts, ids, logprobs_of(model, (*ids, *media.values())), chats, media)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -85,36 +102,43 @@ def render_chats(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, ...]:
     rendered: list[str | None] = []
     for messages, ask in ((CONVERSATION, False), (CONVERSATION[:1], True), (system, False)):
         try:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-            rendered.append(str(text))
+            rendered.append(chat_text(tokenizer, messages, generation_prompt=ask))
         except TemplateError:  # some templates have no system turn: then both sides must refuse
             rendered.append(None)
     return tuple(rendered)
 
 
-def logprobs_of(model: torch.nn.Module, ids: Sequence[list[int]]) -> tuple[torch.Tensor, ...]:
-    """Float32 `logprobs_TV` on the CPU for each prompt, cut to what the model takes. ExportError for ids it lacks."""
+def logprobs_of(model: torch.nn.Module, prompts: Sequence[list[int] | Example]) -> tuple[torch.Tensor, ...]:
+    """Float32 `logprobs_TV` on the CPU for each prompt. ExportError for ids the model lacks.
+
+    Prompts of ids are cut to what the model takes; those with media are given whole.
+    """
     import torch
 
     config: Any = model.config
-    limit = min(_MAX_PROMPT_TOKENS, getattr(config, "max_position_embeddings", None) or _MAX_PROMPT_TOKENS)
-    vocab_size = config.get_text_config().vocab_size
+    text_config = config.get_text_config()
+    limit = min(_MAX_PROMPT_TOKENS, getattr(text_config, "max_position_embeddings", None) or _MAX_PROMPT_TOKENS)
     was_training = model.training
     model.eval()
     found = []
-    for prompt in ids:
-        if max(prompt) >= vocab_size:
-            raise ExportError(
-                f"is not a token of the model, which has {vocab_size}",
-                path="tokenizer",
-                value=max(prompt),
-                fix="use the tokenizer the model was trained with",
-            )
+    for prompt in prompts:
+        example = prompt if isinstance(prompt, Example) else Example(prompt[:limit], [0] * len(prompt[:limit]))
+        _check_ids(prompt.input_ids if isinstance(prompt, Example) else prompt, text_config.vocab_size)
         with torch.no_grad():
-            logits_TV = model(input_ids=torch.tensor([prompt[:limit]]), use_cache=False).logits[0]
+            logits_TV = model(**model_inputs(example), use_cache=False).logits[0]
         found.append(torch.log_softmax(logits_TV.float(), dim=-1).cpu())
     model.train(was_training)
     return tuple(found)
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    if max(ids) >= vocab_size:
+        raise ExportError(
+            f"is not a token of the model, which has {vocab_size}",
+            path="tokenizer",
+            value=max(ids),
+            fix="use the tokenizer the model was trained with",
+        )
 
 
 def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], bounds: Bounds) -> Difference:
@@ -136,16 +160,19 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds) -> VerifyResul
     tokenizer = load_tokenizer(str(folder))
     model: PreTrainedModel = load_base(str(folder), dtype="float32")
     ids = tuple(encode(tokenizer, text) for text in reference.prompts)
-    logprobs = logprobs_of(model, reference.ids)
-    same = [bool(a == b) for x, y in zip(logprobs, reference.logprobs, strict=True)
+    encoder = encoder_of(folder) if reference.media else None
+    logprobs = logprobs_of(model, (*reference.ids, *reference.media.values()))
+    agree = [bool(a == b) for x, y in zip(logprobs, reference.logprobs, strict=True)
             for a, b in zip(x.argmax(-1), y.argmax(-1), strict=True)]  # fmt: skip
     result = VerifyResult(
-        num_prompts=len(reference.prompts),
-        num_positions=len(same),
+        num_prompts=len(logprobs),
+        media=tuple(reference.media),
+        num_positions=len(agree),
         logprobs=difference(logprobs, reference.logprobs, bounds),
-        top1_agreement=sum(same) / len(same),
+        top1_agreement=sum(agree) / len(agree),
         tokenizer_equal=ids == reference.ids,
         chat_template_equal=render_chats(tokenizer) == reference.chats,
+        processor_equal=same_shown(shown(encoder), reference.media),
     )
     _demand(result, folder)
     return result
@@ -159,6 +186,7 @@ def _demand(result: VerifyResult, folder: str | Path) -> None:
         for text, good in (
             ("the tokenizer gives other ids than the trained one", result.tokenizer_equal),
             ("the chat template renders another text than the trained one", result.chat_template_equal),
+            ("the processor makes other features or placeholders than the trained one", result.processor_equal),
             (
                 f"log-probabilities differ by up to {found.max_abs:.3g} (bound {found.bound_max_abs:.3g}) and "
                 f"{found.mean_abs:.3g} on average (bound {found.bound_mean_abs:.3g})",

@@ -222,10 +222,20 @@ def _outside(model: PreTrainedModel, targets: list[str], freeze: Sequence[Part])
     return names
 
 
+def _all_linear(model: PreTrainedModel) -> list[str]:
+    """The short names of all linear layers, whole ones where a module of another kind ends in the same.
+
+    A linear layer that is called `0`, as in Qwen-VL's mergers, would stand for the first block of every stack.
+    """
+    modules = _linear_modules(model)
+    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in modules}
+    return sorted({name if (short := name.rpartition(".")[2]) in others else short for name in modules})
+
+
 def _targets(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
     """The targets as peft takes them. Raises ConfigError for a name that no linear layer ends in."""
     if spec.targets == _ALL_LINEAR:
-        return linear_layers(model)  # peft's own `all-linear` also rewrites fused experts, which are no linear layers
+        return _all_linear(model)  # peft's own `all-linear` also rewrites fused experts, which are no linear layers
     names = [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
     modules = _linear_modules(model)
     for target in names:

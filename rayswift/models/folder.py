@@ -39,6 +39,13 @@ def has_chat_template(folder: Path) -> bool:
     return config.is_file() and bool(read_json(config, field="model.path").get("chat_template"))
 
 
+def processors_template(folder: Path) -> str | None:
+    """The chat template that a processor was saved with in a file of its own; None where there is none."""
+    file = folder / "chat_template.json"
+    found = read_json(file, field="model.path").get("chat_template") if file.is_file() else None
+    return found if isinstance(found, str) else None
+
+
 def check_weights(folder: Path, *, field: str = "model.path") -> None:
     """Raises ConfigError when a safetensors file is missing or not as long as its header says."""
     for name in weight_files(folder, field=field):

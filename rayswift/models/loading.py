@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift.config.job import ModelSpec, is_hub_id
 from rayswift.errors import ConfigError
 from rayswift.models.config_sizes import check_sizes
-from rayswift.models.folder import check_tokenizer, check_weights, has_chat_template, read_json
+from rayswift.models.folder import check_tokenizer, check_weights, has_chat_template, processors_template, read_json
 from rayswift.models.quantized import quantized
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ def load_tokenizer(path: str, *, field: str = "model.path") -> PreTrainedTokeniz
     with refusals_named(path, field):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    tokenizer.chat_template = tokenizer.chat_template or processors_template(folder)
     return tokenizer
 
 

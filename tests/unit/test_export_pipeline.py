@@ -7,13 +7,11 @@ import resource
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayswift.config.job import AdapterSpec, Job
@@ -25,6 +23,7 @@ from rayswift.export.verify import Bounds
 from rayswift.models.adapters import adapter_state, add_lora, load_base, save_adapter, weights_sha256
 from rayswift.models.init import init_model
 from rayswift.training import checkpoint
+from tests.export_cases import shake, write_run
 
 IDS_BT = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -38,43 +37,6 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def exported_logits(folder: Path) -> torch.Tensor:
     return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-
-
-def shake(tensors: dict[str, torch.Tensor], size: float) -> None:
-    """What training does, in one step and without data."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in {t.data_ptr(): t for t in tensors.values()}.values():
-            tensor.add_(size * torch.randn(tensor.shape, generator=generator))
-
-
-def write_run(run: Path, base: Path, weights: dict[str, torch.Tensor], adapter: AdapterSpec | None) -> Job:
-    """A run directory with one checkpoint, as a training run leaves it."""
-    job = Job.model_validate(
-        {
-            "name": run.name,
-            "output": str(run.parent),
-            "model": {"path": str(base)},
-            "adapter": adapter and adapter.model_dump(),
-            "data": {"train": [{"path": "rows.jsonl"}]},
-        }
-    )
-    folder = run / checkpoint.folder_name(7)
-    folder.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
-        dcp.save({"model": weights}, storage_writer=checkpoint.storage_writer(str(folder)), no_dist=True)
-    where = checkpoint.RunDir(str(folder))
-    files = {
-        path.name: checkpoint.FileEntry(size=path.stat().st_size, sha256=checkpoint.sha256(where, path.name))
-        for path in folder.iterdir()
-    }
-    manifest = checkpoint.CheckpointManifest(
-        step=7, finished=True, job_hash=job.job_hash(), job=job.model_dump(mode="json"), layout={}, engine="fsdp2",
-        ledger={}, seed=0, versions={}, files=files,
-    )  # fmt: skip
-    (folder / checkpoint.MANIFEST).write_text(manifest.model_dump_json())
-    return job
 
 
 @pytest.fixture

@@ -1,0 +1,146 @@
+"""The export of a model with towers computes what was trained when it is shown an image or a sound, or is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rayswift.config.job import AdapterSpec
+from rayswift.data.media.features import model_inputs
+from rayswift.errors import ExportError
+from rayswift.export import pipeline
+from rayswift.export.pipeline import export
+from rayswift.export.shown import encoder_of, shown
+from rayswift.models.adapters import add_lora, load_base
+from rayswift.models.loading import load_tokenizer
+from tests.export_cases import shake, write_run
+from tests.multimodal_models import FAMILIES, make
+
+torch.set_num_threads(1)
+
+
+def logits(model: torch.nn.Module, folder: Path) -> list[torch.Tensor]:
+    """After a prompt with each kind of media that the folder's own processor makes."""
+    found = shown(encoder_of(folder))
+    assert found
+    with torch.no_grad():
+        return [model.eval()(**model_inputs(one), use_cache=False).logits for one in found.values()]
+
+
+def tower_of(folder: Path) -> list[str]:
+    """Names of weights that only media go through."""
+    return [name for name in load_file(folder / "model.safetensors") if "vision" in name or "audio" in name
+            or "visual" in name]  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", [None, AdapterSpec(rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_trained_is_exported_towers_included(tmp_path: Path, family: str, adapter: AdapterSpec | None) -> None:
+    base = make(family, tmp_path / "base")
+    model = load_base(str(base)) if adapter is None else add_lora(load_base(str(base)), adapter, seed=0)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if adapter is None or "lora_" in name}
+    shake(weights, 0.03)
+    write_run(tmp_path / "run", base, weights, adapter)
+    manifest = export(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert manifest.verify is not None
+    assert manifest.verify.media == tuple(shown(encoder_of(base)))
+    assert manifest.verify.processor_equal
+    out = tmp_path / "out"
+    for found, trained, before in zip(
+        logits(load_base(str(out)), out), logits(model, base), logits(load_base(str(base)), base), strict=True
+    ):
+        torch.testing.assert_close(found, trained, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(trained, before, atol=1e-3)
+    own = {path.name for path in base.iterdir()}
+    assert {path.name for path in out.iterdir()} == own | {"rayswift.json"}
+    for name in own - {"model.safetensors", "config.json"}:
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert load_file(out / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    config = json.loads((out / "config.json").read_text())
+    assert config.get("use_cache", True) is config["text_config"].get("use_cache", True) is True
+
+
+def test_strangers_load_the_export(tmp_path: Path) -> None:
+    """transformers alone reads model and processor."""
+    from transformers import AutoModelForImageTextToText
+
+    base = make("llava", tmp_path / "base")
+    export(str(base), str(tmp_path / "out"), dtype="bfloat16")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert logits(model.float(), tmp_path / "out")[0].isfinite().all()
+
+
+def _lose_the_tower(stage: Path) -> None:
+    tensors = load_file(stage / "model.safetensors")
+    for name in tower_of(stage):
+        tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, stage / "model.safetensors", metadata={"format": "pt"})
+
+
+def _scale_otherwise(stage: Path) -> None:
+    file = stage / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
+
+
+def _count_otherwise(stage: Path) -> None:
+    file = stage / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_additional_image_tokens": 0}))
+
+
+def _lose_the_processor(stage: Path) -> None:
+    (stage / "preprocessor_config.json").unlink()
+    (stage / "processor_config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_lose_the_tower, "log-probabilities differ by up to"),
+        (_scale_otherwise, "the processor makes other features"),
+        (_count_otherwise, "the processor makes other features"),
+        (_lose_the_processor, "the processor makes other features"),
+    ],
+)
+def test_a_lost_tower_or_processor_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], message: str
+) -> None:
+    base, write = make("llava", tmp_path / "base"), pipeline._write_model
+
+    def damaged(*args: Any) -> None:
+        write(*args)
+        damage(args[-1])
+
+    monkeypatch.setattr(pipeline, "_write_model", damaged)
+    with pytest.raises(ExportError, match=message):
+        export(str(base), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_processor_that_cannot_be_loaded_leaves_the_proof_to_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make("llava", tmp_path / "base")
+    file = base / "processor_config.json"
+    file.write_text(json.dumps({"processor_class": "UnheardOfProcessor"}))
+    manifest = export(str(base), str(tmp_path / "out"))
+    assert manifest.verify is not None
+    assert manifest.verify.media == ()
+    assert "proved with text alone" in capsys.readouterr().err
+
+
+def test_a_chat_template_in_the_older_file_is_found_and_kept(tmp_path: Path) -> None:
+    """Processors were saved with a chat_template.json, which transformers' tokenizers do not read."""
+    base = make("llava", tmp_path / "base")
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").unlink()
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_tokenizer(str(base)).chat_template == template
+    export(str(base), str(tmp_path / "out"))
+    assert load_tokenizer(str(tmp_path / "out")).chat_template == template
