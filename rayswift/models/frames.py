@@ -6,6 +6,7 @@ Two kinds of models are known: those whose patches span two frames (Qwen-VL), an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,20 +14,30 @@ from typing import Any
 import numpy as np
 
 
-def video_processor(image_processor: Any, given: Mapping[str, Any]) -> _PatchedFrames | _WholeFrames:
+def video_processor(
+    image_processor: Any, given: Mapping[str, Any], model_type: str = ""
+) -> _PatchedFrames | _WholeFrames:
     """What stands for the model's video processor. `given`: its own settings, where the folder has them."""
-    kind = _PatchedFrames if hasattr(image_processor, "temporal_patch_size") else _WholeFrames
-    return kind(image_processor, given)
+    if not hasattr(image_processor, "temporal_patch_size"):
+        return _WholeFrames(image_processor)
+    name = str(given.get("video_processor_type") or model_type).lower().replace("_", "")
+    return _PatchedFrames(image_processor, given, is_shared=name.startswith(("qwen3vl", "qwen35")))
 
 
 class _PatchedFrames:
-    """Patches of `temporal_patch_size` frames; an odd frame is repeated, as the model's own processor does."""
+    """Patches of `temporal_patch_size` frames; an odd frame is repeated, as the model's own processor does.
 
-    def __init__(self, image_processor: Any, given: Mapping[str, Any]) -> None:
+    `is_shared`: the bounds on pixels are those of all frames together (Qwen3-VL), else of each frame (Qwen2-VL).
+    """
+
+    def __init__(self, image_processor: Any, given: Mapping[str, Any], *, is_shared: bool) -> None:
         self._images = image_processor
         self.temporal_patch_size = int(image_processor.temporal_patch_size)
         self.merge_size = int(image_processor.merge_size)
-        self._size = given.get("size")
+        size = given.get("size") or image_processor.size
+        self._least = int(given.get("min_pixels") or size["shortest_edge"])
+        self._most = int(given.get("max_pixels") or size["longest_edge"])
+        self._is_shared = is_shared
 
     def __call__(self, videos: Sequence[Any], **_: Any) -> dict[str, Any]:
         """`pixel_values_videos` [patches, values], `video_grid_thw` [videos, 3] and metadata of the clips."""
@@ -39,8 +50,14 @@ class _PatchedFrames:
 
     def _one(self, clip: Any) -> tuple[np.ndarray, np.ndarray]:
         span = self.temporal_patch_size
-        frames = [*clip, *[clip[-1]] * (-len(clip) % span)]
-        found = self._images(images=frames, return_tensors="np", **self._budget(len(frames)))
+        how: dict[str, Any] = {"size": {"shortest_edge": self._least, "longest_edge": self._most}}
+        frames = list(clip)
+        if self._is_shared:
+            width, height = self._shared_size(max(span, len(frames)), *frames[0].size)
+            frames = [frame.resize((width, height), self._images.resample) for frame in frames]
+            how = {"do_resize": False}
+        frames += [frames[-1]] * (-len(frames) % span)
+        found = self._images(images=frames, return_tensors="np", **how)
         grids = found["image_grid_thw"]
         height, width = int(grids[0][1]), int(grids[0][2])
         # An image is repeated over the span of a patch: of each frame its own place in the span is taken.
@@ -53,12 +70,24 @@ class _PatchedFrames:
     def _patch_area(self) -> int:
         return int(self._images.patch_size) ** 2
 
-    def _budget(self, num_frames: int) -> dict[str, Any]:
-        """All frames of a video share the pixels that the model's own settings allow for one."""
-        if not self._size:
-            return {}
-        least = int(self._images.size["shortest_edge"])
-        return {"size": {"shortest_edge": least, "longest_edge": max(least, self._size["longest_edge"] // num_frames)}}
+    def _shared_size(self, num_frames: int, width: int, height: int) -> tuple[int, int]:
+        """Width and height of each frame: `smart_resize` of transformers' video_processing_qwen3_vl.py."""
+        unit = int(self._images.patch_size) * self.merge_size
+        if min(width, height) < unit:
+            scale = max(unit / width, unit / height)
+            width, height = int(width * scale), int(height * scale)
+        if max(width, height) > 200 * min(width, height):
+            raise ValueError("a frame's sides must be at most as 200 to 1")
+        sides = [round(side / unit) * unit for side in (width, height)]
+        span = self.temporal_patch_size
+        total, real = round(num_frames / span) * span * sides[0] * sides[1], num_frames * width * height
+        if total > self._most:
+            sides = [
+                max(unit, math.floor(side / math.sqrt(real / self._most) / unit) * unit) for side in (width, height)
+            ]
+        elif total < self._least:
+            sides = [math.ceil(side * math.sqrt(self._least / real) / unit) * unit for side in (width, height)]
+        return sides[0], sides[1]
 
 
 class _WholeFrames:
@@ -66,7 +95,7 @@ class _WholeFrames:
 
     merge_size = temporal_patch_size = 1
 
-    def __init__(self, image_processor: Any, given: Mapping[str, Any]) -> None:
+    def __init__(self, image_processor: Any) -> None:
         self._images = image_processor
 
     def __call__(self, videos: Sequence[Any], **_: Any) -> dict[str, Any]:

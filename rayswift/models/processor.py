@@ -42,7 +42,9 @@ def load_processor(path: str, *, field: str = "model.path") -> Any:
         cls = _class(str(folder), given, field)
         parts = {name: _part(name, folder, given) for name in cls.get_attributes()}
         if "video_processor" in parts:
-            parts["video_processor"] = video_processor(parts["image_processor"], given[_VIDEO])
+            settings = given[_PROCESSOR].get("video_processor") or given[_VIDEO]
+            model_type = load_config(str(folder)).model_type
+            parts["video_processor"] = video_processor(parts["image_processor"], settings, model_type)
         accepted = inspect.signature(cls.__init__).parameters
         own = {k: v for k, v in given[_PROCESSOR].items() if k in accepted and k not in parts and k != "chat_template"}
         return cls(**parts, **own)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +81,32 @@ def test_another_picture_in_one_document_changes_nothing_in_the_next(of: Family,
     (first, second), (other, same) = found
     assert len(first) != len(other) or (first - other).abs().max() > 1e-4
     assert (second - same).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("of", TAKES, indirect=True)
+def test_documents_of_all_kinds_share_a_sequence(of: Family, tmp_path: Path) -> None:
+    text = {"query": "Who?", "response": "four five"}
+    rows: list[dict[str, Any]] = [text]
+    for kind in TAKES[of.name]:
+        given = _rows(tmp_path / kind, kind, 1).read_text().splitlines()
+        rows += [json.loads(line) for line in given]
+        for row in rows[-2:]:
+            row[f"{kind}s"] = [f"{kind}/{name}" for name in row[f"{kind}s"]]
+        rows.append(text)
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    single = of.sequences(media_plan(path, packing=False, shuffle=False))
+    (packed,) = of.sequences(media_plan(path, shuffle=False))
+    assert len(single) == len(packed.lengths) == len(rows)
+    with torch.no_grad():
+        found = batch_logprobs(of.model, collate([packed], 0))[0]
+        together = batch_logprobs(of.model, collate(single, 0))
+    start = 0
+    for row, one in enumerate(single):
+        alone, length = of.alone(one)[:-1], len(one.input_ids)
+        assert np.array_equal(packed.input_ids[start : start + length], one.input_ids)
+        assert (found[start : start + length - 1] - alone).abs().max() < 2e-5
+        assert (together[row, : length - 1] - alone).abs().max() < 2e-5
+        start += length
 
 
 def test_a_filler_gives_each_batch_every_kind_and_counts_nothing(
