@@ -61,14 +61,15 @@ class _Hub(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         url = urlsplit(self.path)
         self.requests.append(self.path)
-        path, query = unquote(url.path).strip("/"), {key: one[0] for key, one in parse_qs(url.query).items()}
+        path, query = url.path.strip("/"), {key: one[0] for key, one in parse_qs(url.query).items()}
         if path.startswith("api/v1/datasets/"):
             self._modelscope(path.removeprefix("api/v1/datasets/"), query)
         else:
             self._hugging_face(path.removeprefix("api/").removeprefix("datasets/"), api=path.startswith("api/"))
 
     def _hugging_face(self, path: str, *, api: bool) -> None:
-        repo, rest = "/".join(path.split("/")[:2]), path.split("/")[2:]
+        parts = [unquote(part) for part in path.split("/")]  # a revision may have slashes of its own
+        repo, rest = "/".join(parts[:2]), parts[2:]
         dataset = self.datasets.get(repo)
         if dataset is None:
             return self._refuse(401, "RepoNotFound")
@@ -97,7 +98,7 @@ class _Hub(BaseHTTPRequestHandler):
         return entry | ({"lfs": lfs} if name.endswith(dataset.large) else {})
 
     def _modelscope(self, path: str, query: dict[str, str]) -> None:
-        parts = path.split("/")
+        parts = [unquote(part) for part in path.split("/")]
         names = sorted(self.datasets)
         repo = names[int(parts[0])] if parts[0].isdigit() else "/".join(parts[:2])
         rest = parts[1:] if parts[0].isdigit() else parts[2:]

@@ -9,7 +9,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import lru_cache
 from typing import IO, Any, cast
 
 from rayswift.errors import DataError
@@ -107,7 +107,7 @@ def read_range(path: str, start: int, stop: int) -> bytes:
     return data
 
 
-@cache
+@lru_cache(maxsize=4096)  # rows may name millions of files
 def _filesystem(path: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 

@@ -45,7 +45,9 @@ def choose(
         endings = Counter("." + name.rpartition(".")[2] for name in names if "." in name.rpartition("/")[2])
         common = ", ".join(ending for ending, _ in endings.most_common(5)) or "nothing"
         raise HubError(
-            f"has no file of rows that can be read, but {common}", f"what can be read is {', '.join(sorted(kinds))}"
+            f"has no file of rows that can be read, but {common}",
+            f"what can be read is {', '.join(sorted(kinds))}; the hub of hf:: keeps many as Parquet under "
+            "@refs/convert/parquet",
         )
     splits = _splits(known, readme, subset, kinds)
     wanted = split or ("train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None)

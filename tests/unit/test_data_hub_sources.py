@@ -132,6 +132,19 @@ def test_spellings(hub: tuple[str, StandIn], spelled: str, expected: list[str]) 
     assert settled(source, place="data.train.0") == source
 
 
+def test_a_revision_with_slashes(hub: tuple[str, StandIn]) -> None:
+    name, stand_in = hub
+    datasets = stand_in.datasets["org/rows"]
+    datasets.commits[commit_name(3)] = {
+        "default/train/0000.parquet": parquet(2),
+        "other/train/0000.parquet": parquet(1),
+    }
+    datasets.branches["refs/convert/parquet"] = commit_name(3)
+    source = settled(DataSource(path=f"{name}::org/rows@refs/convert/parquet:default"), place="data.train.0")
+    assert source.path == f"{name}::org/rows@refs/convert/parquet~{commit_name(3)}:default"
+    assert texts(source) == ["row 0", "row 1"]
+
+
 def test_only_the_files_that_are_needed_are_fetched(hub: tuple[str, StandIn]) -> None:
     name, stand_in = hub
     assert texts(settled(DataSource(path=f"{name}::org/rows", limit=4), place="data.train.0")) == [

@@ -76,13 +76,17 @@ def records(hub: str, repo: str) -> Path:
 
 
 def listed(folder: Path, commit: str, ask: Callable[[], list[HubFile]]) -> list[HubFile]:
-    """The files of a commit as they were written down below `folder`, asked for and written down once."""
+    """The files of a commit as they were written down below `folder`, asked for and written down once.
+
+    What comes without hashes, from another program's cache, is not written down: the hub may be asked next time.
+    """
     path = folder / "trees" / f"{commit}.json"
     try:
         return [HubFile(**file) for file in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):  # never asked, or not readable: ask
         found = ask()
-    keep(path, json.dumps([asdict(file) for file in found]).encode())
+    if any(file.sha256 or file.git_sha1 for file in found):
+        keep(path, json.dumps([asdict(file) for file in found]).encode())
     return found
 
 

@@ -6,7 +6,8 @@
     GET /api/v1/datasets/ORG/NAME/repo?Revision=...&FilePath=... the bytes of a file
 
 Its client asks for branches and tags only. So a commit is asked for first; where the hub does not know it by its hash,
-the branch is, as long as that still stands at the commit. Files are checked by their sha256 either way.
+the branch is, as long as that still stands at the commit. Files are checked by their sha256 either way,
+one that the hub lists without by its size.
 """
 
 from __future__ import annotations
