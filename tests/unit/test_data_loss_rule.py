@@ -103,6 +103,61 @@ def test_react_answers_count_as_the_table_says_and_always_end() -> None:
     assert stopped[-1] == ("<|im_end|>", 1), "the end of the turn is taught behind every delimiter"
 
 
+def test_calls_as_qwen_agent_writes_them_count_as_the_table_says() -> None:
+    answer = "I look.\n✿FUNCTION✿: find\n✿ARGS✿: {}\n✿RESULT✿: 12 rows\n✿RETURN✿: twelve"
+    assert weighed(chat(answer), rule("qwen"), make_tokenizer(CHATML)) == [
+        ("I look.\n", 1),
+        ("✿FUNCTION✿: find\n✿ARGS✿: {}\n✿RESULT✿:", 2),
+        ("✿RETURN✿: twelve<|im_end|>", 1),
+    ]
+
+
+def test_tables_follow_a_choice_of_turns_and_one_another() -> None:
+    turns = (
+        Message("user", "a"), Message("assistant", "<think>\n\n</think>\n\nno <tool_call>x</tool_call>"),
+        Message("user", "b"), Message("assistant", "<think>\n\n</think>\n\nyes <tool_call>y</tool_call>"),
+    )  # fmt: skip
+    chained = rule("last_round+ignore_empty_think+hermes", weights={"yes": 0.5})
+    assert weighed(Sample(turns), chained, make_tokenizer(CHATML)) == [
+        ("yes", 0.5),
+        (" ", 1),
+        ("<tool_call>y</tool_call>", 2),
+        ("<|im_end|>", 1),
+    ]
+    without = rule("all+ignore_think")
+    texts = weighed(Sample(turns), without, make_tokenizer(CHATML))
+    assert [weight for _, weight in texts] == [1, 1, 1]
+    assert "think" not in "".join(text for text, _ in texts)
+    assert "user\nb" in texts[1][0]
+
+
+@pytest.mark.parametrize("truncation", ["right", "left", "split"])
+def test_a_conversation_that_is_cut_keeps_the_weights_of_its_tokens(truncation: Any) -> None:
+    tokenizer = make_tokenizer(CHATML)
+    turns = tuple(
+        Message(role, text, loss)
+        for role, text, loss in (
+            ("user", "hi there", None), ("assistant", "w " * 9, 0.5), ("user", "more", None),
+            ("assistant", "no " * 9, 2),
+        )
+    )  # fmt: skip
+    ((whole,),) = encode([Sample(turns)], tokenizer, max_length=4096, rendering="chat")  # type: ignore[misc]
+    (pieces,) = encode([Sample(turns)], tokenizer, max_length=24, rendering="chat", truncation=truncation)
+    assert isinstance(pieces, list)
+    length = len(whole.input_ids)
+    starts = {"right": [0], "left": [length - 24], "split": list(range(0, length, 24))}[truncation]
+    assert len(pieces) == len(starts)
+    for piece, start in zip(pieces, starts, strict=True):
+        assert piece.input_ids == whole.input_ids[start : start + 24]
+        assert piece.loss_mask == [0, *whole.loss_mask[start + 1 : start + 24]], "nothing predicts a first token"
+    deleted, kept = (
+        encode([Sample(turns)], tokenizer, max_length=size, rendering="chat", truncation="delete")[0]
+        for size in (length - 1, length)
+    )
+    assert isinstance(deleted, RowError)
+    assert isinstance(kept, list)
+
+
 def test_tool_calls_count_twice() -> None:
     found = weighed(ROUNDS, rule("last_round+hermes"), make_tokenizer(TOOLS))
     assert found[0] == ('<tool_call>{"name": "find", "arguments": {}}</tool_call>', 2)
