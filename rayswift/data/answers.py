@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.formats import RowError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 Chat = list[dict[str, Any]]
 _OPENED = re.compile(r"<(?P<name>think|thinking|reasoning|thought)>\s*$")
 """A thought that a generation prompt opens, as DeepSeek-R1's does."""
-_WINDOW = 24  # characters on either side of a border, more than a token merges
+_WINDOW = 16  # characters on either side of a border
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,21 @@ def stands_apart(tokenizer: PreTrainedTokenizerBase, text: str, place: int) -> b
     An answer that begins with a newline behind a header that ends with one is where it does.
     """
     left = text[max(0, place - _WINDOW) : place]
-    around = left + text[place : place + _WINDOW]
-    before, both = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (left, around))
+    return _is_border(tokenizer, left, text[place : place + _WINDOW])
+
+
+@lru_cache(maxsize=4096)
+def _is_border(tokenizer: PreTrainedTokenizerBase, left: str, right: str) -> bool:
+    """Through the Rust tokenizer where there is one, several times as fast: every turn of every row is asked for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if tokenizer.is_fast and backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+        before, both = (backend.encode(part, add_special_tokens=False).ids for part in (left, left + right))
+    else:
+        before, both = (
+            tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (left, left + right)
+        )
     return bool(both[: len(before)] == before)
 
 
