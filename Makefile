@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-unit parity check format bench clean deepspeed-ops
+.PHONY: help setup quickstart quickstart-vision test test-unit parity check format bench clean deepspeed-ops
 
 PY := .venv/bin/python
 STAMP := .venv/.rayswift-stamp
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt .ci/setup
 
 quickstart: $(STAMP)  ## pretrain, fine-tune, export, serve and ask a small model on this machine
 	@$(PY) -m rayswift.cli quickstart text --output "$(QUICKSTART_DIR)" --force
+
+quickstart-vision: $(STAMP)  ## teach a small model to read real pictures of digits, export, serve and ask it
+	@$(PY) -m rayswift.cli quickstart vision --output "$(QUICKSTART_DIR)-vision" --force
 
 deepspeed-ops: $(STAMP)  ## build the extension that offloading to NVMe needs, once; needs libaio-dev
 	@$(PY) -m rayswift.parallel.deepspeed_ops

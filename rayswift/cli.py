@@ -121,7 +121,7 @@ def _root(
 
 @app.command()
 def quickstart(
-    kind: Annotated[str, typer.Argument(help="What to show: text.")] = "text",
+    kind: Annotated[str, typer.Argument(help="What to show: text or vision.")] = "text",
     output: Annotated[str, typer.Option(help="Folder for everything it makes.")] = "quickstart",
     force: Force = False,
     as_json: Json = False,

@@ -61,7 +61,7 @@ def init_model(
     no file to train one on. Without `like` the default is a qwen3 with tied embeddings. `extra` are further fields of
     the config. Raises ConfigError for anything that cannot be made, and then leaves nothing behind.
     """
-    _check_free(directory)
+    check_free(directory)
     start = _config_of(like, arch)
     arch = arch or (str(start["model_type"]) if start else DEFAULT_ARCH)
     sizes = Sizes(layers, hidden_size, heads, kv_heads, intermediate_size, max_length, vocab_size, tie_embeddings)
@@ -96,7 +96,7 @@ def random_model(config: PretrainedConfig, *, seed: int, dtype: str = "float32")
             model = auto_class(config).from_config(config, dtype=torch.float32)
         assert isinstance(model, PreTrainedModel)
         with torch.no_grad():  # sizes that clash, such as more experts per token than experts, only show when it runs
-            ids_BT = torch.arange(min(8, config.vocab_size))[None]
+            ids_BT = torch.arange(min(8, config.get_text_config().vocab_size))[None]
             model.eval()(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False)
     except (ValueError, TypeError, AttributeError, RuntimeError, ImportError, LookupError, ArithmeticError) as error:
         raise ConfigError(
@@ -106,7 +106,8 @@ def random_model(config: PretrainedConfig, *, seed: int, dtype: str = "float32")
     return model
 
 
-def _check_free(directory: str | os.PathLike[str]) -> None:
+def check_free(directory: str | os.PathLike[str]) -> None:
+    """Raises ConfigError for a place that holds something."""
     if os.path.lexists(directory) and not is_empty_folder(directory):
         raise ConfigError(
             "exists and is not an empty folder", path="DIR", value=str(directory), fix="name a new folder or remove it"
@@ -174,7 +175,7 @@ def _bind(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     config.pad_token_id = tokenizer.pad_token_id
 
 
-def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """Greedy decoding that ends at the end of a turn or of a document."""
     from transformers import GenerationConfig
 
@@ -186,7 +187,7 @@ def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
 
 
 def _write(directory: str | os.PathLike[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    model.generation_config = _generation_config(tokenizer)
+    model.generation_config = generation_config(tokenizer)
     try:
         with staged_folder(directory) as stage, quiet_progress():
             model.save_pretrained(stage)

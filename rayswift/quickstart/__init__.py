@@ -1,6 +1,6 @@
 """The first five minutes: a model made, trained, exported, served and asked on this machine, from nothing.
 
-One module per kind (`text`); everything it makes is an ordinary job file, run directory or export.
+One module per kind (`text`, `vision`); everything it makes is an ordinary job file, run directory or export.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from rayswift.errors import ConfigError
 from rayswift.serving.auth import check_variable
 
 if TYPE_CHECKING:
-    from rayswift.quickstart.result import QuickstartResult
+    from rayswift.quickstart.result import QuickstartResult, VisionResult
 
-KINDS = ("text",)
+KINDS = ("text", "vision")
 MARKER = ".rayswift-quickstart"
 
 
-def run_quickstart(kind: str, output: str, *, force: bool = False) -> QuickstartResult:
+def run_quickstart(kind: str, output: str, *, force: bool = False) -> QuickstartResult | VisionResult:
     """What was reached, everything made lying below `output`. `force` replaces the folder of an earlier quickstart.
 
     Raises ConfigError for an unknown kind, a RAYSWIFT_API_KEY that cannot be one, or a folder that cannot be used.
@@ -36,9 +36,13 @@ def run_quickstart(kind: str, output: str, *, force: bool = False) -> Quickstart
     except OSError as error:
         raise ConfigError(f"cannot be written: {error.strerror or error}", path="output", value=output,
                           fix="name another folder with --output") from error  # fmt: skip
-    from rayswift.quickstart.text import run
+    if kind == "vision":
+        from rayswift.quickstart import vision
 
-    return run(folder)
+        return vision.run(folder)
+    from rayswift.quickstart import text
+
+    return text.run(folder)
 
 
 def _claim(folder: Path, force: bool) -> None:

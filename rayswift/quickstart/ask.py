@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from rayswift.errors import ServeError
-from rayswift.quickstart.corpus import Fact
 from rayswift.quickstart.result import Answer
 from rayswift.serving.auth import VARIABLE
 
@@ -15,8 +18,25 @@ _CONCURRENCY = 8
 _MAX_TOKENS = 96
 
 
-def ask(url: str, model: str, facts: Sequence[Fact]) -> tuple[Answer, ...]:
-    """The served model's answer to each fact's question, greedy, several asked at the same time.
+@dataclass(frozen=True)
+class Question:
+    """What is asked, about a picture where there is one, and the answer that is right."""
+
+    text: str
+    expected: str
+    image: Path | None = None
+
+    def content(self) -> Any:
+        """The content of the message: text, or typed parts with the picture as a data URI."""
+        if self.image is None:
+            return self.text
+        encoded = base64.b64encode(self.image.read_bytes()).decode()
+        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
+        return [picture, {"type": "text", "text": self.text}]
+
+
+def ask(url: str, model: str, questions: Sequence[Question], *, max_tokens: int = _MAX_TOKENS) -> tuple[Answer, ...]:
+    """The served model's answer to each question, greedy, several asked at the same time.
 
     `url` is the endpoint's base URL, ending in `/v1`; the key is RAYSWIFT_API_KEY where one is set.
     Raises ServeError when the endpoint does not answer.
@@ -28,17 +48,17 @@ def ask(url: str, model: str, facts: Sequence[Fact]) -> tuple[Answer, ...]:
     direct = openai.DefaultHttpxClient(trust_env=False)
     with openai.OpenAI(base_url=url, api_key=key, max_retries=3, timeout=120, http_client=direct) as client:
 
-        def one(fact: Fact) -> Answer:
+        def one(question: Question) -> Answer:
             reply = client.chat.completions.create(
                 model=model,
-                messages=[{"role": "user", "content": fact.question}],
+                messages=[{"role": "user", "content": question.content()}],
                 temperature=0,
-                max_tokens=_MAX_TOKENS,
+                max_tokens=max_tokens,
             )
-            return Answer(fact.question, fact.answer, reply.choices[0].message.content or "")
+            return Answer(question.text, question.expected, reply.choices[0].message.content or "")
 
         try:
             with ThreadPoolExecutor(_CONCURRENCY) as pool:
-                return tuple(pool.map(one, facts))
+                return tuple(pool.map(one, questions))
         except openai.APIError as error:
             raise ServeError(f"the endpoint at {url} did not answer: {error}") from error

@@ -9,6 +9,8 @@ from rayswift.units import format_count, format_seconds
 
 REQUIRED_SHARE = 0.8
 """Of the sampled trained questions, how many the served model must answer word for word."""
+REQUIRED_ACCURACY = 0.9
+"""Of the held-out pictures, how many the served model must read."""
 
 
 @dataclass(frozen=True)
@@ -81,4 +83,65 @@ class QuickstartResult:
         ]
         if not self.succeeded:
             lines += ["", f"FAILED: held-out loss must fall and {REQUIRED_SHARE:.0%} of the answers must be exact."]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class VisionResult:
+    """The figures of the vision quickstart's report. `before`, `after`: what was said of each held-out picture."""
+
+    folder: str
+    num_params: int
+    num_train_rows: int
+    before: tuple[Answer, ...]
+    after: tuple[Answer, ...]
+    tokens_per_second: float
+    curve: str
+    export_max_difference: float | None
+    seconds: dict[str, float]
+    next_commands: tuple[str, ...]
+
+    @property
+    def accuracy_before(self) -> float:
+        """The share of pictures that the untrained model read."""
+        return sum(answer.exact for answer in self.before) / len(self.before)
+
+    @property
+    def accuracy_after(self) -> float:
+        """The share of pictures that the trained, exported and served model read."""
+        return sum(answer.exact for answer in self.after) / len(self.after)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the promise was kept."""
+        return self.accuracy_before < REQUIRED_ACCURACY <= self.accuracy_after
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        reached = {"accuracy_before": self.accuracy_before, "accuracy_after": self.accuracy_after}
+        return {**asdict(self), **reached, "succeeded": self.succeeded}
+
+    def summary(self) -> str:
+        """The closing report."""
+        exact = f"export     reloaded, log-probabilities within {self.export_max_difference:.1e} of the trained model"
+        lines = [
+            "",
+            "held-out accuracy  before    after",
+            f"                   {self.accuracy_before:6.1%}   {self.accuracy_after:6.1%}",
+            f"  {len(self.after)} pictures that were not trained on, sent to the served models as data URIs.",
+            "",
+            f"model      {format_count(self.num_params)} parameters (tower, projector, language model), "
+            f"{self.num_train_rows} pictures",
+            *([exact] if self.export_max_difference is not None else []),
+            f"tokens/s   {format_count(self.tokens_per_second)}",
+            f"curve      {self.curve}",
+            f"files      {self.folder}/ (data, models, runs, exports, vision.yaml)",
+            f"time       {format_seconds(sum(self.seconds.values()))}: "
+            + ", ".join(f"{name} {format_seconds(s)}" for name, s in self.seconds.items()),
+            "",
+            "try next",
+            *(f"  {command}" for command in self.next_commands),
+        ]
+        if not self.succeeded:
+            lines += ["", f"FAILED: at least {REQUIRED_ACCURACY:.0%} of the held-out pictures must be read."]
         return "\n".join(lines)

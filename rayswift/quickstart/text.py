@@ -5,23 +5,18 @@ Reads like what a user would type; every step is the same call that a command ma
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift import api
-from rayswift.config import yamlfile
-from rayswift.config.load import load_job
 from rayswift.progress import Progress, open_progress
-from rayswift.quickstart.ask import ask
+from rayswift.quickstart.ask import Question, ask
 from rayswift.quickstart.corpus import Corpus, Fact, write_corpus
 from rayswift.quickstart.result import Answer, QuickstartResult
+from rayswift.quickstart.steps import command, free_port, timed, train, write_job
 
 if TYPE_CHECKING:
     from rayswift.export.manifest import ExportManifest
@@ -50,23 +45,23 @@ def run(folder: Path) -> QuickstartResult:
     with ExitStack() as stack:
         progress = open_progress()
         stack.callback(progress.close)
-        with _timed(seconds, "base model"):
+        with timed(seconds, "base model"):
             progress.phase("writing the corpus and a base model with random weights")
             corpus = write_corpus(folder / "data")
             made = init_model(folder / "models" / "base", **_SHAPE, train_tokenizer_files=[corpus.text], seed=0)
             write_jobs(folder, corpus)
-        with _timed(seconds, "start Ray"):
+        with timed(seconds, "start Ray"):
             progress.phase("starting Ray")
             stack.enter_context(session(None))
-        with _timed(seconds, "pretrain"):
-            pretrained = _train(folder / "pretrain.yaml", progress)
+        with timed(seconds, "pretrain"):
+            pretrained = train(folder / "pretrain.yaml", progress)
             api.export(pretrained.run_dir, str(folder / "models" / "pretrained"))
-        with _timed(seconds, "fine-tune"):
-            tuned = _train(folder / "sft.yaml", progress)
-        with _timed(seconds, "export"):
+        with timed(seconds, "fine-tune"):
+            tuned = train(folder / "sft.yaml", progress)
+        with timed(seconds, "export"):
             progress.phase("exporting, reloading and comparing")
             manifest = api.export(tuned.run_dir, str(folder / "exports" / MODEL_NAME))
-        with _timed(seconds, "serve and ask"):
+        with timed(seconds, "serve and ask"):
             progress.phase("serving")
             asked = _serve_and_ask(folder / "exports" / MODEL_NAME, corpus, progress)
     _show(asked)
@@ -77,7 +72,7 @@ def write_jobs(folder: Path, corpus: Corpus) -> None:
     """Writes pretrain.yaml and sft.yaml: ordinary job files, to be run again with `rayswift train`."""
     common: dict[str, Any] = {"output": str(folder / "runs")}
     cluster = {"workers": 1}
-    _write_job(folder / "pretrain.yaml", "Next-token training on the text of pydoc.", {
+    write_job(folder / "pretrain.yaml", "Next-token training on the text of pydoc.", {
         "name": "pretrain", **common, "method": {"name": "pretrain"},
         "model": {"path": str(folder / "models" / "base")},
         "data": {"train": [{"path": str(corpus.text)}], "max_length": MAX_LENGTH},
@@ -85,7 +80,7 @@ def write_jobs(folder: Path, corpus: Corpus) -> None:
                   "warmup_steps": 10, "save_every": None},
         "cluster": cluster,
     })  # fmt: skip
-    _write_job(folder / "sft.yaml", "Full fine-tuning on questions about Python; the loss is taken on answers only.", {
+    write_job(folder / "sft.yaml", "Full fine-tuning on questions about Python; the loss is taken on answers only.", {
         "name": "sft", **common, "method": {"name": "sft"}, "model": {"path": str(folder / "models" / "pretrained")},
         "data": {"train": [{"path": str(corpus.train)}], "eval": [{"path": str(corpus.held_out)}],
                  "max_length": MAX_LENGTH},
@@ -95,26 +90,15 @@ def write_jobs(folder: Path, corpus: Corpus) -> None:
     })  # fmt: skip
 
 
-def _write_job(path: Path, comment: str, job: dict[str, Any]) -> None:
-    """Paths in a job are relative to the directory that `rayswift train` is called in, so they are written as given."""
-    path.write_text(f"# {comment}\n{yamlfile.dump(job)}", encoding="utf-8")
-
-
-def _train(job: Path, progress: Progress) -> RunReport:
-    """The report of a job that was run exactly as `rayswift train` would."""
-    progress.phase(f"rayswift train {job}")
-    return api.run(load_job(str(job)).job, progress=progress)
-
-
 def _serve_and_ask(export: Path, corpus: Corpus, progress: Progress) -> tuple[Answer, ...]:
     """The served model's answers to the shown and the sampled trained questions."""
     from rayswift.serving.app import serve_in_background
     from rayswift.serving.spec import ServeSpec
 
-    handle = serve_in_background(ServeSpec(models={MODEL_NAME: str(export)}, port=_free_port()))
+    handle = serve_in_background(ServeSpec(models={MODEL_NAME: str(export)}, port=free_port()))
     try:
         progress.phase(f"asking {NUM_ASKED} trained questions at {handle.url}")
-        return ask(handle.url, MODEL_NAME, sample(corpus.facts))
+        return ask(handle.url, MODEL_NAME, [Question(fact.question, fact.answer) for fact in sample(corpus.facts)])
     finally:
         handle.close()
 
@@ -124,15 +108,6 @@ def sample(facts: tuple[Fact, ...]) -> tuple[Fact, ...]:
     shown = [fact for fact in facts if fact.name in SHOWN]
     others = [fact for fact in facts if fact.name not in SHOWN]
     return (*shown, *random.Random(1).sample(others, NUM_ASKED - len(shown)))
-
-
-def _free_port() -> int:
-    """A port nobody listens on: the quickstart must not fail because 8000 is taken."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _show(asked: tuple[Answer, ...]) -> None:
@@ -173,17 +148,9 @@ def _measured(loss: float | None) -> float:
 
 def _next_commands(folder: Path) -> tuple[str, ...]:
     """Three commands that work as printed, whether or not the environment is activated."""
-    command = "rayswift" if shutil.which("rayswift") else os.path.relpath(Path(sys.executable).parent / "rayswift")
     place = f'"{folder}"' if " " in str(folder) else str(folder)
     return (
-        f"{command} serve {place}/exports/{MODEL_NAME} --port 8000",
-        f"{command} data inspect {place}/sft.yaml",
-        f"{command} train {place}/sft.yaml name=longer train.epochs=60",
+        f"{command()} serve {place}/exports/{MODEL_NAME} --port 8000",
+        f"{command()} data inspect {place}/sft.yaml",
+        f"{command()} train {place}/sft.yaml name=longer train.epochs=60",
     )
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    seconds[name] = round(time.monotonic() - started, 1)

@@ -26,3 +26,18 @@ def test_the_quickstart_keeps_its_promise(
         assert Path(path).stat().st_size > 5_000
     assert (folder / "exports" / "assistant" / "rayswift.json").is_file()
     assert "Traceback" not in done.stderr
+
+
+def test_the_vision_quickstart_keeps_its_promise(
+    rayswift: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Real digits, held out, sent as data URIs to the served export through the OpenAI client."""
+    folder = tmp_path / "my digits"
+    done = rayswift("quickstart", "vision", "--output", str(folder), "--json", timeout=900)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["accuracy_before"] < 0.3
+    assert result["accuracy_after"] >= 0.9
+    assert len(result["after"]) == 297
+    assert (folder / "exports" / "digits" / "preprocessor_config.json").is_file()
+    assert "Traceback" not in done.stderr

@@ -15,8 +15,8 @@ import pytest
 from rayswift.config.load import load_job
 from rayswift.errors import ConfigError, ServeError
 from rayswift.quickstart import MARKER, run_quickstart
-from rayswift.quickstart.ask import ask
-from rayswift.quickstart.corpus import NUM_FACTS, Fact, first_sentence, topic_documents, write_corpus
+from rayswift.quickstart.ask import Question, ask
+from rayswift.quickstart.corpus import NUM_FACTS, first_sentence, topic_documents, write_corpus
 from rayswift.quickstart.result import Answer, QuickstartResult
 from rayswift.quickstart.text import NUM_ASKED, sample, write_jobs
 
@@ -151,12 +151,12 @@ def test_questions_do_not_go_through_a_proxy(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens on the discard port
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    facts = [Fact("len", "Return the number."), Fact("abs", "Return the absolute value.")]
+    questions = [Question("What does len do?", "Return the number."), Question("What does abs do?", "Be positive.")]
     with ThreadingHTTPServer(("127.0.0.1", 0), _Upper) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            answers = ask(f"http://127.0.0.1:{server.server_port}/v1", "m", facts)
+            answers = ask(f"http://127.0.0.1:{server.server_port}/v1", "m", questions)
         finally:
             server.shutdown()
             thread.join()
@@ -166,7 +166,7 @@ def test_questions_do_not_go_through_a_proxy(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_endpoint_that_does_not_answer_is_a_serve_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai, "OpenAI", _without_retries)
     with pytest.raises(ServeError, match="did not answer"):
-        ask("http://127.0.0.1:9/v1", "m", [Fact("len", "Return the number.")])
+        ask("http://127.0.0.1:9/v1", "m", [Question("What does len do?", "Return the number.")])
 
 
 def _without_retries(**options: Any) -> openai.OpenAI:
