@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from rayswift.errors import ConfigError
@@ -26,6 +27,9 @@ _PROCESSOR, _PREPROCESSOR, _VIDEO = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
+
+_ONE_LISTENS = Lock()
+"""A server's threads share a processor."""
 
 
 def has_processor(path: str) -> bool:
@@ -82,15 +86,16 @@ class _Heard:
     @contextmanager
     def heard(self) -> Iterator[list[str]]:
         """The texts that are handed to the tokenizer in this block, placeholders filled in."""
-        tokenizer = self.tokenizer
-        ear = _Ear(tokenizer)
-        self.tokenizer = ear
-        try:
-            with warnings.catch_warnings():  # InternVL's has numpy sum a tensor of torch, which works
-                warnings.filterwarnings("ignore", "__array_wrap__", DeprecationWarning)
-                yield ear.texts
-        finally:
-            self.tokenizer = tokenizer
+        with _ONE_LISTENS:
+            tokenizer = self.tokenizer
+            ear = _Ear(tokenizer)
+            self.tokenizer = ear
+            try:
+                with warnings.catch_warnings():  # InternVL's has numpy sum a tensor of torch, which works
+                    warnings.filterwarnings("ignore", "__array_wrap__", DeprecationWarning)
+                    yield ear.texts
+            finally:
+                self.tokenizer = tokenizer
 
 
 class _Ear:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rayswift.config.job import DataSource
-from rayswift.data.detect import normalise
+from rayswift.data.detect import detect, normalise
 from rayswift.data.formats import RowError
 from rayswift.data.media import MARKS
 from rayswift.data.types import Medium, Message, Sample
@@ -140,6 +140,22 @@ def test_what_is_no_medium_is_refused(value: Any, reason: str) -> None:
         messages("<image>?", ".", images=value)
 
 
+def test_base64_may_be_broken_into_lines() -> None:
+    lines = base64.encodebytes(PNG * 20).decode()
+    assert lines.count("\n") > 1
+    part = {"type": "input_audio", "input_audio": {"data": lines, "format": "wav"}}
+    assert messages([part], ".")[0].media == (Medium("audio", PNG * 20),)
+
+
+def test_prompts_and_completions_of_trl_have_media() -> None:
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}]
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "They."}]}]
+    other = [{"role": "assistant", "content": "Me."}]
+    for row in ({"prompt": prompt, "completion": answer}, {"prompt": prompt, "chosen": answer, "rejected": other}):
+        found = sample(row | {"images": ["a.png"]}, detect([row], path="x"))
+        assert found.messages[0] == Message("user", f"{IMAGE}Who?", media=(image("a.png"),))
+
+
 def test_a_tag_in_a_row_without_such_a_column_is_text() -> None:
     found = messages("What does <image> mean in HTML? <video>?", "A tag.", audios=[])
     assert found[0] == Message("user", "What does <image> mean in HTML? <video>?")
@@ -157,8 +173,6 @@ def test_every_conversational_format_has_media() -> None:
         "sharegpt": {"conversations": [{"from": "human", "value": "<image>Who?"}, {"from": "gpt", "value": "They."}]},
         "query_response": {"query": "<image>Who?", "response": "They."},
     }
-    from rayswift.data.detect import detect
-
     for row in rows.values():
         name = detect([row | shared], path="x")
         first, _ = sample(row | shared, name).messages
@@ -174,8 +188,6 @@ def test_every_conversational_format_has_media() -> None:
     {"conversations": [{"from": "human", "value": "{}"}, {"from": "gpt", "value": "."}]},
 ])  # fmt: skip
 def test_a_mark_in_the_text_of_a_row_never_becomes_a_medium(row: dict[str, Any], mark: str) -> None:
-    from rayswift.data.detect import detect
-
     hostile = json.loads(json.dumps(row).replace("{}", json.dumps(mark)[1:-1]))
     for extra in ({}, {"images": ["a.png"]}):
         with pytest.raises(RowError, match="private use area"):

@@ -55,7 +55,7 @@ def test_what_a_palette_leaves_transparent_is_white() -> None:
     assert found.getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("format", ["GIF", "WEBP"])
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "MPO"])
 def test_of_an_animation_the_first_picture_is_taken(format: str) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     found = decode_image(saved(frames[0], format, save_all=True, append_images=frames[1:]), SPEC)
@@ -160,6 +160,17 @@ def test_a_sound_that_is_too_long_ends_the_decoding_early() -> None:
     finally:
         tracemalloc.stop()
     assert len(decode_audio(sound(1.0), 16000, MediaSpec(max_audio_seconds=1))) == 16000
+
+
+def test_a_slow_sound_is_not_made_fast_before_it_is_measured() -> None:
+    content = sound(4000, rate=1)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RowError, match="has audio of more than"):
+            decode_audio(content, 16000, MediaSpec(max_audio_seconds=10))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("content", "reason"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,15 @@ def test_a_sound_beyond_what_the_model_hears_is_refused(tmp_path_factory: pytest
         encoder.encode_one("image", noise(1))
     with pytest.raises(RowError, match="has a video, which the model does not take"):
         encoder.encode_one("video", noise(1))
+
+
+def test_threads_share_a_processor(tmp_path_factory: pytest.TempPathFactory) -> None:
+    of = family("qwen2_5_vl", tmp_path_factory)
+    encoder = MediaEncoder(load_processor(str(of.folder)), PLACEHOLDERS[of.name], {"<|image_pad|>": 1}, SPEC)
+    pictures = [noise(seed, (40 + 30 * (seed % 4), 40)) for seed in range(24)]
+    expected = [encoder.encode_one("image", one).text for one in pictures]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda one: encoder.encode_one("image", one).text, pictures))
+    assert found == expected
+    assert len(set(expected)) == 4
+    assert type(encoder.processor.tokenizer) is type(of.tokenizer)

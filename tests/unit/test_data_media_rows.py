@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -235,3 +237,41 @@ def test_a_row_of_a_text_model_cannot_have_media(folder: Path, tmp_path_factory:
     plan = media_plan(write_jsonl(folder / "rows.jsonl", [ONE]))
     ((bad,),) = prepare_chunk(plan, 0, of.tokenizer, None)["bad"].to_pylist()
     assert "has media, and the model takes only text" in bad
+
+
+REWRITING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}" + _TAIL
+)
+
+
+def test_a_text_per_turn_has_the_media_up_to_it(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    of = _with_template(family("llava", tmp_path_factory), folder, REWRITING)
+    turns = [("user", "<image>Who?"), ("assistant", "one"), ("user", "And <image>?"), ("assistant", "two")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns], "images": ["image0", "image1"]}
+    found, bad = outcome(of, folder, [row])
+    assert not bad
+    assert [len(one.media) for one in found] == [1, 2]
+    assert np.array_equal(found[0].media[0]["pixel_values"], found[1].media[0]["pixel_values"])
+    for sequence in found:
+        _check_runs(of, sequence)
+
+
+def test_media_of_parquet_and_csv(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    of = family("qwen2_5_vl", tmp_path_factory)
+    row = {"query": "<image>?", "response": "one"}
+    parquet = [
+        row | {"images": [{"bytes": noise(0), "path": None}]},
+        row | {"images": [{"bytes": None, "path": "image0"}]},
+    ]
+    pq.write_table(pa.Table.from_pylist(parquet), folder / "rows.parquet")
+    (folder / "rows.csv").write_text('query,response,images\n<image>?,one,"[""image0""]"\nWho?,two,\n')
+    ((expected,), _) = outcome(of, folder, [row | {"images": ["image0"]}])
+    for name, with_images in (("rows.parquet", 2), ("rows.csv", 1)):
+        found = of.sequences(media_plan(folder / name, packing=False, shuffle=False))
+        assert len(found) == 2
+        for sequence in found[:with_images]:
+            assert sequence.input_ids.tolist() == expected.input_ids.tolist()
+            assert np.array_equal(sequence.media[0]["pixel_values"], expected.media[0]["pixel_values"])

@@ -150,7 +150,7 @@ def _source(value: Any, place: str) -> str | bytes:
 
 def _decoded(text: str, place: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RowError(f"`{place}` is not base64: {error}") from error
 

@@ -88,14 +88,21 @@ def decode_audio(content: bytes, rate: int, spec: MediaSpec) -> np.ndarray:
             raise RowError("has an audio file without sound")
         resampler = av.AudioResampler(format="fltp", rate=rate)  # FFmpeg's own mono is louder than its channels
         for frame in _flushed(container.decode(audio=0)):
+            more = frame.samples * rate / frame.sample_rate if frame is not None else 0  # of a slow one: gigabytes
+            if length + more > spec.max_audio_seconds * rate + rate:
+                raise _too_long(spec)
             for resampled in resampler.resample(frame):
                 parts.append(resampled.to_ndarray().mean(axis=0))
                 length += len(parts[-1])
             if length > spec.max_audio_seconds * rate:
-                raise RowError(f"has audio of more than data.media.max_audio_seconds={spec.max_audio_seconds:g}")
+                raise _too_long(spec)
     if not length:
         raise RowError("has an audio file without sound")
     return np.concatenate(parts).astype(np.float32, copy=False)
+
+
+def _too_long(spec: MediaSpec) -> RowError:
+    return RowError(f"has audio of more than data.media.max_audio_seconds={spec.max_audio_seconds:g}")
 
 
 def _flushed(frames: Iterator[Any]) -> Iterator[Any]:
@@ -167,9 +174,11 @@ def _named(kind: str) -> Iterator[None]:
     """Whatever a decoder raises becomes a RowError: files are other people's, and so are their faults."""
     try:
         yield
-    except (RowError, MemoryError):
+    except RowError:
         raise
     except Exception as error:
+        if isinstance(error, MemoryError) and not hasattr(error, "errno"):  # FFmpeg's: sizes that a broken file claims
+            raise
         raise RowError(
             f"has {'a' if kind == 'video' else 'an'} {kind} that cannot be decoded: {_line(error)}"
         ) from error
