@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 
-from rayswift.config.job import MediaSpec
 from rayswift.data.collate import PackedSequence, collate
 from rayswift.data.formats import RowError
 from rayswift.data.media.decoding import decode_audio, decode_image, decode_video
@@ -172,6 +171,12 @@ def test_kinds_mixed_in_one_message_keep_their_places(
     of.alone(sequence)
 
 
+def _bare(of: Family) -> MediaEncoder:
+    """An encoder that knows no model, only its processor."""
+    tokens = PLACEHOLDERS[of.name]
+    return MediaEncoder(load_processor(str(of.folder)), tokens, dict.fromkeys(tokens.values(), 1), SPEC)
+
+
 def test_every_size_of_a_picture_has_its_channels_last(tmp_path_factory: pytest.TempPathFactory) -> None:
     """One or three rows of pixels look like channels to a guess."""
     from PIL import Image
@@ -180,7 +185,7 @@ def test_every_size_of_a_picture_has_its_channels_last(tmp_path_factory: pytest.
 
     for name in ("llava", "qwen2_5_vl", "idefics3", "internvl"):
         of = family(name, tmp_path_factory)
-        encoder = MediaEncoder(load_processor(str(of.folder)), PLACEHOLDERS[name], {}, MediaSpec())
+        encoder = _bare(of)
         red = encoder.encode_one("image", saved(Image.new("RGB", (64, 64), (255, 0, 0)))).features["pixel_values"]
         for size in ((1, 1), (3, 3), (3, 1), (1, 3), (2, 3), (40, 3), (3, 40), (1, 40)):
             found = encoder.encode_one("image", saved(Image.new("RGB", size, (255, 0, 0)))).features["pixel_values"]
@@ -199,7 +204,7 @@ def test_a_picture_that_the_processor_refuses_is_a_row_error(
 
 def test_a_sound_beyond_what_the_model_hears_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     of = family("qwen2_audio", tmp_path_factory)
-    encoder = MediaEncoder(load_processor(str(of.folder)), PLACEHOLDERS["qwen2_audio"], {}, MediaSpec())
+    encoder = _bare(of)
     with pytest.raises(RowError, match=r"has audio of 8\.5 s, and the model hears 8 s at once"):
         encoder.encode_one("audio", sound(8.5))
     with pytest.raises(RowError, match="has an image, which the model does not take"):
@@ -210,7 +215,7 @@ def test_a_sound_beyond_what_the_model_hears_is_refused(tmp_path_factory: pytest
 
 def test_threads_share_a_processor(tmp_path_factory: pytest.TempPathFactory) -> None:
     of = family("qwen2_5_vl", tmp_path_factory)
-    encoder = MediaEncoder(load_processor(str(of.folder)), PLACEHOLDERS[of.name], {"<|image_pad|>": 1}, SPEC)
+    encoder = _bare(of)
     pictures = [noise(seed, (40 + 30 * (seed % 4), 40)) for seed in range(24)]
     expected = [encoder.encode_one("image", one).text for one in pictures]
     with ThreadPoolExecutor(8) as pool:
