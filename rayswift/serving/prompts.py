@@ -63,7 +63,7 @@ class PromptBuilder:
 
     def _encoded(self, place: str, medium: Medium) -> Encoded:
         if self._encoder is None:
-            raise _refusal(place, "this model reads text only")
+            raise _refusal(place, "this model is served with text only")
         assert isinstance(medium.source, bytes), "a request brings its files with it"
         content = medium.source
         if not content or len(content) > (limit := self._encoder.spec.max_bytes):

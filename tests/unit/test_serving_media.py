@@ -318,12 +318,33 @@ def test_a_sound_that_is_too_long_or_damaged_is_refused(families: Any) -> None:
     served.prompts._encoder = load_encoder(
         str(served.folder), MediaSpec(max_bytes=10**6, max_audio_seconds=2.0)
     )  # fmt: skip
-    for content, message in ((wav(1, 3.0), "max_media_seconds=2"), (wav(1)[:40], "has an audio")):
+    hasty = bytearray(wav(1))
+    hasty[27] = 80  # samples of more than a gigahertz, for which FFmpeg has no memory
+    for content, message in (
+        (wav(1, 3.0), "max_media_seconds=2"),
+        (wav(1)[:40], "has an audio"),
+        (wav(1, 0.002), "processor leaves nothing"),
+        (bytes(hasty), "has an audio"),
+    ):
         with pytest.raises(ApiError, match=message):
             served.prompts.chat(asked(audio_part(content)))
 
 
-def test_a_text_model_says_that_it_reads_text_only(tiny_model_dir: Path) -> None:
+def test_a_picture_that_the_processor_refuses_is_refused(families: Any) -> None:
+    prompts = families("qwen2_5_vl").prompts
+    with pytest.raises(ApiError, match="aspect ratio") as caught:
+        prompts.chat([*asked(text_part("Hi")), *asked(image_part(png(picture(1, 900, 1))))])
+    assert (caught.value.status, caught.value.param) == (400, "messages[1].content")
+    with pytest.raises(ApiError, match="stands for a medium"):
+        prompts.chat(asked(text_part("<|video_pad|>")))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA"])
+def test_pictures_of_every_mode_are_read(families: Any, mode: str) -> None:
+    families("llava").prompts.chat(asked(image_part(png(picture(1).convert(mode)))))
+
+
+def test_a_text_model_says_so(tiny_model_dir: Path) -> None:
     prompts = PromptBuilder(load_tokenizer(str(tiny_model_dir)))
     app = build_asgi(ServeSpec(models={"m": "x"}), {"m": ServedModel(FakeEngine(), prompts, Admission(1, 1))})
 
@@ -334,7 +355,7 @@ def test_a_text_model_says_that_it_reads_text_only(tiny_model_dir: Path) -> None
 
     response = asyncio.run(scenario())
     assert response.status_code == 400
-    assert response.json()["error"]["message"] == "messages[0].content: this model reads text only"
+    assert response.json()["error"]["message"] == "messages[0].content: this model is served with text only"
     assert response.json()["error"]["param"] == "messages[0].content"
 
 
@@ -344,3 +365,19 @@ def test_a_plain_prompt_has_no_place_for_media(families: Any) -> None:
     for prompt in ("What is <image>?", list(served.encoder.placeholders.values())):
         with pytest.raises(ApiError, match="<image>, which stands for a medium"):
             served.prompts.text(prompt)
+
+
+def test_a_model_whose_processor_cannot_be_loaded_is_served_with_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make("llava", tmp_path / "base")
+    (folder / "processor_config.json").write_text('{"processor_class": "UnheardOfProcessor"}')
+    engine = Local(str(folder), EngineOptions(max_concurrency=2, device="cpu"))
+
+    async def scenario() -> None:
+        await engine.start()
+        await engine.close()
+
+    asyncio.run(scenario())
+    assert engine.media_encoder is None
+    assert "is served with text alone" in caplog.text

@@ -86,7 +86,10 @@ class MediaEncoder:
             raise RowError(
                 f"has audio of {len(samples) / rate:.1f} s, and the model hears {longest / rate:g} s at once"
             )
-        return self._processed("audio", audio=[samples], sampling_rate=rate)
+        found = self._processed("audio", audio=[samples], sampling_rate=rate)
+        if not num_placeholders(found.features):  # the model would look for features and refuse the batch
+            raise RowError(f"has audio of {len(samples) / rate:.3f} s, of which the model's processor leaves nothing")
+        return found
 
     def _image(self, image: Any) -> Encoded:
         return self._processed("image", images=[image])

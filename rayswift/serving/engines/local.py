@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from rayswift.config.job import ModelSpec
+from rayswift.config.job import MediaSpec, ModelSpec
 from rayswift.errors import ConfigError, RaySwiftError, ServeError
 from rayswift.models.loading import load_model, load_tokenizer
 from rayswift.models.processor import has_processor
@@ -94,7 +94,6 @@ class Local:
 
         from rayswift.serving.local.loop import DecodeLoop
         from rayswift.serving.local.proof import prove
-        from rayswift.training.media import load_encoder
 
         dtype = None if self._options.dtype == "auto" else getattr(torch, self._options.dtype)
         tokenizer = load_tokenizer(self._folder)
@@ -102,12 +101,25 @@ class Local:
         # `to` of transformers is wrapped in a way that loses its signature
         model = cast("Any", model).to(_device(self._options.device)).eval()
         self._max_model_len = _model_len(model, self._options.max_model_len)
-        encoder = load_encoder(self._folder, self._options.media) if has_processor(self._folder) else None
+        encoder = _media_encoder(self._folder, self._options.media)
         prove(model, self._folder, self._max_model_len, encoder)
         vocabulary, num_axes = _vocabulary(model, tokenizer), encoder.num_axes if encoder else 0
         self._loop = DecodeLoop(model, vocabulary, self._options.max_concurrency, num_axes)
         self._media_encoder = encoder
         self._loop.start()
+
+
+def _media_encoder(folder: str, bounds: MediaSpec) -> MediaEncoder | None:
+    """None for a model of text, and, with a warning, where the processor cannot be built here."""
+    from rayswift.training.media import load_encoder
+
+    if not has_processor(folder):
+        return None
+    try:
+        return load_encoder(folder, bounds)
+    except ConfigError as error:
+        _log.warning("%s is served with text alone, since its processor cannot be loaded: %s", folder, error)
+        return None
 
 
 def _merged(first: Delta | RaySwiftError, events: asyncio.Queue[Delta | RaySwiftError]) -> Delta:
