@@ -339,15 +339,21 @@ def data_inspect(
     job: JobFile,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows to show of each source.")] = 2,
+    embeddings: Annotated[
+        bool | None,
+        typer.Option(help="Load the model to compare embeddings of text and media.  [default: up to 4 GiB of weights]"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Shows rows as the model sees them: what is trained on in green, token counts, how full sequences get.
+
+    Of rows with media also their grids and placeholders, and how embeddings of media and of text compare.
 
     Example: rayswift data inspect examples/sft.yaml --rows 3
     """
     from rayswift.preview import preview
 
-    seen = preview(_load(job, overrides).job, num_rows=rows)
+    seen = preview(_load(job, overrides).job, num_rows=rows, embeddings=embeddings)
     _print(seen.to_plain(), seen.text(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), as_json)
 
 

@@ -2,206 +2,167 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from itertools import groupby, islice
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rayswift import plugins
 from rayswift.config.job import DataSource, Job
 from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.types import BadRow, Example
 from rayswift.errors import DataError
+from rayswift.seen import Preview, SeenSource, num_trained, seen_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rayswift.data.media.encoder import MediaEncoder
     from rayswift.data.sources import FileIndex
+    from rayswift.data.stream import StreamSettings
+    from rayswift.models.embeddings import EmbeddingStats
 
-SAMPLE_ROWS = 256
-_TRAINED, _BAD, _PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive tokens of a row that are all trained on, or all not."""
-
-    text: str
-    trained: bool
+SAMPLE_ROWS, SAMPLE_MEDIA_ROWS = 256, 32
+"""Rows that are looked at; fewer of those whose images, sounds and videos have to be decoded."""
+MAX_WEIGHT_BYTES = 4 << 30
+"""Weights up to this size are loaded to look at embeddings, unless it is asked for or forbidden."""
+_BINS = 8
 
 
-@dataclass(frozen=True)
-class SeenRow:
-    """A row that was looked at: its pieces and token counts, or the reason why it cannot be used."""
+def preview(job: Job, *, num_rows: int, embeddings: bool | None = None) -> Preview:
+    """The first `num_rows` rows of every training source, and figures on its first 256, or 32 where they have media.
 
-    place: str
-    pieces: tuple[Piece, ...] = ()
-    num_tokens: int = 0
-    num_trained_tokens: int = 0
-    bad: str | None = None
-
-
-@dataclass(frozen=True)
-class SeenSource:
-    """A source, judged by its first 256 rows. `fill` is the share of packed positions that hold a token."""
-
-    path: str
-    format: str
-    num_rows: int
-    num_looked_at: int
-    num_bad: int
-    num_unused: int
-    mean_tokens: float
-    max_tokens: int
-    trained_share: float
-    fill: float
-    rows: tuple[SeenRow, ...]
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a job trains on."""
-
-    method: str
-    max_length: int
-    sources: tuple[SeenSource, ...]
-
-    def to_plain(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
-        return asdict(self)
-
-    def text(self, *, colour: bool) -> str:
-        """The rows with what is trained on in green, or, without colour, between « and »."""
-        return "\n".join(line for source in self.sources for line in _source_lines(source, self.max_length, colour))
-
-
-def preview(job: Job, *, num_rows: int) -> Preview:
-    """The first `num_rows` rows of every training source, and figures on its first 256.
-
+    `embeddings` loads the model to compare what it is fed of text and of media; None does where that is cheap.
     Raises ConfigError or DataError as training would.
     """
     from rayswift.data.hub_sources import settled
-    from rayswift.data.inspect import preflight
+    from rayswift.data.inspect import media_kinds, preflight
     from rayswift.data.sources import index_sources
+    from rayswift.data.stream import plan_stream
     from rayswift.models.loading import check_folder, load_tokenizer
+    from rayswift.training.media import media_encoder
 
     rendering = plugins.load("methods", job.method.name, path="method.name").rendering
     check_folder(job.model.path, chat_template=rendering == "chat")
     given = tuple(settled(source, place=f"data.train.{number}") for number, source in enumerate(job.data.train))
     files = index_sources(given)
     formats = preflight(given, files)
-    tokenizer = load_tokenizer(job.model.path)
+    kinds = media_kinds(given, files, formats) if job.data.media.kinds == "auto" else job.data.media.kinds
+    settings = plan_stream(
+        files, given, formats, data=job.data, rendering=rendering, epochs=1, seed=0, media_kinds=kinds
+    ).settings
+    look = _Look(job, settings, load_tokenizer(job.model.path), media_encoder(job.model.path, settings), embeddings)
     sources = tuple(
-        _see(job, source, formats[number], [f for f in files if f.source == number], tokenizer, rendering, num_rows)
+        look.at(source, formats[number], [f for f in files if f.source == number], num_rows)
         for number, source in enumerate(given)
     )
     return Preview(job.method.name, job.data.max_length, sources)
 
 
-def _see(
-    job: Job,
-    source: DataSource,
-    format_name: str,
-    files: list[FileIndex],
-    tokenizer: PreTrainedTokenizerBase,
-    rendering: Any,
-    num_rows: int,
-) -> SeenSource:
-    from rayswift.data.packing import fill, pack
+@dataclass(frozen=True)
+class _Look:
+    """What rows are looked at with."""
 
-    looked_at = [
-        (place, _examples(row, format_name, source, tokenizer, job, rendering))
-        for place, row in islice(_rows(files), SAMPLE_ROWS)
-    ]
-    examples = [example for _, found in looked_at if not isinstance(found, RowError) for example in found]
-    if not examples:
-        raise DataError(f"has no row that can be used: {looked_at[0][1]}", path="data.train", value=source.path)
-    lengths = [len(example.input_ids) for example in examples]
-    bins = pack(lengths, job.data.max_length) if job.data.packing else [[i] for i in range(len(lengths))]
-    return SeenSource(
-        path=source.path,
-        format=format_name,
-        num_rows=sum(file.num_rows for file in files),
-        num_looked_at=len(looked_at),
-        num_bad=sum(isinstance(found, RowError) and not isinstance(found, UnusedRow) for _, found in looked_at),
-        num_unused=sum(isinstance(found, UnusedRow) for _, found in looked_at),
-        mean_tokens=sum(lengths) / len(lengths),
-        max_tokens=max(lengths),
-        trained_share=sum(_num_trained(example) for example in examples) / sum(lengths),
-        fill=fill(lengths, bins, job.data.max_length),
-        rows=tuple(_seen_row(place, found, tokenizer) for place, found in looked_at[:num_rows]),
-    )
+    job: Job
+    settings: StreamSettings
+    tokenizer: PreTrainedTokenizerBase
+    media: MediaEncoder | None
+    embeddings: bool | None
+
+    def at(self, source: DataSource, format_name: str, files: list[FileIndex], num_rows: int) -> SeenSource:
+        """One source. Raises DataError when none of its first rows can be used."""
+        from rayswift.data.packing import fill, pack
+
+        limit = SAMPLE_ROWS if self.media is None else SAMPLE_MEDIA_ROWS
+        looked_at = [
+            (place, self._examples(row, format_name, source, file))
+            for place, row, file in islice(_rows(files), max(limit, num_rows))
+        ]
+        examples = [example for _, found in looked_at if not isinstance(found, RowError) for example in found]
+        if not examples:
+            raise DataError(f"has no row that can be used: {looked_at[0][1]}", path="data.train", value=source.path)
+        lengths = [len(example.input_ids) for example in examples]
+        length = self.job.data.max_length
+        bins = pack(lengths, length) if self.job.data.packing else [[i] for i in range(len(lengths))]
+        return SeenSource(
+            path=source.path,
+            format=format_name,
+            num_rows=sum(file.num_rows for file in files),
+            num_looked_at=len(looked_at),
+            num_bad=sum(isinstance(found, RowError) and not isinstance(found, UnusedRow) for _, found in looked_at),
+            num_unused=sum(isinstance(found, UnusedRow) for _, found in looked_at),
+            mean_tokens=sum(lengths) / len(lengths),
+            max_tokens=max(lengths),
+            trained_share=sum(num_trained(example) for example in examples) / sum(lengths),
+            fill=fill(lengths, bins, length),
+            lengths=_histogram(lengths),
+            rows=tuple(seen_row(place, found, self.tokenizer) for place, found in looked_at[:num_rows]),
+            embeddings=self._embeddings(examples[: max(4, num_rows)]),
+        )
+
+    def _examples(
+        self, row: dict[str, Any] | BadRow, format_name: str, source: DataSource, file: FileIndex
+    ) -> list[Example] | RowError:
+        """The Examples of a row, or why it is bad."""
+        from rayswift.data.detect import normalise
+        from rayswift.data.tokenize import encode
+
+        if isinstance(row, BadRow):
+            return RowError(row.reason)
+        try:
+            sample = normalise(row, format_name, source)
+            if sample.media and self.media is None:
+                return RowError("has media, and none of the first rows had: name them in data.media.kinds")
+            encoded = self.media.encode(sample, file.path) if self.media is not None else ()
+        except RowError as error:
+            return error
+        (found,) = encode(
+            [sample], self.tokenizer, max_length=self.settings.max_length, rendering=self.settings.rendering,
+            truncation=self.settings.truncation, loss=self.settings.loss, media=self.media, encoded=[encoded],
+        )  # fmt: skip
+        return found
+
+    def _embeddings(self, examples: list[Example]) -> tuple[EmbeddingStats, ...]:
+        """Of the first rows with media; nothing where there are none, or the model is too large to load for it."""
+        from rayswift.data.collate import PackedSequence, collate
+        from rayswift.models.adapters import load_base
+        from rayswift.models.embeddings import input_embeddings
+
+        shown = [example for example in examples if example.media]
+        if self.media is None or not shown or self.embeddings is False:
+            return ()
+        if self.embeddings is None and _weight_bytes(self.job.model.path) > MAX_WEIGHT_BYTES:
+            return ()
+        sequences = [
+            PackedSequence(np.array(e.input_ids), np.array(e.loss_mask), [len(e.input_ids)], e.media, e.rope_AT)
+            for e in shown
+        ]
+        model = load_base(self.job.model.path, dtype="float32")
+        return input_embeddings(model, collate(sequences, 0), self.media.placeholders)
 
 
-def _rows(files: list[FileIndex]) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """The rows of the files in order, each with the place it stands at."""
+def _histogram(lengths: Sequence[int]) -> dict[int, int]:
+    """Counts by length, in bins of equal width up to the longest."""
+    width = max(1, -(-max(lengths) // _BINS))
+    counts = Counter((length - 1) // width for length in lengths)
+    return {(i + 1) * width: counts[i] for i in range(-(-max(lengths) // width))}
+
+
+def _rows(files: list[FileIndex]) -> Iterator[tuple[str, dict[str, Any] | BadRow, FileIndex]]:
+    """The rows of the files in order, each with the place it stands at and its file."""
     from rayswift.data.sources import read_rows
 
     for file in files:
         for span in file.spans:
             for number, line, row in read_rows(file, span):
-                yield (f"{file.path}:{line}" if line is not None else f"{file.path} row {number}"), row
+                yield (f"{file.path}:{line}" if line is not None else f"{file.path} row {number}"), row, file
 
 
-def _examples(
-    row: dict[str, Any] | BadRow,
-    format_name: str,
-    source: DataSource,
-    tokenizer: PreTrainedTokenizerBase,
-    job: Job,
-    rendering: Any,
-) -> list[Example] | RowError:
-    """The Examples of a row, or why it is bad."""
-    from rayswift.data.detect import normalise
-    from rayswift.data.loss_rule import rule_of
-    from rayswift.data.tokenize import encode
-
-    if isinstance(row, BadRow):
-        return RowError(row.reason)
-    try:
-        sample = normalise(row, format_name, source)
-    except RowError as error:
-        return error
-    data = job.data
-    rule = rule_of(data, everything=rendering == "text")
-    (found,) = encode(
-        [sample], tokenizer, max_length=data.max_length, rendering=rendering, truncation=data.truncation, loss=rule
-    )
-    return found
-
-
-def _seen_row(place: str, found: list[Example] | RowError, tokenizer: PreTrainedTokenizerBase) -> SeenRow:
-    if isinstance(found, RowError):
-        return SeenRow(place, bad=str(found))
-    pieces = [piece for example in found for piece in _pieces(example, tokenizer)]
-    return SeenRow(place, tuple(pieces), sum(len(e.input_ids) for e in found), sum(map(_num_trained, found)))
-
-
-def _num_trained(example: Example) -> int:
-    """Tokens that count for anything, whatever they count."""
-    return sum(weight > 0 for weight in example.loss_mask)
-
-
-def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
-    """The decoded runs of trained and untrained tokens: what the mask says, not what the template meant."""
-    pairs = zip(example.input_ids, example.loss_mask, strict=True)
-    for trained, run in groupby(pairs, key=lambda pair: bool(pair[1])):
-        yield Piece(str(tokenizer.decode([token for token, _ in run])), trained)
-
-
-def _source_lines(source: SeenSource, max_length: int, colour: bool) -> Iterator[str]:
-    unused = f"{source.num_unused} of no use, " if source.num_unused else ""
-    yield f"{source.path}: {source.num_rows} rows, format {source.format}"
-    yield (
-        f"  first {source.num_looked_at}: {source.num_bad} bad, {unused}{source.mean_tokens:.0f} tokens on average, "
-        f"{source.max_tokens} at most, {source.trained_share:.0%} trained on; "
-        f"sequences of {max_length} are {source.fill:.0%} full"
-    )
-    for row in source.rows:
-        yield f"-- {row.place}: {row.num_tokens} tokens, {row.num_trained_tokens} trained on"
-        yield (_BAD + str(row.bad) + _PLAIN if colour else f"bad: {row.bad}") if row.bad else _row_text(row, colour)
-
-
-def _row_text(row: SeenRow, colour: bool) -> str:
-    before, after = (_TRAINED, _PLAIN) if colour else ("«", "»")
-    return "".join(f"{before}{piece.text}{after}" if piece.trained else piece.text for piece in row.pieces)
+def _weight_bytes(path: str) -> int:
+    """The size of the weights of a local folder; of a hub id, which would have to be fetched, more than any bound."""
+    files = list(Path(path).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files) if files else MAX_WEIGHT_BYTES + 1

@@ -27,7 +27,8 @@ LAYERS = {
     "rayswift.parallel": 4,
     "rayswift.training": 5, "rayswift.rollout": 5, "rayswift.export": 5, "rayswift.serving": 5,
     "rayswift.cluster": 6,
-    "rayswift.api": 7, "rayswift.cli": 7, "rayswift.doctor": 7, "rayswift.preview": 7, "rayswift.quickstart": 7,
+    "rayswift.api": 7, "rayswift.cli": 7, "rayswift.doctor": 7, "rayswift.preview": 7, "rayswift.seen": 7,
+    "rayswift.quickstart": 7,
     "rayswift": 7, "jobs": 7, "serve": 7,
 }  # fmt: skip
 # What a layer may import from outside the standard library, beside what the layers below it may.
