@@ -35,7 +35,7 @@ def differences(dtype: str) -> tuple[dict[str, float], dict[str, float]]:
     from tests.job_cases import make_job
 
     random = np.random.default_rng(0)
-    documents = [random.integers(3, VOCAB_SIZE, length) for length in (20, 31, 12, 25, 18, 28)]
+    documents = [self_check.plain(random.integers(3, VOCAB_SIZE, length)) for length in (20, 31, 12, 25, 18, 28)]
     job = make_job(**{"model.dtype": dtype})
     found: tuple[dict[str, float], dict[str, float]] = {}, {}
     for name in ARCHITECTURES:

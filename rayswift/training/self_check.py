@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -28,10 +28,13 @@ from rayswift.data.types import BadRow, Example, PackedBatch, Sample
 from rayswift.errors import ConfigError, DataError, RaySwiftError
 from rayswift.parallel.engine import Engine
 from rayswift.training.build import broadcast
+from rayswift.training.media import media_encoder
 from rayswift.training.order import WorkOrder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rayswift.data.media.encoder import Encoded, MediaEncoder
 
 _LEAK_TOLERANCE = 1e-5  # nats; a fresh random model, the least sensitive there is, leaks 0.02 and more
 _TOLERANCE = {"float32": 1e-6, "float16": 2.5e-4, "bfloat16": 2e-3, "float8": 1e-2}
@@ -58,9 +61,11 @@ class Checked:
 class _Rows:
     """The first rows as documents, how many prompts were compared, and what is wrong with one of them, if anything."""
 
-    documents: tuple[np.ndarray, ...] = ()
+    documents: tuple[PackedSequence, ...] = ()
     num_prompts: int = 0
     fault: str = ""
+    rope_axes: int = 0
+    """Of a model whose positions have several; the stream's batches have them all."""
 
 
 def self_check(engine: Engine, order: WorkOrder, rank: int) -> Checked:
@@ -80,12 +85,12 @@ def self_check(engine: Engine, order: WorkOrder, rank: int) -> Checked:
         )  # fmt: skip
     difference = None
     if job.data.packing:
-        refuse_leaking_packing(engine, job)
-        difference = refuse_other_losses(engine, job, rows.documents)
+        refuse_leaking_packing(engine, job, rope_axes=rows.rope_axes)
+        difference = refuse_other_losses(engine, job, rows.documents, rope_axes=rows.rope_axes)
     return Checked(difference, len(rows.documents), rows.num_prompts, round(time.perf_counter() - began, 3))
 
 
-def refuse_leaking_packing(engine: Engine, job: Job) -> None:
+def refuse_leaking_packing(engine: Engine, job: Job, *, rope_axes: int = 0) -> None:
     """Raise ConfigError when packed documents see each other in this model. Called by all ranks.
 
     Isolation rests on how transformers reads position ids, which some architectures ignore (state-space
@@ -94,8 +99,9 @@ def refuse_leaking_packing(engine: Engine, job: Job) -> None:
     in any precision.
     """
     first, other, document = np.arange(5, 17), np.arange(17, 5, -1), np.arange(20, 28)
-    behind_first = engine.forward(_batch([[first, document]]))[0, len(first) : len(first) + len(document) - 1]
-    behind_other = engine.forward(_batch([[other, document]]))[0, len(other) : len(other) + len(document) - 1]
+    seen = slice(len(first), len(first) + len(document) - 1)
+    behind_first = engine.forward(_batch([[plain(first), plain(document)]], rope_axes))[0, seen]
+    behind_other = engine.forward(_batch([[plain(other), plain(document)]], rope_axes))[0, seen]
     difference = (behind_first - behind_other).abs().max()
     if float(difference) > _LEAK_TOLERANCE:
         raise ConfigError(
@@ -106,7 +112,7 @@ def refuse_leaking_packing(engine: Engine, job: Job) -> None:
         )
 
 
-def refuse_other_losses(engine: Engine, job: Job, documents: Sequence[np.ndarray]) -> float:
+def refuse_other_losses(engine: Engine, job: Job, documents: Sequence[PackedSequence], *, rope_axes: int = 0) -> float:
     """The largest difference, in nats per token, between a document's loss packed as the job packs and by itself.
 
     Called by all ranks with the same documents. Raises ConfigError on all of them where it is no rounding: some
@@ -115,15 +121,17 @@ def refuse_other_losses(engine: Engine, job: Job, documents: Sequence[np.ndarray
     rows_per_batch = 2 if job.train.micro_batch_size > 1 else 1
     documents = _enough(documents)
     room = max(2, job.data.max_length * rows_per_batch // len(documents))
-    documents = [document[:room] for document in documents]
+    documents = [document if document.media else _shortened(document, room) for document in documents]
     packed = [list(documents[start::rows_per_batch]) for start in range(rows_per_batch)]
     alone = [[document] for document in documents]
-    losses_alone = _losses(engine, alone, documents)
-    losses_packed = _losses(engine, packed, documents)
+    losses_alone = _losses(engine, alone, documents, rope_axes)
+    losses_packed = _losses(engine, packed, documents, rope_axes)
     differences = np.abs(losses_packed - losses_alone)
     bounds = _TOLERANCE[job.model.dtype] * np.maximum(1.0, losses_alone)
     if _on_any(engine, differences > bounds):
-        bounds = bounds + _ROUNDING * np.abs(_losses(engine, alone[::-1], documents, multiple_of=64) - losses_alone)
+        bounds = bounds + _ROUNDING * np.abs(
+            _losses(engine, alone[::-1], documents, rope_axes, multiple_of=64) - losses_alone
+        )
     worst = int(np.argmax(differences - bounds))
     if _on_any(engine, ~(differences <= bounds)):
         raise ConfigError(
@@ -142,31 +150,55 @@ def _on_any(engine: Engine, wrong: np.ndarray) -> bool:
 
 
 def _losses(
-    engine: Engine, sequences: Sequence[Sequence[np.ndarray]], documents: Sequence[np.ndarray], multiple_of: int = 8
+    engine: Engine,
+    sequences: Sequence[Sequence[PackedSequence]],
+    documents: Sequence[PackedSequence],
+    rope_axes: int = 0,
+    multiple_of: int = 8,
 ) -> np.ndarray:
     """The mean loss of each of `documents` where it stands in the batch of these sequences, float64."""
-    logprobs_BT = engine.forward(_batch(sequences, multiple_of)).double().cpu()
+    logprobs_BT = engine.forward(_batch(sequences, rope_axes, multiple_of)).double().cpu()
     found: dict[int, float] = {}
     for row, sequence in enumerate(sequences):
         start = 0
         for document in sequence:
-            found[id(document)] = -float(logprobs_BT[row, start : start + len(document) - 1].mean())
-            start += len(document)
+            found[id(document)] = -float(logprobs_BT[row, start : start + len(document.input_ids) - 1].mean())
+            start += len(document.input_ids)
     return np.array([found[id(document)] for document in documents])
 
 
-def _batch(sequences: Sequence[Sequence[np.ndarray]], multiple_of: int = 8) -> PackedBatch:
-    """The documents of each sequence end to end, every token weighing one, as training collates them."""
-    packed = []
-    for documents in sequences:
-        ids = np.concatenate(documents)
-        packed.append(PackedSequence(ids, np.ones(len(ids), np.float32), [len(document) for document in documents]))
-    return collate(packed, 0, multiple_of)
+def _batch(sequences: Sequence[Sequence[PackedSequence]], rope_axes: int, multiple_of: int = 8) -> PackedBatch:
+    """The documents of each sequence end to end, as training collates them."""
+    return collate([_joined(documents, rope_axes) for documents in sequences], 0, multiple_of)
 
 
-def _enough(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _joined(documents: Sequence[PackedSequence], rope_axes: int) -> PackedSequence:
+    ropes = [
+        np.tile(np.arange(len(document.input_ids)), (rope_axes, 1)) if document.rope_AT is None else document.rope_AT
+        for document in documents
+    ]
+    return PackedSequence(
+        np.concatenate([document.input_ids for document in documents]),
+        np.concatenate([document.loss_mask for document in documents]),
+        [len(document.input_ids) for document in documents],
+        [features for document in documents for features in document.media],
+        np.concatenate(ropes, axis=1) if rope_axes else None,
+    )
+
+
+def plain(ids: np.ndarray) -> PackedSequence:
+    """A document of text in which every token counts one."""
+    return PackedSequence(ids, np.ones(len(ids), np.float32), [len(ids)])
+
+
+def _shortened(document: PackedSequence, length: int) -> PackedSequence:
+    rope_AT = None if document.rope_AT is None else document.rope_AT[:, :length]
+    return replace(plain(document.input_ids[:length]), rope_AT=rope_AT)
+
+
+def _enough(documents: Sequence[PackedSequence]) -> list[PackedSequence]:
     """Enough documents; where the job's rows give fewer, made-up ones of tokens that every vocabulary has."""
-    made_up = [np.arange(5 + number, 25 + number) for number in range(_NUM_DOCUMENTS - len(documents))]
+    made_up = [plain(np.arange(5 + number, 25 + number)) for number in range(_NUM_DOCUMENTS - len(documents))]
     return [*documents, *made_up]
 
 
@@ -184,40 +216,48 @@ def _read(order: WorkOrder) -> _Rows | RaySwiftError:
 
 
 def _first_rows(order: WorkOrder) -> _Rows:
-    """The first usable rows of the job; those with media are left to the run."""
+    """The first usable rows of the job. Prompts are compared of those without media."""
     from rayswift.models.loading import load_tokenizer
 
     stream = order.train_stream
-    tokenizer = load_tokenizer(order.job.model.path)
-    samples = [sample for sample in islice(_samples(stream), _NUM_ROWS) if not sample.media]
     settings = stream.settings
+    media = media_encoder(order.job.model.path, settings)
+    tokenizer = load_tokenizer(order.job.model.path)
+    rows = list(islice(_samples(stream, media), _NUM_ROWS))
     encoded = encode(
-        samples, tokenizer, max_length=settings.max_length, rendering=settings.rendering,
-        truncation=settings.truncation, loss=settings.loss,
+        [sample for sample, _ in rows], tokenizer, max_length=settings.max_length, rendering=settings.rendering,
+        truncation=settings.truncation, loss=settings.loss, media=media, encoded=[one for _, one in rows],
     )  # fmt: skip
-    examples = [one[0] for one in encoded if isinstance(one, list)]
-    long_enough = (one.input_ids[:_DOCUMENT_TOKENS] for one in examples if len(one.input_ids) > 1)
-    documents = tuple(np.array(ids) for ids in islice(long_enough, _NUM_DOCUMENTS))
-    if settings.rendering != "chat":
-        return _Rows(documents)
+    found = (_document(one[0], settings.max_length) for one in encoded if isinstance(one, list))
+    documents = tuple(islice((document for document in found if document is not None), _NUM_DOCUMENTS))
     num_prompts = 0
-    for sample in samples:
-        found = compare_prompts(sample, tokenizer, settings.loss)
-        if isinstance(found, str):
-            return _Rows(documents, num_prompts, found)
-        num_prompts += found
-    return _Rows(documents, num_prompts)
+    for sample in [sample for sample, _ in rows if settings.rendering == "chat" and not sample.media]:
+        compared = compare_prompts(sample, tokenizer, settings.loss)
+        if isinstance(compared, str):
+            return _Rows(documents, num_prompts, compared)
+        num_prompts += compared
+    return _Rows(documents, num_prompts, rope_axes=0 if media is None else media.num_axes)
 
 
-def _samples(stream: StreamPlan) -> Iterator[Sample]:
-    """The rows that can be read, a few of each file's first ones."""
+def _document(example: Example, max_length: int) -> PackedSequence | None:
+    """The beginning of a row, or the whole of one with media; None for one that is too short or too long."""
+    ids = np.array(example.input_ids)
+    if len(ids) < 2 or (example.media and len(ids) > max_length // _NUM_DOCUMENTS):
+        return None
+    whole = replace(plain(ids), media=example.media, rope_AT=example.rope_AT)
+    return whole if example.media else _shortened(whole, _DOCUMENT_TOKENS)
+
+
+def _samples(stream: StreamPlan, media: MediaEncoder | None) -> Iterator[tuple[Sample, tuple[Encoded, ...]]]:
+    """The rows that can be read, a few of each file's first ones, with their media encoded."""
     for file in stream.files:
         rows = (raw for span in file.spans for raw in read_rows(file, span))
         for _, _, row in islice(rows, _LOOKED_AT):
             if isinstance(row, BadRow):
                 continue
             try:
-                yield normalise(row, stream.formats[file.source], stream.sources[file.source])
+                sample = normalise(row, stream.formats[file.source], stream.sources[file.source])
+                yield sample, media.encode(sample, file.path) if media is not None else ()
             except RowError:
                 continue  # the run itself puts it into quarantine
 

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from transformers import AutoTokenizer
 
 from rayswift.errors import ConfigError
 from rayswift.planning.layout import Layout
 from rayswift.training.run_dir import RunDir
-from rayswift.training.self_check import refuse_leaking_packing, refuse_other_losses
+from rayswift.training.self_check import _first_rows, plain, refuse_leaking_packing, refuse_other_losses
 from tests.data_cases import MARKED
 from tests.engine_cases import build
 from tests.job_cases import make_job
+from tests.multimodal_models import make
 from tests.ranks.forked import RankFailed, run_ranks
 from tests.ranks.test_run import figures, order_of, train
 
@@ -29,7 +31,7 @@ LAYOUTS = {
     "pp, dp": (Layout(dp_shard=2, pp=2), "pipeline"),
     "deepspeed": (Layout(dp_shard=2), "deepspeed"),
 }
-DOCUMENTS = [np.arange(3, 3 + length) for length in (20, 31, 12, 25, 18)]
+DOCUMENTS = [plain(np.arange(3, 3 + length)) for length in (20, 31, 12, 25, 18)]
 
 
 def check(rank: int, layout: Layout, engine_name: str, leaks: bool) -> tuple[float, str]:
@@ -77,6 +79,31 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
     return path
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_rows_with_images_are_packed_with_their_features_and_positions(tmp_path: Path, family: str) -> None:
+    lines = []
+    for i in range(6):
+        row: dict[str, Any] = {"query": f"What is {i}?", "response": f"It is {i}."}
+        if i % 2 == 0:
+            pixels = np.random.default_rng(i).integers(0, 255, (40, 56, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+            row |= {"query": "<image>" + row["query"], "images": [f"{i}.png"]}
+        lines.append(json.dumps(row))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    order = order_of(
+        "media", tmp_path, make(family, tmp_path / family), tmp_path / "rows.jsonl", ranks=1,
+        **{"data.max_length": 512, "data.eval": [], "train.eval_every": None, "train.max_steps": 1},
+    )  # fmt: skip
+    found = _first_rows(order)
+    assert [len(document.media) for document in found.documents] == [1, 0, 1, 0]
+    assert [document.rope_AT is not None for document in found.documents[::2]] == [family == "qwen2_5_vl"] * 2
+    assert found.num_prompts == 3, "of the rows without"
+    train(order)
+    (event,) = (one for one in RunDir(order.job.run_dir).read_jsonl("events.jsonl") if one["event"] == "self_check")
+    assert event["num_documents"] == 4
+    assert event["difference"] <= 1e-6 * 7
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -17,7 +17,7 @@ from rayswift.data.types import Message, PackedBatch, Sample
 from rayswift.errors import ConfigError
 from rayswift.parallel.engines.fsdp2 import Fsdp2
 from rayswift.planning.layout import Layout, Seat
-from rayswift.training.self_check import _first_rows, _read, compare_prompts, refuse_other_losses
+from rayswift.training.self_check import _first_rows, _read, compare_prompts, plain, refuse_other_losses
 from tests.data_cases import CHATML, MARKED, make_tokenizer, write_jsonl
 from tests.engine_cases import tiny_model
 from tests.job_cases import make_job
@@ -25,7 +25,7 @@ from tests.ranks.test_run import order_of
 from tests.template_cases import FAMILIES, tokenizer_of
 
 ROWS = Sample((Message("user", "hi"), Message("assistant", "yo"), Message("user", "more"), Message("assistant", "no")))
-DOCUMENTS = [np.arange(3, 3 + length) for length in (20, 31, 12, 25, 18)]
+DOCUMENTS = [plain(np.arange(3, 3 + length)) for length in (20, 31, 12, 25, 18)]
 
 
 def engine_of(**settings: Any) -> Fsdp2:
@@ -126,7 +126,7 @@ def test_the_first_usable_rows_are_read_and_what_cannot_be_read_is_told(
     )
     found = _first_rows(order)
     assert (len(found.documents), found.num_prompts, found.fault) == (4, 6, "")
-    assert {len(document) for document in found.documents} == {64}
+    assert {len(document.input_ids) for document in found.documents} == {64}
     file.unlink()
     assert "was removed after it was indexed" in str(_read(order))
     monkeypatch.setattr("rayswift.models.loading.load_tokenizer", lambda path: 1 / 0)
