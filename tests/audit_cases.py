@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class FakeRun:
     def __init__(self, folder: Path, plan: StreamPlan, tokenizer: PreTrainedTokenizerBase, *, batch: int = 12) -> None:
         self.place, self.plan, self.tokenizer, self.batch = RunDir(str(folder)), plan, tokenizer, batch
         self.step, self.ledger, self.head = 0, Ledger.start(plan.fingerprint), None
+        self.layout: tuple[int, str] | None = None
         self.saved: tuple[int, Ledger, RowsEntry | None] = (0, self.ledger, None)
         self.place.write_text(STREAM, stream_json(plan))
 
@@ -67,6 +69,7 @@ class FakeRun:
         return step_inputs(blocks, sequences_per_step=self.batch // ranks, micro_batch_size=1, pad_id=0)
 
     def _advance(self, shares: list[StepInput]) -> None:
+        self.layout = max((share.layout for share in shares if share.layout), default=self.layout)
         self.ledger = self.ledger.advanced(
             position=shares[-1].position,
             rows_visited=sum(share.num_rows_visited for share in shares),
@@ -80,7 +83,9 @@ class FakeRun:
             self.head = write_rows(self.place, self.step, RecordFile(in_order(held), self.plan.fingerprint, self.head))
         for mine in held:
             mine.clear()
-        self.saved = (self.step, self.ledger, self.head)
+        mine = self.layout is not None and self.layout[0] == self.ledger.chunk and self.ledger.sequence
+        layout = self.layout[1] if mine and self.layout else None
+        self.saved = (self.step, replace(self.ledger, layout=layout), self.head)
         write_manifest(self.place, self.step, self.ledger, self.head, finished=finished, epochs=self.plan.epochs)
 
 

@@ -6,6 +6,7 @@ No Ray here. `local_blocks` gives a rank, in its own process, the very blocks th
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 from safetensors.numpy import load
 
+from rayswift.data.chunk_layout import ChunkLayout
 from rayswift.data.collate import Filler, PackedSequence, collate
 from rayswift.data.ledger import Ledger
-from rayswift.data.prepare import prepare_chunk
+from rayswift.data.prepare import prepare_chunk, prepare_part
 from rayswift.data.row_keys import block_rows
-from rayswift.data.stream import StreamPlan
+from rayswift.data.stream import FIRST_CHUNK_ROWS, StreamPlan
 from rayswift.data.types import BadRow, Features, PackedBatch, StepInput
 
 if TYPE_CHECKING:
@@ -87,14 +89,15 @@ def head_start(
     left = chunks_left(plan, ledger)
     if not left:
         return [], ledger
-    table = chunk_from(plan, left.start, tokenizer, ledger, media)
+    table = chunk_from(plan, left.start, tokenizer, ledger, media, least=global_batch_size)
     whole = table.num_rows // global_batch_size * global_batch_size
     share = global_batch_size // data_size
     blocks = [table.slice(start + data_rank * share, share) for start in range(0, whole, global_batch_size)]
     if not blocks:
         return [], ledger
     chunk, sequence = _position_after(table.slice(0, whole))
-    return blocks, replace(ledger, chunk=chunk, sequence=sequence)
+    layout = table.column("layout")[0].as_py() or ledger.layout
+    return blocks, replace(ledger, chunk=chunk, sequence=sequence, layout=layout)
 
 
 def chunks_left(plan: StreamPlan, ledger: Ledger) -> range:
@@ -108,9 +111,20 @@ def chunk_from(
     tokenizer: PreTrainedTokenizerBase,
     ledger: Ledger,
     media: MediaEncoder | None = None,
+    least: int | None = None,
 ) -> pa.Table:
-    """The sequences of chunk `index` that come after `ledger`."""
+    """The sequences of chunk `index` that come after `ledger`.
+
+    Where the ledger has the chunk's layout and `least` is given, so many of them and about as many rows as a fresh
+    start prepares first, if that is more.
+    """
     first_chunk, consumed = plan.position(ledger)
+    if index == first_chunk and consumed and ledger.layout:
+        layout = ChunkLayout.from_json(ledger.layout)
+        if layout.chunk == index:
+            count = layout.count_for(consumed, FIRST_CHUNK_ROWS if least else sys.maxsize)
+            stop = min(consumed + max(count, least or 0), len(layout.sequences))
+            return prepare_part(plan, layout, range(consumed, stop), tokenizer, media)
     table = prepare_chunk(plan, index, tokenizer, media)
     return table.slice(consumed) if index == first_chunk else table
 
@@ -168,7 +182,16 @@ def _step_input(block: pa.Table, batches: tuple[PackedBatch, ...], *, full: bool
         position=_position_after(block) if full else None,
         bad_rows=tuple(BadRow(**json.loads(text)) for one in block.column("bad").to_pylist() for text in one),
         rows=block_rows(block),
+        layout=_layout(block),
     )
+
+
+def _layout(block: pa.Table) -> tuple[int, str] | None:
+    """The last chunk that begins in a block, with its layout."""
+    found = [
+        pair for pair in zip(*(block.column(name).to_pylist() for name in ("chunk", "layout")), strict=True) if pair[1]
+    ]
+    return found[-1] if found else None
 
 
 def _position_after(block: pa.Table) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 END = -1
@@ -24,6 +24,8 @@ class Ledger:
     rows_trained: int
     rows_quarantined: int
     tokens: int
+    layout: str | None = field(default=None, compare=False, repr=False)
+    """The layout of the chunk where a run continues, as JSON (see `chunk_layout`), if its checkpoint has it."""
 
     @classmethod
     def start(cls, fingerprint: str) -> Ledger:
@@ -52,8 +54,8 @@ class Ledger:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for a manifest."""
-        return asdict(self)
+        """Plain data for a manifest, without the layout, which is large and only saves time."""
+        return {name: value for name, value in asdict(self).items() if name != "layout"}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Ledger:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from safetensors.numpy import save
 
+from rayswift.data.chunk_layout import ChunkLayout, numbered
 from rayswift.data.detect import normalise
 from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.mixing import ChunkPart
@@ -24,6 +25,7 @@ from rayswift.data.sources import RawRow, bad_row, read_rows
 from rayswift.data.stream import ChunkSpec, StreamPlan
 from rayswift.data.tokenize import encode
 from rayswift.data.types import BadRow, Example, Sample
+from rayswift.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,13 +47,14 @@ SCHEMA = pa.schema(
         ("bad_rows", pa.list_(pa.int64())),
         ("media", pa.list_(pa.binary())),
         ("rope", pa.list_(pa.int32())),
+        ("layout", pa.string()),
     ]
 )
 """One row per sequence. `lengths`, `rows` and `cut` (was truncated) have an entry per document; `num_sequences` is the
 chunk's, so that the place after its last sequence is known to be the next chunk. `visited` shares the chunk's rows, bad
 ones included, among its sequences; `bad` holds the chunk's BadRows as JSON and `bad_rows` their keys, on its first.
 `media` has the features of each medium as safetensors, `rope` the rope positions [A, T] of a model with several axes,
-row by row, else null."""
+row by row, else null. `layout` is the chunk's, on its first sequence, else null."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,37 @@ def prepare_chunk(
     rows = _rows(plan, chunk)
     documents, bad = _documents(plan, rows, tokenizer, media)
     bins = _bins(plan, chunk, [len(example.input_ids) for _, example in documents]) or [[]]
-    return _table(chunk, len(rows), [[documents[i] for i in one] for one in bins], bad)
+    names = list(numbered(key for key, _ in documents))
+    layout = ChunkLayout.of(index, ([names[i] for i in one] for one in bins))
+    return _table(layout, 0, len(rows), [[documents[i] for i in one] for one in bins], bad)
+
+
+def prepare_part(
+    plan: StreamPlan,
+    layout: ChunkLayout,
+    part: range,
+    tokenizer: PreTrainedTokenizerBase,
+    media: MediaEncoder | None = None,
+) -> pa.Table:
+    """Only the sequences `part` of a chunk whose layout is known; no other row is tokenized.
+
+    Raises DataError where the rows do not give the documents that they gave when the layout was made.
+    """
+    wanted = layout.sequences[part.start : part.stop]
+    needed = {key for one in wanted for key, _ in one}
+    rows = _rows(plan, plan.chunk(layout.chunk))
+    documents, _ = _documents(
+        plan, list({row.key: row for row in rows if row.key in needed}.values()), tokenizer, media
+    )
+    found = dict(zip(numbered(key for key, _ in documents), documents, strict=True))
+    try:
+        return _table(layout, part.start, len(rows), [[found[name] for name in one] for one in wanted], [])
+    except KeyError as error:
+        raise DataError(
+            "gives other documents than when the checkpoint was made: the tokenizer or media have changed since",
+            path="row",
+            value=error.args[0][0],
+        ) from error
 
 
 def _rows(plan: StreamPlan, chunk: ChunkSpec) -> list[_Row]:
@@ -163,24 +196,30 @@ def _bins(plan: StreamPlan, chunk: ChunkSpec, lengths: list[int]) -> list[list[i
 
 
 def _table(
-    chunk: ChunkSpec, num_rows: int, sequences: list[list[tuple[int, Example]]], bad: list[tuple[int, BadRow]]
+    layout: ChunkLayout,
+    first: int,
+    num_rows: int,
+    sequences: list[list[tuple[int, Example]]],
+    bad: list[tuple[int, BadRow]],
 ) -> pa.Table:
-    count = len(sequences)
+    """Sequences of a chunk of `num_rows` rows from its sequence `first` on."""
+    count, total = len(sequences), len(layout.sequences)
     nothing: list[list[Any]] = [[]] * (count - 1)
     columns = {
-        "chunk": [chunk.index] * count,
-        "sequence": list(range(count)),
-        "num_sequences": [count] * count,
+        "chunk": [layout.chunk] * count,
+        "sequence": list(range(first, first + count)),
+        "num_sequences": [total] * count,
         "input_ids": [_concatenated([example.input_ids for _, example in one], np.int32) for one in sequences],
         "loss_mask": [_concatenated([example.loss_mask for _, example in one], np.float32) for one in sequences],
         "lengths": [[len(example.input_ids) for _, example in one] for one in sequences],
         "rows": [[key for key, _ in one] for one in sequences],
         "cut": [[example.cut for _, example in one] for one in sequences],
-        "visited": [num_rows * (i + 1) // count - num_rows * i // count for i in range(count)],
+        "visited": [num_rows * (i + 1) // total - num_rows * i // total for i in range(first, first + count)],
         "bad": [[row.to_json() for _, row in bad], *nothing],
         "bad_rows": [[key for key, _ in bad], *nothing],
         "media": [[save(features) for _, example in one for features in example.media] for one in sequences],
         "rope": [_rope([example for _, example in one]) for one in sequences],
+        "layout": [None if i else layout.to_json() for i in range(first, first + count)],
     }
     return pa.table(columns, schema=SCHEMA)
 

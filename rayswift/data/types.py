@@ -150,3 +150,5 @@ class StepInput:
     bad_rows: tuple[BadRow, ...] = field(default=())
     rows: np.ndarray | None = field(default=None, compare=False, repr=False)
     """What became of each row, for the record of the run (`rayswift.data.row_keys.ROWS_DTYPE`)."""
+    layout: tuple[int, str] | None = field(default=None, compare=False, repr=False)
+    """The last chunk that begins in this share, and its layout as JSON, for the checkpoint (see `chunk_layout`)."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
+CHUNK = "chunk.json"
 FOLDER = "checkpoints"
 _BLOCK_BYTES = 1 << 20
 
@@ -147,6 +148,19 @@ def prune(run_dir: RunDir, keep: int) -> None:
 def ledger_of(manifest: CheckpointManifest) -> Ledger:
     """The rows that had been consumed."""
     return Ledger(**manifest.ledger)
+
+
+def write_layout(run_dir: str, step: int, layout: str) -> FileEntry:
+    """Write down how the chunk is packed that a checkpoint stands in, so that its rest can be prepared alone."""
+    RunDir(run_dir).write_text(f"{folder_name(step)}/{CHUNK}", layout)
+    return FileEntry(size=len(layout), sha256=hashlib.sha256(layout.encode()).hexdigest())
+
+
+def read_layout(run_dir: str, manifest: CheckpointManifest) -> str | None:
+    """What `write_layout` wrote for a checkpoint that was found whole; None for one that has none."""
+    if CHUNK not in manifest.files:
+        return None
+    return RunDir(run_dir).read_text(f"{folder_name(manifest.step)}/{CHUNK}")
 
 
 def load_state(checkpoint: str, state: dict[str, Any]) -> None:

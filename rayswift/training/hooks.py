@@ -19,6 +19,7 @@ from rayswift.data.types import BadRow
 from rayswift.errors import DataError
 from rayswift.parallel.engine import Engine
 from rayswift.planning.planner import Plan
+from rayswift.training import checkpoint
 from rayswift.training.build import base_sha256
 from rayswift.training.checkpoint import CheckpointManifest, FileEntry, RowsEntry
 from rayswift.training.evaluate import Evaluator
@@ -71,7 +72,7 @@ class RunHooks:
         self._record(metrics)
         if record.num_bad_rows:
             self._account(record.bad_rows, self._quarantine)
-        self._rows.add(state.step, record.row_keys, record.rows + record.num_bad_rows)
+        self._rows.add(state.step, record.row_keys, record.rows + record.num_bad_rows, record.layout)
         if not ended and self._due(state, self._job.train.save_every):
             self._save(state, finished=False)
         self._saver.poll()
@@ -112,13 +113,17 @@ class RunHooks:
     def _save(self, state: TrainState, *, finished: bool) -> None:
         if self._log is not None:
             self._log.flush()
-        manifest = self._manifest(state, finished, self._rows.commit(state.step))
+        rows = self._rows.commit(state.step)
+        layout = self._rows.layout_of(state.ledger.chunk) if state.ledger.sequence else None
+        manifest = self._manifest(state, finished, rows, layout)
         self._saver.save(state.step, self._engine.state(), manifest)
 
     def _manifest(
-        self, state: TrainState, finished: bool, rows: RowsEntry | None
+        self, state: TrainState, finished: bool, rows: RowsEntry | None, layout: str | None
     ) -> Callable[[dict[str, FileEntry]], CheckpointManifest]:
         def build(files: dict[str, FileEntry]) -> CheckpointManifest:
+            if layout is not None:
+                files = {**files, checkpoint.CHUNK: checkpoint.write_layout(self._job.run_dir, state.step, layout)}
             return CheckpointManifest(
                 step=state.step,
                 finished=finished,
@@ -126,7 +131,7 @@ class RunHooks:
                 job=self._job.model_dump(mode="json"),
                 layout=asdict(self._plan.layout),
                 engine=self._plan.engine,
-                ledger=asdict(state.ledger),
+                ledger=state.ledger.to_dict(),
                 seed=self._job.train.seed,
                 versions={"rayswift": __version__, **{name: version(name) for name in _VERSIONED}},
                 base_sha256=base_sha256(self._job.model.path),

@@ -39,6 +39,8 @@ class StepRecord:
     num_bad_rows: int
     row_keys: np.ndarray | None = None
     """This rank's rows of the step; see `StepInput.rows`."""
+    layout: tuple[int, str] | None = None
+    """See `StepInput.layout`."""
 
 
 class Hooks(Protocol):
@@ -142,6 +144,7 @@ def _record(
         bad_rows=share.bad_rows,
         num_bad_rows=int(totals.bad),
         row_keys=share.rows,
+        layout=share.layout,
     )
 
 

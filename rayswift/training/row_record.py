@@ -42,6 +42,10 @@ SCHEMA = pa.schema(
 """`file` is the number of a file in stream.json, `row` counts from 0, `cut` means that the row lost tokens."""
 
 
+_Held = tuple[list[tuple[int, np.ndarray]], tuple[int, str] | None]
+"""What a rank holds: its rows of each step, and the newest layout of a chunk that it has met."""
+
+
 @dataclass(frozen=True)
 class RecordFile:
     """One file of the record: its rows, the stream they are rows of, and the file before it."""
@@ -54,20 +58,34 @@ class RecordFile:
 class RowRecord:
     """The record of a run that goes on. Every method is called by all ranks at the same steps; rank 0 writes."""
 
-    def __init__(self, run_dir: RunDir, seat: Seat, fingerprint: str, *, step: int, head: RowsEntry | None) -> None:
-        """Continues behind `head`, the newest file of the checkpoint of `step`; what was written later is removed."""
+    def __init__(
+        self,
+        run_dir: RunDir,
+        seat: Seat,
+        fingerprint: str,
+        *,
+        step: int,
+        head: RowsEntry | None,
+        layout: tuple[int, str] | None,
+    ) -> None:
+        """Continues behind `head`, the newest file of the checkpoint of `step`; what was written later is removed.
+
+        `layout` is that of the chunk where the checkpoint stands.
+        """
         self._run_dir, self._seat, self._fingerprint, self._head = run_dir, seat, fingerprint, head
         self._speaks = seat.data_leader(seat.data_rank) == seat.rank
         self._held: list[tuple[int, np.ndarray]] = []
         self._num_held, self._since = 0, step
+        self._layout = layout
         self._group = dist.new_group(backend="gloo") if seat.layout.world_size > 1 else None
         if seat.rank == 0:
             for name in run_dir.names(ROWS):
                 if name > file_name(step):
                     run_dir.remove(f"{ROWS}/{name}")
 
-    def add(self, step: int, rows: np.ndarray | None, num_rows: int) -> None:
-        """Keep this rank's `rows` of a step, of which all ranks together have `num_rows`."""
+    def add(self, step: int, rows: np.ndarray | None, num_rows: int, layout: tuple[int, str] | None) -> None:
+        """Keep this rank's `rows` of a step, of which all ranks together have `num_rows`; see `StepInput.layout`."""
+        self._layout = layout or self._layout
         if self._speaks and rows is not None:
             self._held.append((step, rows))
         self._num_held += num_rows
@@ -77,19 +95,24 @@ class RowRecord:
     def commit(self, step: int) -> RowsEntry | None:
         """The newest file, on rank 0, with all rows up to `step` on disk; None as long as there was none."""
         if step > self._since:
-            parts = self._gathered()
-            if parts is not None:
-                self._head = self._write(step, in_order(parts))
+            held = self._gathered()
+            if held is not None:
+                self._head = self._write(step, in_order([rows for rows, _ in held]))
+                self._layout = max((layout for _, layout in held if layout), default=None)
         self._held, self._num_held, self._since = [], 0, step
         return self._head
 
-    def _gathered(self) -> list[list[tuple[int, np.ndarray]]] | None:
+    def layout_of(self, chunk: int) -> str | None:
+        """The layout of the chunk that the newest file ends in, on rank 0; None where it is not known."""
+        return self._layout[1] if self._layout is not None and self._layout[0] == chunk else None
+
+    def _gathered(self) -> list[_Held] | None:
         """What each data rank holds, in their order; on rank 0."""
         seat = self._seat
         if seat.layout.world_size == 1:
-            return [self._held]
-        everyone: list[list[tuple[int, np.ndarray]]] | None = [[]] * seat.layout.world_size if seat.rank == 0 else None
-        dist.gather_object(self._held, everyone, dst=0, group=self._group)
+            return [(self._held, self._layout)]
+        everyone: list[_Held] | None = [([], None)] * seat.layout.world_size if seat.rank == 0 else None
+        dist.gather_object((self._held, self._layout), everyone, dst=0, group=self._group)
         return everyone and [everyone[seat.data_leader(data_rank)] for data_rank in range(seat.data_size)]
 
     def _write(self, step: int, table: pa.Table) -> RowsEntry:

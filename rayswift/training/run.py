@@ -90,7 +90,7 @@ def _run(order: WorkOrder, seat: Seat, local_rank: int, open_blocks: OpenBlocks)
         evaluator=_evaluator(order, engine, method, filler),
         quarantine=_quarantine(order, run_dir) if rank == 0 else None,
         held_out_quarantine=_held_out_quarantine(order, run_dir) if rank == 0 else None,
-        rows=_row_record(order, run_dir, seat, manifest),
+        rows=_row_record(order, run_dir, seat, manifest, state.ledger),
     )
     try:
         hooks.before_first_step(state)
@@ -163,19 +163,23 @@ def _initial_state(order: WorkOrder, manifest: CheckpointManifest | None) -> Tra
     if manifest is None:
         return TrainState(0, Ledger.start(order.train_stream.fingerprint))
     checkpoint.check_rows(manifest, order.train_stream.fingerprint, order.job.run_dir)
-    return TrainState(manifest.step, checkpoint.ledger_of(manifest))
+    ledger = checkpoint.ledger_of(manifest)
+    return TrainState(manifest.step, replace(ledger, layout=checkpoint.read_layout(order.job.run_dir, manifest)))
 
 
 def _quarantine(order: WorkOrder, run_dir: RunDir) -> Quarantine:
     return Quarantine(f"{run_dir.url}/{QUARANTINE}", order.train_stream.rows_per_epoch, order.job.data.max_bad_fraction)
 
 
-def _row_record(order: WorkOrder, run_dir: RunDir, seat: Seat, manifest: CheckpointManifest | None) -> RowRecord:
+def _row_record(
+    order: WorkOrder, run_dir: RunDir, seat: Seat, manifest: CheckpointManifest | None, ledger: Ledger
+) -> RowRecord:
     """The record of rows, cut back to the checkpoint; rank 0 also writes down the stream that it is a record of."""
     if seat.rank == 0:
         run_dir.write_text(STREAM, stream_json(order.train_stream))
     step, head = (manifest.step, manifest.rows) if manifest else (0, None)
-    return RowRecord(run_dir, seat, order.train_stream.fingerprint, step=step, head=head)
+    layout = (ledger.chunk, ledger.layout) if ledger.layout else None
+    return RowRecord(run_dir, seat, order.train_stream.fingerprint, step=step, head=head, layout=layout)
 
 
 def _held_out_quarantine(order: WorkOrder, run_dir: RunDir) -> Quarantine | None:

@@ -16,6 +16,7 @@ import pytest
 
 from rayswift import api
 from rayswift.planning.layout import Seat
+from rayswift.training import checkpoint
 from rayswift.training.hooks import RunHooks
 from rayswift.training.loop import StepRecord
 from rayswift.training.order import WorkOrder
@@ -104,6 +105,9 @@ def test_with_an_unchanged_layout_the_losses_are_bit_for_bit_those_of_a_run_that
     for step, victim in ((5, 1), (10, 0)):
         with pytest.raises(RankFailed, match="died"):
             run_ranks(killed_rank, 2, order, step, victim)
+    manifest = checkpoint.read_manifest(checkpoint.newest(order.job.run_dir))
+    assert manifest.ledger["sequence"], "it stands inside a chunk"
+    assert checkpoint.CHUNK in manifest.files, "whose layout it keeps"
     train(order)
     assert figures(order, "loss") == figures(whole, "loss")
     reports = [api.audit(run.job.run_dir) for run in (order, whole)]
