@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rayswift.errors import ConfigError
+from rayswift.export.shown import shown
 from rayswift.serving.engine import Prompt
 from rayswift.serving.local.batch import Batch, Prefill, SoloBatch, keep_logits, open_batch
 
@@ -32,7 +33,7 @@ _HALF_BOUND = 0.1
 def prove(model: PreTrainedModel, folder: str, max_model_len: int, encoder: MediaEncoder | None = None) -> None:
     """Raises ConfigError when rows decoded together in the model's batch are not what full passes compute.
 
-    With an `encoder` a row with the smallest medium of each kind is among them.
+    With an `encoder` a row with a medium of each kind is among them.
     """
     bound = _BOUNDS.get(model.dtype, _HALF_BOUND)
     wrong = [found for found in differences(model, max_model_len, encoder) if not found <= bound]  # NaN is wrong too
@@ -77,15 +78,12 @@ def _texts(model: PreTrainedModel, max_model_len: int, encoder: MediaEncoder | N
 
 
 def _shown(model: PreTrainedModel, max_model_len: int, encoder: MediaEncoder | None) -> list[Prompt]:
-    """A row with the smallest medium of each kind, between random ids; none that would be too long."""
+    """A row with a question about a medium of each kind, continued at random; none that would be too long."""
     rows = []
-    for kind in encoder.tokens if encoder else ():
-        assert encoder is not None
-        encoded = encoder.filler(kind)
-        shown = encoder.prompt(encoder.tokens[kind], [encoder.placeholder_medium(kind)], [encoded]).input_ids
-        ids = (*_random_ids(model, _SHORT_TOKENS, encoder), *shown, *_random_ids(model, 2 * _NUM_STEPS, encoder))
-        rope_AT = encoder.positions(np.asarray(ids), [encoded.features]) if encoder.positions else None
-        rows.append(Prompt(ids, (encoded.features,), rope_AT))
+    for example in shown(encoder).values():
+        ids = (*example.input_ids, *_random_ids(model, 2 * _NUM_STEPS, encoder))
+        places = encoder.positions if encoder else None
+        rows.append(Prompt(ids, example.media, places(np.asarray(ids), example.media) if places else None))
     return [row for row in rows if len(row.ids) <= max_model_len]
 
 
