@@ -41,7 +41,7 @@ def make(family: str, folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def _tokenizer(
+def tokenizer_with(
     folder: Path, special: list[str], *, image: str = "''", video: str = "''", audio: str = "''", **named: str
 ) -> PreTrainedTokenizerFast:
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def _tokenizer(
     return tokenizer
 
 
-def _write(
+def write_model(
     folder: Path, config: Any, tokenizer: PreTrainedTokenizerFast, seed: int, parts: dict[str, Any],
     processor: dict[str, Any], model_class: Any = AutoModelForMultimodalLM,
 ) -> None:  # fmt: skip
@@ -72,7 +72,7 @@ def _write(
     (folder / "processor_config.json").write_text(json.dumps(processor))
 
 
-def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     return int(tokenizer.convert_tokens_to_ids(token))
 
 
@@ -82,14 +82,14 @@ def _vision(**more: Any) -> dict[str, Any]:
 
 
 def _llava(folder: Path, seed: int) -> None:
-    tokenizer = _tokenizer(folder, ["<image>"], image="'<image>\\n'")
+    tokenizer = tokenizer_with(folder, ["<image>"], image="'<image>\\n'")
     config = tf.LlavaConfig(
         text_config=tf.Qwen3Config(**TEXT, head_dim=8),
         vision_config=tf.CLIPVisionConfig(**_vision(image_size=32, patch_size=8, projection_dim=32)),
-        image_token_id=_id(tokenizer, "<image>"), image_token_index=_id(tokenizer, "<image>"), vision_feature_layer=-1,
+        image_token_index=token_id(tokenizer, "<image>"), vision_feature_layer=-1,
     )  # fmt: skip
     image = tf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    _write(folder, config, tokenizer, seed, {"image": image}, {
+    write_model(folder, config, tokenizer, seed, {"image": image}, {
         "processor_class": "LlavaProcessor", "patch_size": 8, "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1, "image_token": "<image>",
     })  # fmt: skip
@@ -104,11 +104,11 @@ _QWEN_MEDIA = {
 
 def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return {name: _id(tokenizer, token) for name, token in zip(names, _QWEN_TOKENS, strict=True)}
+    return {name: token_id(tokenizer, token) for name, token in zip(names, _QWEN_TOKENS, strict=True)}
 
 
 def _qwen2_5_vl(folder: Path, seed: int) -> None:
-    tokenizer = _tokenizer(folder, _QWEN_TOKENS, **_QWEN_MEDIA)
+    tokenizer = tokenizer_with(folder, _QWEN_TOKENS, **_QWEN_MEDIA)
     config = tf.Qwen2_5_VLConfig(
         text_config={**TEXT, "rope_parameters": _QWEN_ROPE},
         vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
@@ -117,11 +117,11 @@ def _qwen2_5_vl(folder: Path, seed: int) -> None:
         **_qwen_ids(tokenizer),
     )  # fmt: skip
     image = tf.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
-    _write(folder, config, tokenizer, seed, {"image": image}, {"processor_class": "Qwen2_5_VLProcessor"})
+    write_model(folder, config, tokenizer, seed, {"image": image}, {"processor_class": "Qwen2_5_VLProcessor"})
 
 
 def _qwen3_vl(folder: Path, seed: int) -> None:
-    tokenizer = _tokenizer(folder, _QWEN_TOKENS, image=_QWEN_MEDIA["image"], video=_QWEN_MEDIA["video"])
+    tokenizer = tokenizer_with(folder, _QWEN_TOKENS, image=_QWEN_MEDIA["image"], video=_QWEN_MEDIA["video"])
     config = tf.Qwen3VLConfig(
         text_config={**TEXT, "head_dim": 8, "rope_parameters": {**_QWEN_ROPE, "mrope_interleaved": True}},
         vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
@@ -132,7 +132,7 @@ def _qwen3_vl(folder: Path, seed: int) -> None:
     image = tf.Qwen2VLImageProcessorPil(
         patch_size=16, min_pixels=32 * 32, max_pixels=32 * 32 * 16, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    _write(folder, config, tokenizer, seed, {"image": image}, {"processor_class": "Qwen3VLProcessor"})
+    write_model(folder, config, tokenizer, seed, {"image": image}, {"processor_class": "Qwen3VLProcessor"})
 
 
 _IDEFICS = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
@@ -141,16 +141,16 @@ _IDEFICS += [f"<row_{i}_col_{j}>" for i in range(1, 4) for j in range(1, 4)]
 
 def _idefics_like(folder: Path, seed: int, prefix: str) -> None:
     video = {"video": "'<video>'"} if prefix == "SmolVLM" else {}
-    tokenizer = _tokenizer(folder, [*_IDEFICS, "<video>"], image="'<image>'", **video)
+    tokenizer = tokenizer_with(folder, [*_IDEFICS, "<video>"], image="'<image>'", **video)
     config = getattr(tf, f"{prefix}Config")(
         text_config={"model_type": "llama", **TEXT}, vision_config=_vision(image_size=32, patch_size=8),
-        scale_factor=2, image_token_id=_id(tokenizer, "<image>"), pad_token_id=0,
+        scale_factor=2, image_token_id=token_id(tokenizer, "<image>"), pad_token_id=0,
     )  # fmt: skip
     image = _pillow_class(f"{prefix}ImageProcessorPil")(
         size={"longest_edge": 64}, max_image_size={"longest_edge": 32}, do_image_splitting=True
     )
     processor = {"processor_class": f"{prefix}Processor", "image_seq_len": 4}
-    _write(folder, config, tokenizer, seed, {"image": image}, processor)
+    write_model(folder, config, tokenizer, seed, {"image": image}, processor)
 
 
 def _smolvlm(folder: Path, seed: int) -> None:
@@ -164,19 +164,19 @@ def _idefics3(folder: Path, seed: int) -> None:
 def _internvl(folder: Path, seed: int) -> None:
     named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
              "video_token": "<video>"}  # fmt: skip
-    tokenizer = _tokenizer(folder, list(named.values()), image="'<IMG_CONTEXT>\\n'", video="'<video>\\n'")
+    tokenizer = tokenizer_with(folder, list(named.values()), image="'<IMG_CONTEXT>\\n'", video="'<video>\\n'")
     tokenizer.init_kwargs["extra_special_tokens"] = named
     config = tf.InternVLConfig(
         text_config={"model_type": "qwen2", **TEXT},
         vision_config=_vision(image_size=[32, 32], patch_size=[8, 8]),
-        image_token_id=_id(tokenizer, "<IMG_CONTEXT>"), image_seq_length=4, downsample_ratio=0.5,
+        image_token_id=token_id(tokenizer, "<IMG_CONTEXT>"), image_seq_length=4, downsample_ratio=0.5,
         vision_feature_layer=-1,
     )  # fmt: skip
     image = tf.GotOcr2ImageProcessorPil(
         size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=4
     )
     processor = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
-    _write(folder, config, tokenizer, seed, {"image": image}, processor)
+    write_model(folder, config, tokenizer, seed, {"image": image}, processor)
     _name_tokens(folder, named)
 
 
@@ -192,14 +192,14 @@ _AUDIO_TOWER = {"num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_head
 
 def _qwen2_audio(folder: Path, seed: int) -> None:
     special = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
-    tokenizer = _tokenizer(folder, special, audio="'<|audio_bos|><|AUDIO|><|audio_eos|>'")
+    tokenizer = tokenizer_with(folder, special, audio="'<|audio_bos|><|AUDIO|><|audio_eos|>'")
     config = tf.Qwen2AudioConfig(
         text_config={"model_type": "qwen2", **TEXT},
         audio_config={"model_type": "qwen2_audio_encoder", "max_source_positions": 400, **_AUDIO_TOWER},
-        audio_token_index=_id(tokenizer, "<|AUDIO|>"),
+        audio_token_index=token_id(tokenizer, "<|AUDIO|>"),
     )
     audio = tf.WhisperFeatureExtractor(feature_size=16, chunk_length=8, n_fft=400)
-    _write(folder, config, tokenizer, seed, {"audio": audio}, {"processor_class": "Qwen2AudioProcessor"})
+    write_model(folder, config, tokenizer, seed, {"audio": audio}, {"processor_class": "Qwen2AudioProcessor"})
 
 
 _OMNI = {
@@ -210,11 +210,11 @@ _OMNI = {
 
 
 def _qwen2_5_omni(folder: Path, seed: int) -> None:
-    tokenizer = _tokenizer(
+    tokenizer = tokenizer_with(
         folder, list(_OMNI.values()), image="'<|vision_bos|><|IMAGE|><|vision_eos|>'",
         video="'<|vision_bos|><|VIDEO|><|vision_eos|>'", audio="'<|audio_bos|><|AUDIO|><|audio_eos|>'",
     )  # fmt: skip
-    ids = {name: _id(tokenizer, token) for name, token in _OMNI.items()}
+    ids = {name: token_id(tokenizer, token) for name, token in _OMNI.items()}
     config = tf.Qwen2_5OmniThinkerConfig(
         text_config={**TEXT, "rope_parameters": _QWEN_ROPE},
         vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
@@ -231,7 +231,7 @@ def _qwen2_5_omni(folder: Path, seed: int) -> None:
     }
     both = {**parts["image"].to_dict(), **parts["audio"].to_dict()}
     model_class = tf.Qwen2_5OmniThinkerForConditionalGeneration
-    _write(folder, config, tokenizer, seed, {}, {"processor_class": "Qwen2_5OmniProcessor"}, model_class)
+    write_model(folder, config, tokenizer, seed, {}, {"processor_class": "Qwen2_5OmniProcessor"}, model_class)
     (folder / "preprocessor_config.json").write_text(json.dumps(both))  # the hub's folder has both in one file
     _name_tokens(folder, _OMNI)
 
