@@ -84,7 +84,7 @@ def test_chat_and_completions(client: openai.OpenAI) -> None:
     assert reply.usage is not None
     assert 0 < reply.usage.completion_tokens <= 12
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
-    text = client.completions.create(model="tiny", prompt=["import os", "def"], n=2, max_tokens=4, logprobs=2)
+    text = client.completions.create(model="tiny", prompt=["import os", "def"], n=2, max_tokens=4, logprobs=2, seed=1)
     assert [choice.index for choice in text.choices] == [0, 1, 2, 3]
     assert text.choices[0].logprobs is not None
 
