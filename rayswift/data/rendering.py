@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayswift.data.answers import Turn, ends_itself, locate, stands_apart
 from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.loss_rule import LossRule
+from rayswift.data.media import MARKS
 from rayswift.data.templates import apply, check_reasoning, check_tools, special_tokens
 from rayswift.data.types import Message, Sample
 
@@ -45,6 +46,8 @@ class Rendered:
 
     segments: tuple[Segment, ...]
     add_special_tokens: bool = False
+    num_media: int = 0
+    """Media of the messages that it is made of."""
     media: tuple[Encoded, ...] = ()
     """What stands in place of its placeholders, in order."""
 
@@ -85,7 +88,7 @@ def render(
         whole = apply(tokenizer, chat, sample, False)
         check_tools(sample, chat, whole)
         check_reasoning(chat, whole)
-        return [Rendered((Segment(whole, 1),))]
+        return [Rendered((Segment(whole, 1),), num_media=_num_media(chat))]
     return render_chat(sample, tokenizer, rule)
 
 
@@ -110,13 +113,25 @@ def render_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase, rule: LossRu
     if outside and turns[-1].answers and turns[-1] not in wanted:
         found.append((turns[-1], last))  # its prompt ends in a token, as it does when it is served
     if all(_lies_in(tokenizer, last.text, place, turn, whole=bool(outside)) for turn, place in found):
-        return [_cut(tokenizer, last.text, [(place.start, place.stop, turn) for turn, place in found], outside, rule)]
+        spans = [(place.start, place.stop, turn) for turn, place in found]
+        return [replace(_cut(tokenizer, last.text, spans, outside, rule), num_media=_num_media(chat))]
     if outside:
         raise RowError(
             "has weights inside turns that the chat template rewrites when others follow; data.loss=all trains "
             "the whole text once, and knows no place for them: use data.loss=default"
         )
-    return [_cut(tokenizer, place.text, [(place.start, place.stop, turn)], 0, rule) for turn, place in found]
+    return [
+        replace(
+            _cut(tokenizer, place.text, [(place.start, place.stop, turn)], 0, rule),
+            num_media=_num_media(chat[: turn.index + 1]),
+        )
+        for turn, place in found
+    ]
+
+
+def _num_media(chat: Sequence[dict[str, Any]]) -> int:
+    contents = [str(message.get("content") or "") for message in chat]
+    return sum(content.count(mark) for content in contents for mark in MARKS.values())
 
 
 def prompts_before_answers(sample: Sample, rule: LossRule = _DEFAULT) -> list[list[dict[str, Any]]]:

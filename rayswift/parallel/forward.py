@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +26,7 @@ def batch_logprobs(
     length = batch.input_ids_BT.shape[1]
     if context is None:
         logits_BTV = model(
-            input_ids=batch.input_ids_BT, position_ids=_positions(batch), use_cache=False, **batch.media
+            input_ids=batch.input_ids_BT, position_ids=_positions(model, batch), use_cache=False, **batch.media
         ).logits
         return token_logprobs(logits_BTV, batch.targets_BT, vocabulary)
     batch = pad_to(batch, context.size())
@@ -38,11 +39,27 @@ def batch_logprobs(
     return part.join(token_logprobs(logits_BtV, part.cut(batch.targets_BT), vocabulary))[:, :length]
 
 
-def _positions(batch: PackedBatch) -> torch.Tensor:
-    """[B, T]; for several rope axes [1 + A, B, T], the first of which tells the documents of a sequence apart."""
-    if batch.rope_ABT is None:
-        return batch.position_ids_BT
-    return torch.cat([batch.position_ids_BT[None], batch.rope_ABT])
+def _positions(model: Any, batch: PackedBatch) -> torch.Tensor:
+    """[B, T]; for several rope axes [1 + A, B, T], the first of which tells the documents of a sequence apart.
+
+    A model that has such axes needs them for text too, whose positions are the same on each: given [B, T] it lets
+    packed documents see each other.
+    """
+    plain = batch.position_ids_BT
+    if batch.rope_ABT is not None:
+        return torch.cat([plain[None], batch.rope_ABT])
+    return plain.expand(1 + _NUM_AXES, *plain.shape) if _has_axes(model) else plain
+
+
+_NUM_AXES = 3  # time, height, width: of every model that transformers has
+_AXES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def _has_axes(model: Any) -> bool:
+    """Whether the model computes positions of images on several axes; looked for once per model."""
+    if model not in _AXES:
+        _AXES[model] = any(hasattr(module, "get_rope_index") for module in model.modules())
+    return _AXES[model]
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:

@@ -259,6 +259,16 @@ def test_a_text_per_turn_has_the_media_up_to_it(folder: Path, tmp_path_factory: 
         _check_runs(of, sequence)
 
 
+def test_a_last_turn_that_is_not_trained_may_have_media(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    of = _with_template(family("llava", tmp_path_factory), folder, REWRITING)
+    turns = [("user", "<image>Who?"), ("assistant", "one"), ("user", "And <image>?"), ("assistant", "two")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    messages[-1]["loss"] = False  # type: ignore[assignment]
+    found, bad = outcome(of, folder, [{"messages": messages, "images": ["image0", "image1"]}])
+    assert not bad
+    assert [len(one.media) for one in found] == [1]
+
+
 def test_media_of_parquet_and_csv(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     of = family("qwen2_5_vl", tmp_path_factory)
     row = {"query": "<image>?", "response": "one"}

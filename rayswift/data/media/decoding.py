@@ -20,6 +20,7 @@ from rayswift.data.formats import RowError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_CONTAINERS = "mov,matroska,webm,avi,wav,mp3,flac,ogg,aac,mpeg,mpegts,asf,flv,aiff,au,w64,caf,amr"
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA")
 """What Pillow may open: formats whose header tells the size, and that no other program is started for (EPS is one)."""
 
@@ -83,7 +84,7 @@ def decode_audio(content: bytes, rate: int, spec: MediaSpec) -> np.ndarray:
 
     parts: list[np.ndarray] = []
     length = 0
-    with _named("audio"), av.open(io.BytesIO(content), "r", metadata_errors="ignore") as container:
+    with _named("audio"), _opened(content) as container:
         if not container.streams.audio:
             raise RowError("has an audio file without sound")
         resampler = av.AudioResampler(format="fltp", rate=rate)  # FFmpeg's own mono is louder than its channels
@@ -117,7 +118,7 @@ def decode_video(content: bytes, spec: MediaSpec) -> Clip:
     """
     import av
 
-    with _named("video"), av.open(io.BytesIO(content), "r", metadata_errors="ignore") as container:
+    with _named("video"), _opened(content) as container:
         cover = av.stream.Disposition.attached_pic
         stream = next((one for one in container.streams.video if not one.disposition & cover), None)
         if stream is None:
@@ -167,6 +168,16 @@ def _duration(container: Any, stream: Any) -> float:
     if container.duration:
         return float(container.duration) / 1e6
     return float(stream.frames / stream.average_rate) if stream.frames and stream.average_rate else 1.0
+
+
+def _opened(content: bytes) -> Any:
+    """The file in FFmpeg, as one of the formats that people keep films and sounds in.
+
+    Of its own accord FFmpeg also reads playlists, which name other files and URLs to be opened.
+    """
+    import av
+
+    return av.open(io.BytesIO(content), "r", metadata_errors="ignore", options={"format_whitelist": _CONTAINERS})
 
 
 @contextmanager

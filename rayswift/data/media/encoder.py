@@ -115,8 +115,9 @@ class MediaEncoder:
         chat template lost one, or the row's own text has a placeholder.
         """
         found = [self._filled(text, sample, encoded) for text in texts]
-        if found and len(found[-1].media) != len(encoded):
-            raise RowError(f"has {len(encoded)} media, of which the chat template renders {len(found[-1].media)}")
+        for text in found:
+            if len(text.media) != text.num_media:
+                raise RowError(f"has {text.num_media} media, of which the chat template renders {len(text.media)}")
         return found
 
     def prompt(self, text: str, media: Sequence[Medium], encoded: Sequence[Encoded]) -> Example:
@@ -125,7 +126,7 @@ class MediaEncoder:
         Raises RowError as `filled` does.
         """
         sample = Sample((Message("user", "", media=tuple(media)),))
-        (found,) = self.filled([Rendered((Segment(text, 0),))], sample, encoded)
+        (found,) = self.filled([Rendered((Segment(text, 0),), num_media=len(media))], sample, encoded)
         # verbose=False: a prompt that is too long is refused by name later, not warned about in a log
         ids = list(self.processor.tokenizer(found.text, add_special_tokens=False, verbose=False)["input_ids"])
         return self.positioned(Example(ids, [0] * len(ids), tuple(one.features for one in found.media)))

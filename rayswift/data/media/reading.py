@@ -26,6 +26,8 @@ def read(medium: Medium, data_file: str, spec: MediaSpec) -> bytes:
         return _checked(medium.source, medium.kind, spec)
     if medium.source.startswith("data:"):
         return _checked(data_uri(medium.source), medium.kind, spec)
+    if spec.folder is None and "::" in data_file:
+        raise RowError(f"names {medium.source}, and {data_file} lies inside another file: set data.media.folder")
     place = _place(medium.source, spec.folder or folder_of(data_file), spec)
     try:
         size = _size(place)
