@@ -174,7 +174,8 @@ def test_a_slow_sound_is_not_made_fast_before_it_is_measured() -> None:
 
 
 @pytest.mark.parametrize(("content", "reason"), [
-    (b"no sound", "has an audio that cannot be decoded"), (sound(0), "without sound"), (noise(0), "without sound|cannot be decoded"),
+    (b"no sound", "has an audio that cannot be decoded"), (sound(0), "without sound"),
+    (noise(0), "without sound|cannot be decoded"),
     (sound(0.5)[:30], "cannot be decoded"),
 ])  # fmt: skip
 def test_what_has_no_sound_is_refused(content: bytes, reason: str) -> None:
