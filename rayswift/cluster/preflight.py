@@ -74,12 +74,23 @@ def prepare(job: Job) -> Prepared:
     _check_axes(job, shape, cuts)
     train_stream = _stream(job, job.data.train, "data.train", method.rendering, epochs=job.train.epochs)
     eval_stream = _stream(job, job.data.eval, "data.eval", method.rendering, epochs=1) if job.data.eval else None
+    _check_media(job, shape, (train_stream, eval_stream))
     _check_trackers(job)
     checkpoint = existing.find_checkpoint(job, train_stream)
     prepared = Prepared(job, shape, train_stream, eval_stream, checkpoint, cuts)
     if not prepared.finished:
         existing.check_disk(job, shape)
     return prepared
+
+
+def _check_media(job: Job, shape: ModelShape, streams: Sequence[StreamPlan | None]) -> None:
+    """Raises ConfigError for rows with media that the model has no tower for: workers would find out much later."""
+    kinds = dict.fromkeys(kind for stream in streams if stream is not None for kind in stream.settings.media_kinds)
+    for kind in kinds:
+        if (tower := "audio" if kind == "audio" else "vision") not in shape.towers:
+            takes = f"text and {' and '.join(shape.towers)}" if shape.towers else "text alone"
+            raise ConfigError(f"takes {takes}, and rows have {kind}: it has no {tower} tower", path="model.path",
+                              value=job.model.path, fix="use a model that takes it, or leave them out")  # fmt: skip
 
 
 def _check_trackers(job: Job) -> None:

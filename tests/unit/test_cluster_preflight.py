@@ -18,6 +18,7 @@ from rayswift.config.job import Job
 from rayswift.errors import ConfigError, DataError, PlanError, RaySwiftError
 from rayswift.models.cutting import model_plan
 from rayswift.planning.model_plan import ModelPlan
+from tests.multimodal_models import make
 
 Spoil = Callable[[Path, dict[str, Any]], None]
 
@@ -136,6 +137,23 @@ def a_deepspeed_json_that_contradicts(folder: Path, job: dict[str, Any]) -> None
     job["parallel"] = {"deepspeed": str(folder / "ds.json"), "zero_stage": 3}
 
 
+def pictures_for_a_model_of_text(folder: Path, job: dict[str, Any]) -> None:
+    rows = [{"query": "<image>What?", "response": "This.", "images": ["a.png"]}] * 20
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def a_tower_that_would_be_cut(folder: Path, job: dict[str, Any]) -> None:
+    job["model"]["path"] = str(make("llava", folder / "llava"))
+    job["parallel"] = {"tp": 2}
+
+
+def pictures_for_a_model_that_hears(folder: Path, job: dict[str, Any]) -> None:
+    _copy_model(folder, job)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"audio_config": {"d_model": 8}}))
+    pictures_for_a_model_of_text(folder, job)
+
+
 def _copy_model(folder: Path, job: dict[str, Any]) -> None:
     shutil.copytree(job["model"]["path"], folder / "model")
     job["model"]["path"] = str(folder / "model")
@@ -166,6 +184,9 @@ BAD_INPUT: list[tuple[Spoil, type[RaySwiftError], str]] = [
     (no_experts_to_spread, PlanError, r"^parallel\.ep=2 has nothing to spread"),
     (more_stages_than_layers, PlanError, r"^parallel\.pp=2 makes 4 stages \(2 on each worker .*; use at most 1$"),
     (an_architecture_that_cannot_be_cut, PlanError, r"^parallel\.tp=2 has no way to cut StableLm: "),
+    (pictures_for_a_model_of_text, ConfigError, r"model\.path=.* takes text alone, and rows have image"),
+    (a_tower_that_would_be_cut, PlanError, r"^parallel\.tp=2 cuts only the language model of llava, which has a v"),
+    (pictures_for_a_model_that_hears, ConfigError, r"takes text and audio, and rows have image: it has no"),
     (nothing_to_continue, ConfigError, r"train\.resume=must .*no valid checkpoint"),
     (output_is_a_file, ConfigError, r"output=.*runs cannot be written to"),
 ]  # fmt: skip
