@@ -104,7 +104,7 @@ def _split_blocks(order: WorkOrder, ledger: Ledger, data_rank: int, reads: bool,
     """This rank's blocks from `ledger` on, as Ray Data prepares them; none where another rank reads them."""
     import torch.distributed as dist
 
-    from rayswift.data.pipeline import split_stream
+    from rayswift.data.pipeline import read_shares, split_stream
     from rayswift.training.build import broadcast
 
     splits = None
@@ -120,5 +120,4 @@ def _split_blocks(order: WorkOrder, ledger: Ledger, data_rank: int, reads: bool,
     mine = broadcast(splits, group)[data_rank]
     if not reads:
         return []
-    blocks: Iterable[pa.Table] = mine.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-    return blocks
+    return read_shares(mine, global_batch_size=order.job.train.global_batch_size, data_size=order.plan.layout.data_size)

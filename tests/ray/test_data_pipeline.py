@@ -37,13 +37,13 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> StreamPlan:
 
 def through_ray(plan: StreamPlan, tokenizer_dir: str, size: int, ledger: Ledger) -> list[list[pa.Table]]:
     """The blocks of each rank, all ranks reading at the same time, as training workers do."""
-    from rayswift.data.pipeline import split_stream
+    from rayswift.data.pipeline import read_shares, split_stream
 
     splits = split_stream(plan, tokenizer_dir, ledger=ledger, global_batch_size=BATCH, data_size=size, num_workers=2)
     found: list[list[pa.Table]] = [[] for _ in splits]
 
     def read(rank: int) -> None:
-        found[rank] += splits[rank].iter_batches(batch_size=None, batch_format="pyarrow")
+        found[rank] += read_shares(splits[rank], global_batch_size=BATCH, data_size=size)
 
     readers = [threading.Thread(target=read, args=(rank,)) for rank in range(size)]
     for reader in readers:
