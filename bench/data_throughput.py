@@ -19,12 +19,14 @@ imported (and Ray runs). What each does:
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -122,7 +124,7 @@ def measured(folder: Path, side: str) -> dict[str, float]:
     )
     if done.returncode:
         sys.exit(done.stderr[-4000:])
-    return dict(eval(done.stdout.strip().splitlines()[-1]))
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def main() -> int:
@@ -139,8 +141,11 @@ def main() -> int:
     )  # fmt: skip
     if arguments.side:
         folder = Path(arguments.folder)
-        print(ours(folder) if arguments.side == "ours" else with_datasets(folder, chat=arguments.side == "chat"))
+        found = ours(folder) if arguments.side == "ours" else with_datasets(folder, chat=arguments.side == "chat")
+        print(json.dumps(found))
         return 0
+    if find_spec("datasets") is None:
+        sys.exit("needs the package datasets, which is no dependency of this project: see the command above")
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}", flush=True)
     ratios: list[float] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
@@ -148,12 +153,12 @@ def main() -> int:
         gsm8k_rows(folder / "rows.jsonl", arguments.rows)
         small_model(folder / "model")
         for number in range(arguments.rounds):
-            found = {side: measured(folder, side) for side in ("ours", "chat", "tokenize")}
-            rates = {side: one["rows"] / one["s"] for side, one in found.items()}
+            sides = {side: measured(folder, side) for side in ("ours", "chat", "tokenize")}
+            rates = {side: one["rows"] / one["s"] for side, one in sides.items()}
             ratios.append(rates["ours"] / rates["chat"])
             print(
-                f"round {number}: ours {rates['ours']:.0f} rows/s ({found['ours']['rows']:.0f} rows, first batch after "
-                f"{found['ours']['first_s']:.1f} s, {found['ours']['fill']:.2%} full), datasets {rates['chat']:.0f}, "
+                f"round {number}: ours {rates['ours']:.0f} rows/s ({sides['ours']['rows']:.0f} rows, first batch after "
+                f"{sides['ours']['first_s']:.1f} s, {sides['ours']['fill']:.2%} full), datasets {rates['chat']:.0f}, "
                 f"datasets tokenize only {rates['tokenize']:.0f}; ratio {ratios[-1]:.2f}, to tokenize only "
                 f"{rates['ours'] / rates['tokenize']:.2f}",
                 flush=True,
