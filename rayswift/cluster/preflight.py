@@ -132,6 +132,7 @@ def _absolute(job: Job) -> Job:
         update={
             "train": _absolute_sources(job.data.train, "data.train", kept),
             "eval": _absolute_sources(job.data.eval, "data.eval", kept),
+            "cache": None if job.data.cache is None else _absolute_path(job.data.cache),
         }
     )
     base = os.path.expanduser(job.model.path)

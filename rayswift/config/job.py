@@ -188,6 +188,9 @@ class DataSpec(Section):
     """The run ends with exit code 4 once more than this fraction of an epoch's rows is quarantined."""
     chunk_rows: PositiveInt = 2048
     """Rows that are shuffled, tokenized and packed together: the unit of work and of the ledger."""
+    cache: str | None = None
+    """A folder or URL that every worker sees, where tokenized and packed rows are kept: a second run over the same
+    files with the same tokenizer and settings starts at once. Nothing else is taken from it, and no rows with media."""
     num_workers: PositiveInt | None = None
     """Ray Data tasks that prepare rows at the same time. Default: what the cluster has to spare."""
 
@@ -324,7 +327,7 @@ _FREE_ON_RESUME: dict[str, tuple[str, ...]] = {
         "resume",
         "self_check",
     ),
-    "data": ("num_workers", "eval", "max_bad_fraction"),
+    "data": ("num_workers", "eval", "max_bad_fraction", "cache"),
 }
 
 

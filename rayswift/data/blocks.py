@@ -18,9 +18,10 @@ from safetensors.numpy import load
 from rayswift.data.chunk_layout import ChunkLayout
 from rayswift.data.collate import Filler, PackedSequence, collate
 from rayswift.data.ledger import Ledger
-from rayswift.data.prepare import prepare_chunk, prepare_part
+from rayswift.data.prepare import prepare_part
 from rayswift.data.row_keys import block_rows
 from rayswift.data.stream import FIRST_CHUNK_ROWS, StreamPlan
+from rayswift.data.token_cache import kept_chunk
 from rayswift.data.types import BadRow, Features, PackedBatch, StepInput
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def chunk_from(
             count = layout.count_for(consumed, FIRST_CHUNK_ROWS if least else sys.maxsize)
             stop = min(consumed + max(count, least or 0), len(layout.sequences))
             return prepare_part(plan, layout, range(consumed, stop), tokenizer, media)
-    table = prepare_chunk(plan, index, tokenizer, media)
+    table = kept_chunk(plan, index, tokenizer, media)
     return table.slice(consumed) if index == first_chunk else table
 
 

@@ -76,6 +76,8 @@ class StreamPlan:
     formats: tuple[str, ...]
     settings: StreamSettings
     epochs: int
+    cache: str | None = None
+    """Where prepared chunks are kept between runs; decides nothing of their content."""
 
     @property
     def num_chunks(self) -> int:
@@ -215,7 +217,7 @@ def plan_stream(
         media=data.media,
         media_kinds=tuple(media_kinds),
     )
-    return StreamPlan(tuple(files), tuple(sources), tuple(formats), settings, epochs)
+    return StreamPlan(tuple(files), tuple(sources), tuple(formats), settings, epochs, data.cache)
 
 
 def _plain(spec: MediaSpec) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def test_nothing_before_the_ledger_is_read_again(plan: StreamPlan, monkeypatch: 
 
     ledger = train(plan, 1, Ledger.start(plan.fingerprint), 4)
     prepared: list[int] = []
-    real = module.prepare_chunk
-    monkeypatch.setattr(module, "prepare_chunk", lambda p, i, t, m: (prepared.append(i), real(p, i, t, m))[1])
+    real = module.kept_chunk
+    monkeypatch.setattr(module, "kept_chunk", lambda p, i, t, m: (prepared.append(i), real(p, i, t, m))[1])
     list(blocks(plan, 0, 1, ledger))
     assert prepared == list(range(ledger.chunk, plan.num_chunks))
     assert ledger.chunk > 0
