@@ -12,12 +12,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.config.job import ModelSpec, is_hub_id
 from rayswift.errors import ConfigError
+from rayswift.models.auto import auto_class, import_transformers, register_parts
 from rayswift.models.config_sizes import check_sizes
 from rayswift.models.folder import check_tokenizer, check_weights, has_chat_template, processors_template, read_json
 from rayswift.models.quantized import quantized
@@ -110,11 +110,12 @@ def check_folder(path: str, *, chat_template: bool = False, field: str = "model.
 
 def load_config(path: str, *, field: str = "model.path") -> PretrainedConfig:
     """The transformers config of a folder or hub id. Raises ConfigError for what transformers cannot build."""
+    import_transformers()
     from transformers import AutoConfig, PretrainedConfig
 
     folder = local_folder(path, weights=False, field=field)
     check_sizes(read_json(folder / "config.json", field=field), path, field=field)
-    _register_parts()
+    register_parts()
     with refusals_named(path, field):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     assert isinstance(config, PretrainedConfig)
@@ -123,6 +124,7 @@ def load_config(path: str, *, field: str = "model.path") -> PretrainedConfig:
 
 def load_tokenizer(path: str, *, field: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id. Raises ConfigError when the folder has none."""
+    import_transformers()
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     folder = local_folder(path, weights=False, field=field)
@@ -189,25 +191,6 @@ def shape_model(spec: ModelSpec, *, dtype: torch.dtype) -> PreTrainedModel:
     _without_cache(model)
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def auto_class(config: PretrainedConfig) -> Any:
-    """transformers' auto class for a model: with its towers where it takes more than text, else a causal one."""
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
-
-    _register_parts()
-    return AutoModelForMultimodalLM if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
-
-
-@cache
-def _register_parts() -> None:
-    """Models that transformers has as a part of another only: what of an omni model is trained is its thinker."""
-    from transformers import AutoConfig, AutoModelForMultimodalLM, Qwen2_5OmniThinkerConfig
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
-
-    AutoConfig.register("qwen2_5_omni_thinker", Qwen2_5OmniThinkerConfig, exist_ok=True)
-    AutoModelForMultimodalLM.register(Qwen2_5OmniThinkerConfig, Thinker, exist_ok=True)
 
 
 def _without_cache(model: PreTrainedModel) -> None:
