@@ -66,6 +66,23 @@ def collate(
     )
 
 
+def joined(sequences: Sequence[PackedSequence]) -> PackedSequence:
+    """The sequences laid end to end. Where some have rope positions, the others get the plain ones on each axis."""
+    axes = next((len(one.rope_AT) for one in sequences if one.rope_AT is not None), 0)
+    plain = [np.concatenate([np.arange(length) for length in one.lengths]) for one in sequences]
+    ropes = [
+        np.tile(positions, (axes, 1)) if one.rope_AT is None else one.rope_AT
+        for one, positions in zip(sequences, plain, strict=True)
+    ]
+    return PackedSequence(
+        np.concatenate([one.input_ids for one in sequences]),
+        np.concatenate([one.loss_mask for one in sequences]),
+        [length for one in sequences for length in one.lengths],
+        [features for one in sequences for features in one.media],
+        np.concatenate(ropes, axis=1) if axes else None,
+    )
+
+
 @dataclass(frozen=True)
 class Filler:
     """A document of weight 0 with the smallest medium of a kind, for each kind that a stream has.
@@ -79,16 +96,7 @@ class Filler:
         """The documents, end to end, of the kinds that no sequence has; None where none is missing."""
         names = {name for sequence in sequences for features in sequence.media for name in features}
         left = [document for document in self.documents.values() if not names >= set(document.media[0])]
-        if not left:
-            return None
-        ropes = [document.rope_AT for document in left if document.rope_AT is not None]
-        return PackedSequence(
-            np.concatenate([document.input_ids for document in left]),
-            np.concatenate([document.loss_mask for document in left]),
-            [length for document in left for length in document.lengths],
-            [features for document in left for features in document.media],
-            np.concatenate(ropes, axis=1) if ropes else None,
-        )
+        return joined(left) if left else None
 
 
 def _rope(sequences: Sequence[PackedSequence], position_ids_BT: np.ndarray) -> torch.Tensor | None:

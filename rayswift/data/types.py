@@ -132,6 +132,13 @@ class PackedBatch:
     media: dict[str, torch.Tensor] = field(default_factory=dict)
     """Features of all media, row by row, by the name of the model's argument."""
 
+    def positions(self) -> torch.Tensor:
+        """What a model takes: [B, T], or with rope axes [1 + A, B, T], of which the first tells documents apart."""
+        import torch
+
+        plain = self.position_ids_BT
+        return plain if self.rope_ABT is None else torch.cat([plain[None], self.rope_ABT])
+
 
 @dataclass(frozen=True)
 class StepInput:

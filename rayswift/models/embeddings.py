@@ -48,12 +48,9 @@ def input_embeddings(
         seen.append(kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else args[0])
 
     handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
-    positions = batch.position_ids_BT
-    if batch.rope_ABT is not None:
-        positions = torch.cat([positions[None], batch.rope_ABT])
     try:
         with torch.no_grad():
-            model.eval()(input_ids=batch.input_ids_BT, position_ids=positions, use_cache=False, **batch.media)
+            model.eval()(input_ids=batch.input_ids_BT, position_ids=batch.positions(), use_cache=False, **batch.media)
     finally:
         handle.remove()
     ids, embeddings = batch.input_ids_BT.flatten(), seen[-1].float().flatten(0, 1)

@@ -40,15 +40,13 @@ def batch_logprobs(
 
 
 def _positions(model: Any, batch: PackedBatch) -> torch.Tensor:
-    """[B, T]; for several rope axes [1 + A, B, T], the first of which tells the documents of a sequence apart.
+    """As `PackedBatch.positions`, and with axes wherever the model has them.
 
     A model that has such axes needs them for text too, whose positions are the same on each: given [B, T] it lets
     packed documents see each other.
     """
-    plain = batch.position_ids_BT
-    if batch.rope_ABT is not None:
-        return torch.cat([plain[None], batch.rope_ABT])
-    return plain.expand(1 + _NUM_AXES, *plain.shape) if _has_axes(model) else plain
+    found = batch.positions()
+    return found.expand(1 + _NUM_AXES, *found.shape) if found.ndim == 2 and _has_axes(model) else found
 
 
 _NUM_AXES = 3  # time, height, width: of every model that transformers has

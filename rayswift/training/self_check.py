@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rayswift.config.job import Job
-from rayswift.data.collate import PackedSequence, collate
+from rayswift.data.collate import PackedSequence, collate, joined
 from rayswift.data.detect import normalise
 from rayswift.data.formats import RowError
 from rayswift.data.loss_rule import LossRule
@@ -64,8 +64,6 @@ class _Rows:
     documents: tuple[PackedSequence, ...] = ()
     num_prompts: int = 0
     fault: str = ""
-    rope_axes: int = 0
-    """Of a model whose positions have several; the stream's batches have them all."""
 
 
 def self_check(engine: Engine, order: WorkOrder, rank: int) -> Checked:
@@ -85,12 +83,12 @@ def self_check(engine: Engine, order: WorkOrder, rank: int) -> Checked:
         )  # fmt: skip
     difference = None
     if job.data.packing:
-        refuse_leaking_packing(engine, job, rope_axes=rows.rope_axes)
-        difference = refuse_other_losses(engine, job, rows.documents, rope_axes=rows.rope_axes)
+        refuse_leaking_packing(engine, job)
+        difference = refuse_other_losses(engine, job, rows.documents)
     return Checked(difference, len(rows.documents), rows.num_prompts, round(time.perf_counter() - began, 3))
 
 
-def refuse_leaking_packing(engine: Engine, job: Job, *, rope_axes: int = 0) -> None:
+def refuse_leaking_packing(engine: Engine, job: Job) -> None:
     """Raise ConfigError when packed documents see each other in this model. Called by all ranks.
 
     Isolation rests on how transformers reads position ids, which some architectures ignore (state-space
@@ -100,8 +98,8 @@ def refuse_leaking_packing(engine: Engine, job: Job, *, rope_axes: int = 0) -> N
     """
     first, other, document = np.arange(5, 17), np.arange(17, 5, -1), np.arange(20, 28)
     seen = slice(len(first), len(first) + len(document) - 1)
-    behind_first = engine.forward(_batch([[plain(first), plain(document)]], rope_axes))[0, seen]
-    behind_other = engine.forward(_batch([[plain(other), plain(document)]], rope_axes))[0, seen]
+    behind_first = engine.forward(_batch([[plain(first), plain(document)]]))[0, seen]
+    behind_other = engine.forward(_batch([[plain(other), plain(document)]]))[0, seen]
     difference = (behind_first - behind_other).abs().max()
     if float(difference) > _LEAK_TOLERANCE:
         raise ConfigError(
@@ -112,7 +110,7 @@ def refuse_leaking_packing(engine: Engine, job: Job, *, rope_axes: int = 0) -> N
         )
 
 
-def refuse_other_losses(engine: Engine, job: Job, documents: Sequence[PackedSequence], *, rope_axes: int = 0) -> float:
+def refuse_other_losses(engine: Engine, job: Job, documents: Sequence[PackedSequence]) -> float:
     """The largest difference, in nats per token, between a document's loss packed as the job packs and by itself.
 
     Called by all ranks with the same documents. Raises ConfigError on all of them where it is no rounding: some
@@ -124,14 +122,12 @@ def refuse_other_losses(engine: Engine, job: Job, documents: Sequence[PackedSequ
     documents = [document if document.media else _shortened(document, room) for document in documents]
     packed = [list(documents[start::rows_per_batch]) for start in range(rows_per_batch)]
     alone = [[document] for document in documents]
-    losses_alone = _losses(engine, alone, documents, rope_axes)
-    losses_packed = _losses(engine, packed, documents, rope_axes)
+    losses_alone = _losses(engine, alone, documents)
+    losses_packed = _losses(engine, packed, documents)
     differences = np.abs(losses_packed - losses_alone)
     bounds = _TOLERANCE[job.model.dtype] * np.maximum(1.0, losses_alone)
     if _on_any(engine, differences > bounds):
-        bounds = bounds + _ROUNDING * np.abs(
-            _losses(engine, alone[::-1], documents, rope_axes, multiple_of=64) - losses_alone
-        )
+        bounds = bounds + _ROUNDING * np.abs(_losses(engine, alone[::-1], documents, multiple_of=64) - losses_alone)
     worst = int(np.argmax(differences - bounds))
     if _on_any(engine, ~(differences <= bounds)):
         raise ConfigError(
@@ -153,11 +149,10 @@ def _losses(
     engine: Engine,
     sequences: Sequence[Sequence[PackedSequence]],
     documents: Sequence[PackedSequence],
-    rope_axes: int = 0,
     multiple_of: int = 8,
 ) -> np.ndarray:
     """The mean loss of each of `documents` where it stands in the batch of these sequences, float64."""
-    logprobs_BT = engine.forward(_batch(sequences, rope_axes, multiple_of)).double().cpu()
+    logprobs_BT = engine.forward(_batch(sequences, multiple_of)).double().cpu()
     found: dict[int, float] = {}
     for row, sequence in enumerate(sequences):
         start = 0
@@ -167,23 +162,9 @@ def _losses(
     return np.array([found[id(document)] for document in documents])
 
 
-def _batch(sequences: Sequence[Sequence[PackedSequence]], rope_axes: int, multiple_of: int = 8) -> PackedBatch:
+def _batch(sequences: Sequence[Sequence[PackedSequence]], multiple_of: int = 8) -> PackedBatch:
     """The documents of each sequence end to end, as training collates them."""
-    return collate([_joined(documents, rope_axes) for documents in sequences], 0, multiple_of)
-
-
-def _joined(documents: Sequence[PackedSequence], rope_axes: int) -> PackedSequence:
-    ropes = [
-        np.tile(np.arange(len(document.input_ids)), (rope_axes, 1)) if document.rope_AT is None else document.rope_AT
-        for document in documents
-    ]
-    return PackedSequence(
-        np.concatenate([document.input_ids for document in documents]),
-        np.concatenate([document.loss_mask for document in documents]),
-        [len(document.input_ids) for document in documents],
-        [features for document in documents for features in document.media],
-        np.concatenate(ropes, axis=1) if rope_axes else None,
-    )
+    return collate([joined(documents) for documents in sequences], 0, multiple_of)
 
 
 def plain(ids: np.ndarray) -> PackedSequence:
@@ -236,7 +217,7 @@ def _first_rows(order: WorkOrder) -> _Rows:
         if isinstance(compared, str):
             return _Rows(documents, num_prompts, compared)
         num_prompts += compared
-    return _Rows(documents, num_prompts, rope_axes=0 if media is None else media.num_axes)
+    return _Rows(documents, num_prompts)
 
 
 def _document(example: Example, max_length: int) -> PackedSequence | None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from rayswift.data.conversation import QUERIES, conversation, kind, only, question, required, system_turn
-from rayswift.data.file_kinds import MEDIA_ENDINGS, names_for
 from rayswift.data.formats import RowError
+from rayswift.data.media.columns import COLUMNS
 from rayswift.data.types import Message, Sample
 
 ANSWERS = ("text", "caption", "transcription", "transcript", "sentence", "label")
-_MEDIA = frozenset(name for column in MEDIA_ENDINGS for name in names_for(column))
 
 
 class Captioned:
@@ -22,11 +21,11 @@ class Captioned:
 
     def matches(self, columns: frozenset[str]) -> int:
         """7 with media and an answer: above plain text, below every format of turns and pairs."""
-        return 7 if columns & _MEDIA and columns & set(ANSWERS) else 0
+        return 7 if columns & set(COLUMNS) and columns & set(ANSWERS) else 0
 
     def normalise(self, row: dict[str, Any]) -> Sample:
         """The conversation. Raises RowError without media, and where the answer is missing, empty, or there twice."""
-        if not any(row.get(name) for name in _MEDIA):
+        if not any(row.get(name) for name in COLUMNS):
             raise RowError("has no image, sound or video")
         asked = question(row) if any(row.get(name) for name in QUERIES) else ""
         return conversation(row, [*system_turn(row), Message("user", asked), Message("assistant", _answer(row))])
