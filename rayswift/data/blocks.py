@@ -6,7 +6,6 @@ No Ray here. `local_blocks` gives a rank, in its own process, the very blocks th
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,13 +14,11 @@ import numpy as np
 import pyarrow as pa
 from safetensors.numpy import load
 
-from rayswift.data.chunk_layout import ChunkLayout
+from rayswift.data.chunks import chunk_from, chunks_left
 from rayswift.data.collate import Filler, PackedSequence, collate
 from rayswift.data.ledger import Ledger
-from rayswift.data.prepare import prepare_part
 from rayswift.data.row_keys import block_rows
-from rayswift.data.stream import FIRST_CHUNK_ROWS, StreamPlan
-from rayswift.data.token_cache import kept_chunk
+from rayswift.data.stream import StreamPlan
 from rayswift.data.types import BadRow, Features, PackedBatch, StepInput
 
 if TYPE_CHECKING:
@@ -101,35 +98,6 @@ def head_start(
     return blocks, replace(ledger, chunk=chunk, sequence=sequence, layout=layout)
 
 
-def chunks_left(plan: StreamPlan, ledger: Ledger) -> range:
-    """The chunks that are not yet trained on to their end."""
-    return range(plan.position(ledger)[0], plan.num_chunks)
-
-
-def chunk_from(
-    plan: StreamPlan,
-    index: int,
-    tokenizer: PreTrainedTokenizerBase,
-    ledger: Ledger,
-    media: MediaEncoder | None = None,
-    least: int | None = None,
-) -> pa.Table:
-    """The sequences of chunk `index` that come after `ledger`.
-
-    Where the ledger has the chunk's layout and `least` is given, so many of them and about as many rows as a fresh
-    start prepares first, if that is more.
-    """
-    first_chunk, consumed = plan.position(ledger)
-    if index == first_chunk and consumed and ledger.layout:
-        layout = ChunkLayout.from_json(ledger.layout)
-        if layout.chunk == index:
-            count = layout.count_for(consumed, FIRST_CHUNK_ROWS if least else sys.maxsize)
-            stop = min(consumed + max(count, least or 0), len(layout.sequences))
-            return prepare_part(plan, layout, range(consumed, stop), tokenizer, media)
-    table = kept_chunk(plan, index, tokenizer, media)
-    return table.slice(consumed) if index == first_chunk else table
-
-
 def _rebatched(tables: Iterable[pa.Table], num_rows: int) -> Iterator[pa.Table]:
     """The same rows in blocks of exactly `num_rows`; only the last may be smaller."""
     left: list[pa.Table] = []
@@ -197,6 +165,5 @@ def _layout(block: pa.Table) -> tuple[int, str] | None:
 
 def _position_after(block: pa.Table) -> tuple[int, int]:
     """The place behind the last sequence of a block: in its chunk, or at the start of the next."""
-    last = block.slice(block.num_rows - 1).to_pylist()[0]
-    chunk, sequence = int(last["chunk"]), int(last["sequence"]) + 1
-    return (chunk + 1, 0) if sequence == last["num_sequences"] else (chunk, sequence)
+    chunk, last, count = (block.column(name)[-1].as_py() for name in ("chunk", "sequence", "num_sequences"))
+    return (chunk + 1, 0) if last + 1 == count else (chunk, last + 1)

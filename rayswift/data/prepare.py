@@ -6,6 +6,7 @@ What the keys of rows mean is known by `row_keys`.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -230,5 +231,8 @@ def _rope(examples: Sequence[Example]) -> np.ndarray | None:
 
 
 def _concatenated(parts: list[list[Any]], dtype: type) -> np.ndarray:
-    """Numpy rows, because Arrow takes them many times faster than lists of integers."""
-    return np.array([value for part in parts for value in part], dtype=dtype)
+    """Numpy rows, which Arrow takes many times faster than lists; by way of array, which takes a list whole."""
+    joined = array(np.dtype(dtype).char)
+    for part in parts:
+        joined.fromlist(part)
+    return np.frombuffer(joined, dtype)

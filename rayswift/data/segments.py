@@ -29,6 +29,7 @@ class Tokens:
     ends: list[int]
 
 
+_AT_ONCE = 256  # texts: of thousands, what the tokenizer makes beside the ids does not stay in a processor's cache
 _SENTINELS = ("\n", "0", "a", "!")
 
 
@@ -101,8 +102,11 @@ def _tokenize(
         backend.no_truncation()
         backend.no_padding()
         encode = backend.encode_batch if ends else backend.encode_batch_fast  # the fast one knows no places
-        found = encode(texts, add_special_tokens=add_special_tokens)
-        return [Tokens(one.ids, [stop for _, stop in one.offsets] if ends else []) for one in found]
+        return [
+            Tokens(one.ids, [stop for _, stop in one.offsets] if ends else [])
+            for start in range(0, len(texts), _AT_ONCE)
+            for one in encode(texts[start : start + _AT_ONCE], add_special_tokens=add_special_tokens)
+        ]
     if ends:
         raise ConfigError(
             "has a tokenizer that does not tell where its tokens end, so that data.loss cannot weigh parts of answers",

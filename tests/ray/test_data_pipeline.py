@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from itertools import pairwise
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rayswift.data.blocks import local_blocks
 from rayswift.data.ledger import Ledger
@@ -95,3 +98,14 @@ def test_the_callers_context_is_left_alone(tokenizer_dir: str, plan: StreamPlan)
     assert not before.execution_options.preserve_order
     assert dataset.context.execution_options.preserve_order
     assert dataset.context.execution_no_progress_timeout_s == -1
+
+
+@given(st.integers(0, 3), st.integers(0, 30_000), st.booleans())
+def test_tasks_cover_the_chunks_in_order(start: int, count: int, at_once: bool) -> None:
+    from rayswift.data.pipeline import _CHUNKS_PER_TASK, _MAX_TASKS, _borders
+
+    borders = _borders(range(start, start + count), at_once=at_once)
+    sizes = [after - before for before, after in pairwise(borders)]
+    assert (borders[0], borders[-1]) == (start, start + count)
+    assert all(1 <= size <= max(_CHUNKS_PER_TASK if at_once else 1, -(-count // _MAX_TASKS)) for size in sizes)
+    assert set(sizes[:2] + sizes[-2:]) <= {1}

@@ -85,7 +85,7 @@ def test_the_ledger_accounts_for_every_row(plan: StreamPlan) -> None:
 
 
 def test_nothing_before_the_ledger_is_read_again(plan: StreamPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rayswift.data import blocks as module
+    from rayswift.data import chunks as module
 
     ledger = train(plan, 1, Ledger.start(plan.fingerprint), 4)
     prepared: list[int] = []

@@ -46,7 +46,7 @@ def test_a_part_is_the_same_part_of_the_whole(tmp_path: Path, packing: bool) -> 
 def test_a_head_start_in_a_chunk_prepares_little_and_leaves_the_rest(
     tmp_path: Path, sequence: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayswift.data.blocks.FIRST_CHUNK_ROWS", 6)
+    monkeypatch.setattr("rayswift.data.chunks.FIRST_CHUNK_ROWS", 6)
     plan = make_plan(tmp_path)
     text = prepare_chunk(plan, 1, TOKENIZER).column("layout")[0].as_py()
     ledger = replace(Ledger.start(plan.fingerprint), chunk=1, sequence=sequence)

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from rayswift.data.formats import RowError
 from rayswift.data.loss_rule import LossRule
-from rayswift.data.rendering import _call
+from rayswift.data.media.parts import with_parts
+from rayswift.data.rendering import _call, _chat
+from rayswift.data.templates import chat_text
 from rayswift.data.tokenize import encode
 from rayswift.data.types import Example, Message, Sample
 from rayswift.serving import openai
@@ -242,3 +245,27 @@ def test_every_template_is_a_family_and_every_kind_of_tokenizer_is_among_them() 
     assert {family.kind for family in FAMILIES.values()} == {"bytes", "first", "legacy", "never"}
     assert len(CALLING) >= 8
     assert len(THINKING) >= 4
+
+
+@pytest.mark.parametrize("generation_prompt", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rendered_here_is_rendered_by_transformers(name: str, generation_prompt: bool) -> None:
+    """vLLM, and whoever loads the export, call apply_chat_template; here the compiled template is called directly."""
+    tokenizer = tokenizer_of(name)
+    for sample in (Sample(SINGLE), Sample(MULTI), Sample((SYSTEM, *MULTI)), Sample(THOUGHTS), TOOLS):
+        chat, _ = _chat(sample.messages)
+        tools = list(sample.tools)
+        try:
+            wanted: Any = tokenizer.apply_chat_template(
+                with_parts(tokenizer, chat), tools=tools or None, tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )  # fmt: skip
+        except (TemplateError, TypeError) as error:
+            wanted = type(error)
+        if wanted is TypeError:  # DeepSeek's take arguments as text: see chat_text
+            continue
+        try:
+            found: Any = chat_text(tokenizer, chat, tools, generation_prompt=generation_prompt)
+        except TemplateError as error:
+            found = type(error)
+        assert found == wanted

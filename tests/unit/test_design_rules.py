@@ -208,6 +208,13 @@ def test_light_modules_stay_light(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_process_that_deals_out_rows_needs_no_torch() -> None:
+    """It is started for each stream; torch was half of what it imported."""
+    code = "import sys, rayswift.data.pipeline; print(sorted(set(sys.modules) & {'torch', 'transformers'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_ray_is_imported_only_where_it_lives() -> None:
     for path in MODULES:
         if any(name.split(".")[0] == "ray" for name in imports(path)):

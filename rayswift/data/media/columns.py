@@ -43,6 +43,8 @@ def attach(row: Mapping[str, Any], messages: Sequence[Message]) -> list[Message]
     """
     _check_marks(messages)
     attached = list(messages)
+    if row.keys().isdisjoint(COLUMNS) and not any(message.media for message in messages):
+        return attached
     for kind, names in _COLUMNS.items():
         present = [name for name in names if name in row]
         media = [medium for name in present for medium in _column(row[name], kind, name)]

@@ -37,6 +37,8 @@ def with_parts(tokenizer: PreTrainedTokenizerBase, chat: Sequence[dict[str, Any]
     """
     template = tokenizer.chat_template
     form = _form(tokenizer, template if isinstance(template, str) else "")
+    if not form.always and not form.kinds:
+        return list(chat)
     return [message | {"content": _parts(content, form)} if _needs_parts(content := message.get("content"), form)
             else message for message in chat]  # fmt: skip
 
