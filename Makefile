@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-vision test test-unit parity check format bench clean deepspeed-ops
+.PHONY: help setup quickstart quickstart-vision test test-long test-unit parity check format bench clean deepspeed-ops
 
 PY := .venv/bin/python
 STAMP := .venv/.rayswift-stamp
@@ -34,8 +34,11 @@ $(OPS_STAMP): $(STAMP)
 	@$(PY) -m rayswift.parallel.deepspeed_ops || true
 	@touch $(OPS_STAMP)
 
-test: $(STAMP) $(OPS_STAMP)  ## every suite, with the slowest tests listed
-	@$(PY) -m pytest --durations=25
+test: $(STAMP) $(OPS_STAMP)  ## every suite but the long tests, with the slowest listed
+	@$(PY) -m pytest -m "not long" --durations=25
+
+test-long: $(STAMP) $(OPS_STAMP)  ## the tests that take minutes each
+	@$(PY) -m pytest -m long --durations=25
 
 test-unit: $(STAMP)  ## unit and property tests only
 	@$(PY) -m pytest tests/unit tests/property --durations=10

@@ -28,6 +28,7 @@ def test_the_quickstart_keeps_its_promise(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_the_vision_quickstart_keeps_its_promise(
     rayswift: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from tests.ranks.test_run import order_of, train
 UNUSED = {"kto_en_demo": "is labelled as an answer not to give"}
 """Entries with rows that are well made and of no use to sft, and why."""
 PLAIN_TEXT = ("wiki_demo", "c4_demo")
+pytestmark = pytest.mark.long
 ENTRIES = (
     "identity", "alpaca_en_demo", "glaive_toolcall_en_demo", "dpo_en_demo", "kto_en_demo", "wiki_demo", "c4_demo",
     "mllm_demo", "mllm_audio_demo", "mllm_video_demo", "mllm_video_audio_demo",

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import transformers as tf
 from transformers.models.whisper.modeling_whisper import sinusoids
@@ -86,6 +87,7 @@ def accuracy(order: WorkOrder, state: dict[str, torch.Tensor]) -> float:
     return float(torch.cat(right).float().mean())
 
 
+@pytest.mark.long
 def test_spoken_digits_are_learned(tmp_path: Path, shared_data: Path) -> None:
     """Measured: 72% of 300 held-out recordings after 25 epochs of 300 others; chance is 10%."""
     model = make_listener(tmp_path / "model")
