@@ -292,6 +292,55 @@ def _served(models: list[str]) -> dict[str, Any]:
     return {"models": named}
 
 
+keys_app = typer.Typer(help="API keys of an endpoint, in a file that holds none.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+KeyFile = Annotated[str, typer.Argument(metavar="FILE", help="The file; of each key it has the sha256.")]
+
+
+@keys_app.command("add")
+def keys_add(
+    file: KeyFile,
+    name: Annotated[str, typer.Option(help="What the key is called; each name once.")],
+    requests_per_minute: Annotated[int | None, typer.Option(help="Most requests in any 60 s, per replica.")] = None,
+    max_concurrency: Annotated[int | None, typer.Option(help="Most requests at a time, per replica.")] = None,
+    models: Annotated[str | None, typer.Option(metavar="A,B", help="The only models it may ask.")] = None,
+) -> None:
+    """Makes a key, prints it this once, and writes its sha256 and limits into FILE. Counts when `serve` starts again.
+
+    Example: rayswift keys add keys.yaml --name alice --requests-per-minute 60 --models sft-demo
+    """
+    from rayswift.serving import keys
+
+    listed = None if models is None else [model.strip() for model in models.split(",")]
+    print(keys.add(file, name, requests_per_minute=requests_per_minute, max_concurrency=max_concurrency, models=listed))
+    print(f"note: this is the only time the key of {name} is shown", file=sys.stderr)
+
+
+@keys_app.command("list")
+def keys_list(file: KeyFile, as_json: Json = False) -> None:
+    """Shows the keys of FILE by name: when they were made, and their limits.
+
+    Example: rayswift keys list keys.yaml
+    """
+    from rayswift.serving import keys
+
+    known = keys.read(file)
+    plain = [key.model_dump(mode="json", exclude={"sha256"}) for key in known]
+    _print(plain, "\n".join(map(keys.line, known)) or f"{file} holds no key", as_json)
+
+
+@keys_app.command("revoke")
+def keys_revoke(file: KeyFile, name: Annotated[str, typer.Argument(metavar="NAME", help="The key's name.")]) -> None:
+    """Takes a key out of FILE. An endpoint that runs refuses it once it is started again.
+
+    Example: rayswift keys revoke keys.yaml alice
+    """
+    from rayswift.serving import keys
+
+    keys.revoke(file, name)
+    print(f"{file}: {name} is revoked from the next start of the endpoint on", file=sys.stderr)
+
+
 @app.command()
 def submit(
     job: JobFile,

@@ -42,17 +42,31 @@ def too_long(what: str, room: int) -> ApiError:
 
 def unknown_model(name: str) -> ApiError:
     """The 404 for a model nobody serves here."""
-    shown = name if len(name) <= 80 else name[:79] + "…"
-    message = f"The model `{shown}` does not exist; GET /v1/models lists those that do"
+    message = f"The model `{_shown(name)}` does not exist; GET /v1/models lists those that do"
     return ApiError(message, status=404, param="model", code="model_not_found")
+
+
+def model_not_allowed(name: str) -> ApiError:
+    """The 403 for a model that a key may not ask, whether it is served here or not: the key's owner is not told."""
+    message = f"This API key may not use the model `{_shown(name)}`; GET /v1/models lists those it may"
+    return ApiError(message, status=403, param="model", code="model_not_allowed", kind="permission_error")
 
 
 def overloaded(retry_after_s: int) -> ApiError:
     """The 429 of a full queue. Clients of the official library wait as told and ask again."""
+    return over_limit("the server is at its limit of waiting requests; try again shortly", retry_after_s)
+
+
+def over_limit(message: str, retry_after_s: int, headers: Mapping[str, str] | None = None) -> ApiError:
+    """The 429 of any limit, with the seconds after which to ask again."""
     return ApiError(
-        "the server is at its limit of waiting requests; try again shortly",
+        message,
         status=429,
         code="rate_limit_exceeded",
         kind="rate_limit_error",
-        headers={"Retry-After": str(retry_after_s)},
+        headers={"Retry-After": str(retry_after_s), **(headers or {})},
     )
+
+
+def _shown(name: str) -> str:
+    return name if len(name) <= 80 else name[:79] + "…"

@@ -1,19 +1,21 @@
 """Who may ask: API keys read once, kept and compared as sha256, and the rule that an open endpoint stays on loopback.
 
-Knows keys, hosts and headers. Never prints, stores or returns a key. Knows neither Ray nor a web framework.
+Knows keys, hosts and headers. Never prints, stores or returns a key. Knows neither Ray nor a web framework; files of
+keys without a key in them are read by `serving/keys.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import ipaddress
 import os
-from collections.abc import Mapping
-from pathlib import Path
+import sys
+from collections.abc import Mapping, Sequence
 
 from rayswift.errors import ConfigError, ServeError
-from rayswift.serving.spec import ServeSpec
+from rayswift.serving import keys as key_files
+from rayswift.serving.keys import fingerprint as fingerprint
+from rayswift.serving.spec import ApiKey, ServeSpec
 
 VARIABLE = "RAYSWIFT_API_KEY"
 ALLOW_NO_KEY = "RAYSWIFT_ALLOW_NO_KEY"
@@ -22,22 +24,30 @@ MIN_KEY_CHARS = 8
 
 
 def secured(spec: ServeSpec, environ: Mapping[str, str] | None = None) -> ServeSpec:
-    """The spec with the sha256 of every configured key and no key file, ready to be sent to replicas.
+    """The spec with the sha256 of every configured key, its limits, and no key file: ready to be sent to replicas.
 
-    Raises ConfigError for a key file that is missing or holds no usable key, ServeError when the endpoint would be
-    open to other machines without a key.
+    Raises ConfigError for a key file that is missing, holds no usable key, or holds hashes and may be read by others;
+    ServeError when the endpoint would be open to other machines without a key.
     """
     environ = os.environ if environ is None else environ
-    keys = _keys_of_file(spec.api_key_file) if spec.api_key_file else _keys_of_variable(environ)
-    hashes = tuple(dict.fromkeys([*spec.api_key_sha256, *map(fingerprint, keys)]))
-    if not hashes and not is_loopback(spec.host):
+    limited: tuple[ApiKey, ...] = ()
+    if spec.api_key_file:
+        plain, limited = _keys_of_file(spec.api_key_file)
+        if spec.num_replicas > 1 and any(key.is_limited for key in limited):
+            _note(f"{spec.api_key_file}: limits hold for each of the {spec.num_replicas} replicas by itself")
+    else:  # where there are keys with limits, the variable adds none without
+        plain = [] if spec.api_keys else _keys_of_variable(environ)
+    hashes = tuple(dict.fromkeys([*spec.api_key_sha256, *map(fingerprint, plain)]))
+    keys = (*spec.api_keys, *limited)
+    made = spec.model_copy(update={"api_key_sha256": hashes, "api_keys": keys, "api_key_file": None})
+    if not made.has_keys and not is_loopback(spec.host):
         raise ServeError(
             "would let every machine on the network use the models without a key",
             path="host",
             value=spec.host,
             fix=f"give --api-key-file FILE or set {VARIABLE}, or listen on 127.0.0.1",
         )
-    return spec.model_copy(update={"api_key_sha256": hashes, "api_key_file": None})
+    return made
 
 
 def secured_anywhere(spec: ServeSpec, environ: Mapping[str, str] | None = None) -> ServeSpec:
@@ -47,7 +57,7 @@ def secured_anywhere(spec: ServeSpec, environ: Mapping[str, str] | None = None) 
     """
     environ = os.environ if environ is None else environ
     made = secured(spec, environ)
-    if not made.api_key_sha256 and environ.get(ALLOW_NO_KEY) != "1":
+    if not made.has_keys and environ.get(ALLOW_NO_KEY) != "1":
         raise ServeError(
             "is not set: Ray Serve chooses the address, and whoever reaches it could use the models",
             path=VARIABLE,
@@ -61,17 +71,17 @@ def check_variable(environ: Mapping[str, str] | None = None) -> None:
     _keys_of_variable(os.environ if environ is None else environ)
 
 
-def fingerprint(key: str) -> str:
-    """sha256 of a key in hex."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def is_allowed(authorization: str, hashes: tuple[str, ...]) -> bool:
+def is_allowed(authorization: str, hashes: Sequence[str]) -> bool:
     """Whether an Authorization header carries one of the keys. Takes the same time for every wrong key."""
+    return matching(authorization, hashes) is not None
+
+
+def matching(authorization: str, hashes: Sequence[str]) -> int | None:
+    """Which of the keys an Authorization header carries, the first if several. Same time for every wrong key."""
     scheme, _, key = authorization.partition(" ")
     given = fingerprint(key.strip())
     matches = [hmac.compare_digest(given, known) for known in hashes]
-    return scheme.lower() == "bearer" and any(matches)
+    return matches.index(True) if scheme.lower() == "bearer" and any(matches) else None
 
 
 def is_loopback(host: str) -> bool:
@@ -91,16 +101,22 @@ def host_of(header: str) -> str:
     return header.partition(":")[0]
 
 
-def _keys_of_file(file: str) -> list[str]:
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"cannot be read: {reason}", path="api_key_file", value=file, fix="check the path") from error
+def _keys_of_file(file: str) -> tuple[list[str], tuple[ApiKey, ...]]:
+    """The keys in a file of lines, or those with limits in a file of hashes. One of the two is empty."""
+    field = "api_key_file"
+    text, mode = key_files.open_text(file, field)
+    if key_files.holds_hashes(text):
+        limited = key_files.parse(text, mode, file, field)
+        if not limited:
+            raise ConfigError("holds no key", path=field, value=file, fix="make one with: rayswift keys add")
+        return [], limited
     keys = [line.strip() for line in text.splitlines() if line.strip()]
     if not keys:
-        raise ConfigError("is empty", path="api_key_file", value=file, fix="write one key per line")
-    return _checked(keys, "api_key_file", f"of {file} ")
+        raise ConfigError("is empty", path=field, value=file, fix="write one key per line, or use rayswift keys add")
+    checked = _checked(keys, field, f"of {file} ")
+    if key_files.is_open(mode):  # not refused: such files were in use before there was a rule
+        _note(f"{field}={file} holds keys that others may read or write; {key_files.how_to_close(file)}")
+    return checked, ()
 
 
 def _keys_of_variable(environ: Mapping[str, str]) -> list[str]:
@@ -120,3 +136,7 @@ def _checked(keys: list[str], path: str, where: str) -> list[str]:
                 fix="make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
             )
     return keys
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

@@ -1,52 +1,103 @@
-"""What happens to every HTTP request before a route sees it: host and key are checked, errors become OpenAI bodies.
+"""What happens to every HTTP request before a route sees it: host, key and the key's limits are checked.
 
-Pure ASGI. Knows nothing of models or requests' contents, and logs neither headers nor bodies.
+Also how errors become OpenAI bodies. Pure ASGI. Knows nothing of models but the names a key may ask, and nothing of
+requests' contents; logs neither headers nor bodies.
 """
 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayswift.serving import auth
 from rayswift.serving.api_errors import ApiError
+from rayswift.serving.limits import KeyLimits, KeyPlace
+from rayswift.serving.spec import ApiKey
 
 _OPEN_PATHS = frozenset({"/health"})
+_MODELS = "rayswift.models"  # where in a request's scope stands what its key may ask
 _log = logging.getLogger("rayswift.serving")
 
 
 class Gate:
-    """ASGI middleware: answers 401 without a right key and, on a keyless endpoint, 403 to a foreign Host header.
+    """ASGI middleware: 401 without a right key, 429 over its limits, and without keys 403 to a foreign Host header.
 
     A keyless endpoint on loopback is open to programs of this machine. A web page in its browser is none of them: it
     could reach the port under a name of its own (DNS rebinding), and the Host header gives that away.
+
+    A request holds its key's place until the app has returned: after the last byte, or when the client has gone.
     """
 
-    def __init__(self, app: ASGIApp, key_hashes: tuple[str, ...]) -> None:
-        self._app, self._key_hashes = app, key_hashes
+    def __init__(
+        self,
+        app: ASGIApp,
+        key_hashes: Sequence[str],
+        keys: Sequence[ApiKey] = (),
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        # Keys with limits come first: a key that is known both ways is limited.
+        self._app, self._keys, self._hashes = app, keys, (*(key.sha256 for key in keys), *key_hashes)
+        self._limits = [
+            KeyLimits(key.requests_per_minute, key.max_concurrency, now_ns) if key.is_limited else None for key in keys
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
             return
-        if scope["type"] == "http" and (error := self._refusal(scope)) is not None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            place = self._enter(scope)
+        except ApiError as error:
             await error_response(error)(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        if place is None:
+            await self._app(scope, receive, send)
+            return
+        with place:
+            await self._app(scope, receive, _with_headers(send, place.headers))
 
-    def _refusal(self, scope: Scope) -> ApiError | None:
+    def _enter(self, scope: Scope) -> KeyPlace | None:
+        """The place of a request whose key has limits, None for any other that may pass. Raises ApiError."""
         headers = Headers(scope=scope)
-        if not self._key_hashes:
-            host = auth.host_of(headers.get("host", "localhost"))
-            return None if auth.is_loopback(host) else _foreign_host()
-        if scope["path"] in _OPEN_PATHS or auth.is_allowed(headers.get("authorization", ""), self._key_hashes):
+        if not self._hashes:
+            if not auth.is_loopback(auth.host_of(headers.get("host", "localhost"))):
+                raise _foreign_host()
             return None
-        return _wrong_key("authorization" in headers)
+        if scope["path"] in _OPEN_PATHS:
+            return None
+        found = auth.matching(headers.get("authorization", ""), self._hashes)
+        if found is None:
+            raise _wrong_key("authorization" in headers)
+        if found >= len(self._keys):
+            return None
+        scope[_MODELS] = self._keys[found].models
+        limits = self._limits[found]
+        return None if limits is None else limits.enter()
+
+
+def may_ask(request: Request, model: str) -> bool:
+    """Whether the key of a request that the gate has let in may ask this model."""
+    models = request.scope.get(_MODELS)
+    return models is None or model in models
+
+
+def _with_headers(send: Send, headers: Mapping[str, str]) -> Send:
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(headers)
+        await send(message)
+
+    return sending
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from rayswift.errors import ServeError
 from rayswift.serving import flow, gate, openai, replies
 from rayswift.serving.admission import Admission, Places
-from rayswift.serving.api_errors import ApiError, unknown_model
+from rayswift.serving.api_errors import ApiError, model_not_allowed, unknown_model
 from rayswift.serving.engine import Delta, Engine, Prompt, Request
 from rayswift.serving.openai import AnyRequest, ChatRequest, TextRequest
 from rayswift.serving.prompts import PromptBuilder
@@ -48,8 +48,13 @@ class Work:
     deadline: float
 
 
-def build_asgi(spec: ServeSpec, models: Mapping[str, ServedModel]) -> Starlette:
-    """The ASGI app that answers for these models. No CORS, no documentation pages, no route besides the five."""
+def build_asgi(
+    spec: ServeSpec, models: Mapping[str, ServedModel], now_ns: Callable[[], int] = time.monotonic_ns
+) -> Starlette:
+    """The ASGI app that answers for these models. No CORS, no documentation pages, no route besides the five.
+
+    `now_ns` is the clock of the keys' limits.
+    """
     endpoint = Endpoint(spec, models)
     return Starlette(
         routes=[
@@ -59,7 +64,7 @@ def build_asgi(spec: ServeSpec, models: Mapping[str, ServedModel]) -> Starlette:
             Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
             Route("/v1/completions", endpoint.complete, methods=["POST"]),
         ],
-        middleware=[Middleware(gate.Gate, key_hashes=spec.api_key_sha256)],
+        middleware=[Middleware(gate.Gate, key_hashes=spec.api_key_sha256, keys=spec.api_keys, now_ns=now_ns)],
         exception_handlers={ApiError: gate.on_api_error, 404: gate.on_http_error, 405: gate.on_http_error},
     )
 
@@ -79,15 +84,15 @@ class Endpoint:
             raise ApiError("an engine has failed", status=503, headers={"Retry-After": "10"}) from None
         return JSONResponse({"status": "ok"})
 
-    async def list_models(self, _: HttpRequest) -> Response:
-        """The models served here."""
-        cards = [replies.model_card(name, self._created) for name in self._models]
+    async def list_models(self, request: HttpRequest) -> Response:
+        """The models served here, as far as the request's key may ask them."""
+        cards = [replies.model_card(name, self._created) for name in self._models if gate.may_ask(request, name)]
         return JSONResponse({"object": "list", "data": cards})
 
     async def show_model(self, request: HttpRequest) -> Response:
         """One model."""
         name = request.path_params["name"]
-        self._find(name)
+        self._find(request, name)
         return JSONResponse(replies.model_card(name, self._created))
 
     async def chat(self, request: HttpRequest) -> Response:
@@ -113,7 +118,7 @@ class Endpoint:
         request = openai.parse(kind, body)
         if isinstance(request, ChatRequest) and request.num_chars > self._spec.max_body_bytes:
             raise flow.too_large(self._spec.max_body_bytes)
-        model = self._find(request.model)
+        model = self._find(http, request.model)
         if request.num_choices > self._spec.max_choices:
             raise ApiError(
                 f"n: {request.num_choices} answers in one request are more than {self._spec.max_choices}",
@@ -164,7 +169,9 @@ class Endpoint:
         takes_media = kind is ChatRequest and any(model.prompts.takes_media for model in self._models.values())
         return self._spec.max_body_bytes + takes_media * (self._spec.max_media_bytes * 4 // 3 + 1024)
 
-    def _find(self, name: str) -> ServedModel:
+    def _find(self, http: HttpRequest, name: str) -> ServedModel:
+        if not gate.may_ask(http, name):
+            raise model_not_allowed(name)
         if name not in self._models:
             raise unknown_model(name)
         return self._models[name]

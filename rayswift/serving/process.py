@@ -16,7 +16,7 @@ import urllib.request
 from types import FrameType
 
 from rayswift.errors import ServeError
-from rayswift.serving import auth
+from rayswift.serving import auth, keys
 from rayswift.serving.spec import ServeSpec
 
 
@@ -39,7 +39,7 @@ def ready_text(spec: ServeSpec) -> str:
     With a key both take it from RAYSWIFT_API_KEY; where that is not what the endpoint was started with, a line before
     them says how to set it.
     """
-    name, keyed = next(iter(spec.models)), bool(spec.api_key_file or spec.api_key_sha256 or auth.VARIABLE in os.environ)
+    name, keyed = next(iter(spec.models)), bool(spec.api_key_file or spec.has_keys or auth.VARIABLE in os.environ)
     header = f' \\\n    -H "Authorization: Bearer ${auth.VARIABLE}"' if keyed else ""
     key = f'os.environ["{auth.VARIABLE}"]' if keyed else '"none"'
     question = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
@@ -59,10 +59,12 @@ Serving {", ".join(spec.models)} at {spec.url}  (Ctrl-C stops)
 
 def _key_line(spec: ServeSpec) -> str:
     """How to set RAYSWIFT_API_KEY to a key that is accepted; nothing where it is one already, or none is needed."""
-    if spec.api_key_file:
+    if spec.api_key_file and not keys.is_of_hashes(spec.api_key_file):
         file = shlex.quote(os.path.abspath(spec.api_key_file))
         return f'  export {auth.VARIABLE}="$(grep -m 1 . {file})"\n\n'
-    if spec.api_key_sha256 and auth.VARIABLE not in os.environ:
+    if spec.api_key_file:
+        return f"  export {auth.VARIABLE}=KEY   # a key that `rayswift keys add` has shown\n\n"
+    if spec.api_keys or (spec.api_key_sha256 and auth.VARIABLE not in os.environ):
         return f"  export {auth.VARIABLE}=KEY   # one of the keys whose sha256 the endpoint was given\n\n"
     return ""
 

@@ -1,6 +1,7 @@
-"""What is served and within which bounds: the ServeSpec, read from a YAML file or made from an export folder.
+"""What is served, to whom and within which bounds: the ServeSpec, from a YAML file or made from an export folder.
 
-Knows pydantic only: no Ray, no torch. What an API key must look like is known by `serving/auth.py`.
+Knows pydantic only: no Ray, no torch. What an API key must look like is known by `serving/auth.py`, how files of keys
+are read and written by `serving/keys.py`. An error about a key or its hash never shows what was given.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from rayswift.config import problems, yamlfile
 from rayswift.config.job import Dtype, MediaSpec, Number, PositiveInt, Section
@@ -19,6 +20,67 @@ from rayswift.errors import ConfigError
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$"
 ModelName = Annotated[str, Field(pattern=_NAME, max_length=200)]
+
+
+def _sha256(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError("is not a sha256 of 64 hex digits; it is shown nowhere, as it may be a key")
+    return value
+
+
+def _list(value: object) -> object:
+    if not isinstance(value, list | tuple):
+        raise ValueError("is not a list; write its entries in [ ]")
+    return value
+
+
+Sha256 = Annotated[str, BeforeValidator(_sha256)]
+
+
+class ApiKey(Section):
+    """One client's key, of which only the sha256 is known, and what it may ask for.
+
+    Limits hold for each replica by itself: `num_replicas` of them together let through up to that many times as much.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]*$", max_length=100)]
+    """What the key is called by those who gave it out."""
+    sha256: Annotated[Sha256, Field(repr=False)]
+    """sha256 (hex) of the key."""
+    created: str | None = None
+    """When it was made."""
+    requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Most requests let in within any 60 seconds, of whatever kind, per replica; null is no limit."""
+    max_concurrency: PositiveInt | None = None
+    """Most requests being answered at the same time, a stream until its last byte, per replica; null is no limit."""
+    models: Annotated[tuple[ModelName, ...], Field(min_length=1)] | None = None
+    """The models it may ask and sees; null is every one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_mapping(cls, value: object) -> object:
+        if not isinstance(value, Mapping | ApiKey):
+            raise ValueError("is not a mapping of name, sha256 and limits; it is shown nowhere, as it may be a key")
+        return value
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether its requests are counted."""
+        return self.requests_per_minute is not None or self.max_concurrency is not None
+
+
+def _distinct(keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+    names: dict[str, str] = {}  # by sha256
+    for key in keys:
+        if key.name in names.values():
+            raise ValueError(f"has two keys of the name {key.name}; give one of them another name")
+        if key.sha256 in names:
+            raise ValueError(f"has one key as {names[key.sha256]} and as {key.name}; remove one of the two")
+        names[key.sha256] = key.name
+    return keys
+
+
+ApiKeys = Annotated[tuple[ApiKey, ...], BeforeValidator(_list), AfterValidator(_distinct)]
 
 
 class ServeSpec(Section):
@@ -33,9 +95,15 @@ class ServeSpec(Section):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """The port to listen on."""
     api_key_file: str | None = None
-    """A file whose lines are the keys clients may send; without it RAYSWIFT_API_KEY is the key."""
-    api_key_sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+    """The keys clients may send: a file of `rayswift keys add`, or one whose lines are keys without limits.
+
+    Read once, when the endpoint starts. Without it RAYSWIFT_API_KEY is the key."""
+    api_key_sha256: Annotated[tuple[Sha256, ...], BeforeValidator(_list), Field(repr=False)] = ()
     """sha256 (hex) of further keys: what replicas are given, so that no key itself is stored in the cluster."""
+    api_keys: ApiKeys = ()
+    """Keys as sha256 with their limits, which hold per replica: what replicas are given of `api_key_file`.
+
+    With them RAYSWIFT_API_KEY is no key."""
     dtype: Dtype | Literal["auto"] = "auto"
     """The type weights are loaded in; `auto` takes them as exported."""
     device: Literal["auto", "cpu", "cuda", "npu", "mps", "xpu"] = "auto"
@@ -70,6 +138,11 @@ class ServeSpec(Section):
     """Accelerators that Ray reserves for a replica."""
     start_timeout_s: Annotated[Number, Field(gt=0)] = 600
     """Seconds to wait for the models to be placed, loaded and warmed up."""
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether clients have to send a key, as far as its hash is known yet."""
+        return bool(self.api_key_sha256 or self.api_keys)
 
     @property
     def media(self) -> MediaSpec:
