@@ -104,6 +104,8 @@ def host_of(header: str) -> str:
 def _keys_of_file(file: str) -> tuple[list[str], tuple[ApiKey, ...]]:
     """The keys in a file of lines, or those with limits in a file of hashes. One of the two is empty."""
     field = "api_key_file"
+    if file.startswith(key_files.PREFIX) and not os.path.exists(file):
+        raise ConfigError("is a key and no file of keys", path=field, fix=f"set {VARIABLE} to it")
     text, mode = key_files.open_text(file, field)
     if key_files.holds_hashes(text):
         limited = key_files.parse(text, mode, file, field)

@@ -182,6 +182,7 @@ def _sole_writer(file: str) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(file, error) from error
     try:
+        _keep_owner(lock, file)
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,12 +203,10 @@ def _write(file: str, keys: tuple[ApiKey, ...]) -> None:
     target = Path(os.path.realpath(file))  # of a link what it points to
     plain = {"rayswift_keys": 1, "keys": [key.model_dump(mode="json", exclude_none=True) for key in keys]}
     try:
-        before = target.stat() if target.exists() else None
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")  # made with mode 0600
         try:
             with open(handle, "w", encoding="utf-8") as stream:
-                if before is not None and before.st_uid != os.geteuid():
-                    os.fchown(stream.fileno(), before.st_uid, before.st_gid)
+                _keep_owner(stream.fileno(), file)
                 stream.write(yamlfile.dump(plain))
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -219,6 +218,17 @@ def _write(file: str, keys: tuple[ApiKey, ...]) -> None:
         _sync(target.parent)
     except OSError as error:
         raise _unwritable(file, error) from error
+
+
+def _keep_owner(handle: int, file: str) -> None:
+    """Gives an open file to the owner of `file`, so that root may edit what a service reads and go on sharing it."""
+    with suppress(FileNotFoundError):
+        owner = os.stat(file)
+        if owner.st_uid != os.geteuid():
+            try:
+                os.fchown(handle, owner.st_uid, owner.st_gid)
+            except OSError as error:
+                raise _unwritable(file, error) from error
 
 
 def _sync(folder: Path) -> None:

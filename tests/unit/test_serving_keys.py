@@ -154,6 +154,12 @@ def test_a_key_in_place_of_its_hash_is_not_shown(given: object) -> None:
         assert "12345678" not in str(caught.value)
 
 
+def test_a_key_in_place_of_its_file_is_not_shown() -> None:
+    with pytest.raises(ConfigError, match="api_key_file is a key and no file of keys; set RAYSWIFT_API_KEY") as caught:
+        auth.secured(_spec(_SECRET), {})
+    assert _SECRET not in str(caught.value)
+
+
 def test_lines_of_keys_are_no_file_to_add_to(file: str) -> None:
     _write(file, _SECRET)
     with pytest.raises(ConfigError, match="is not a file of `rayswift keys add`") as caught:
@@ -169,6 +175,15 @@ def test_a_link_is_followed_and_an_empty_file_filled(tmp_path: Path) -> None:
     keys.add(str(link), "alice")
     assert link.is_symlink()
     assert [key.name for key in keys.read(str(target))] == ["alice"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_what_root_edits_stays_its_owners(file: str) -> None:
+    keys.add(file, "alice")
+    os.chown(file, 12345, 12345)
+    keys.add(file, "bob")
+    for name in (file, f"{file}.lock"):
+        assert (os.stat(name).st_uid, os.stat(name).st_mode & 0o777) == (12345, 0o600)
 
 
 def test_two_writers_lose_no_key(file: str, root: Path) -> None:
