@@ -14,6 +14,7 @@ from rayswift.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from rayswift.cluster.preflight import Prepared
+    from rayswift.evaluation.report import EvalReport
     from rayswift.export.manifest import ExportManifest
     from rayswift.planning.planner import Plan
     from rayswift.training.audit_report import AuditReport
@@ -71,6 +72,19 @@ def export(source: str, output: str, *, dtype: str | None = None, force: bool = 
     from rayswift.export.pipeline import export as export_folder
 
     return export_folder(source, output, dtype=dtype, force=force)
+
+
+def evaluate(
+    target: str, rows: str, *, output: str | None = None, progress: Progress | None = None, **settings: Any
+) -> EvalReport:
+    """The held-out loss of a run, checkpoint or model folder on `rows`, and how good its or an endpoint's answers are.
+
+    `settings` are those of `evaluation.pipeline.Settings`. Raises ConfigError, DataError, CheckpointError, ServeError.
+    """
+    from rayswift.evaluation.pipeline import Settings
+    from rayswift.evaluation.pipeline import evaluate as evaluate_target
+
+    return evaluate_target(target, rows, Settings(**settings), output=output, progress=progress)
 
 
 def _plan(prepared: Prepared) -> Plan:

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -246,6 +247,35 @@ def export(
         state = "finished" if manifest.run_finished else "not finished"
         text += f"\nfrom step {manifest.checkpoint_step}; the run was {state}"
     _print(manifest.model_dump(mode="json"), text, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run, a checkpoint, a model folder, or an endpoint's URL: .../v1.")],
+    rows: Annotated[str, typer.Option(help="Held-out rows: a file, a glob, a folder, a URL, or a dataset of a hub.")],
+    format_: Annotated[str, typer.Option("--format", help="Format of the rows; auto finds it.")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many rows.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=8, help="Longest row in tokens; default: the run's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Longest answer in tokens; 0 asks nothing.")] = 256,
+    model: Annotated[str | None, typer.Option(help="Which of its models an endpoint is to ask.")] = None,
+    output: Annotated[str | None, typer.Option(help="Also write the report to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measures held-out loss, and how often greedy answers are right. Beside a run it leaves eval-ROWS.json.
+
+    The key of an endpoint is RAYSWIFT_API_KEY; an endpoint gives answers and no loss.
+
+    Example: rayswift eval runs/sft-demo --rows data/held_out.jsonl
+    """
+    from rayswift import api
+    from rayswift.progress import open_progress
+
+    with closing(open_progress()) as progress:
+        report = api.evaluate(
+            target, rows, format=format_, limit=limit, max_length=max_length, max_new_tokens=max_new_tokens,
+            model=model, output=output, progress=progress,
+        )  # fmt: skip
+    _print(report.model_dump(mode="json"), report.summary(), as_json)
 
 
 @app.command()

@@ -144,6 +144,16 @@ def prompts_before_answers(sample: Sample, rule: LossRule = _DEFAULT) -> list[li
     return [chat[:index] for index in (answers[-1:] if rule.turns == "all" else answers)]
 
 
+def last_answer(sample: Sample) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+    """The conversation before the last answer, as the server is sent it, and that answer as templates take it.
+
+    None where nobody answers. Whether the answer is trained makes no difference.
+    """
+    chat, turns = _chat(sample.messages)
+    place = max((turn.index for turn in turns if turn.answers), default=None)
+    return None if place is None else (chat[:place], chat[place])
+
+
 def _last(
     tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], sample: Sample, rendered: str, *, is_wanted: bool
 ) -> Turn:

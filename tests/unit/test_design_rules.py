@@ -26,6 +26,7 @@ LAYERS = {
     "rayswift.data": 3, "rayswift.models": 3, "rayswift.methods": 3,
     "rayswift.parallel": 4,
     "rayswift.training": 5, "rayswift.rollout": 5, "rayswift.export": 5, "rayswift.serving": 5,
+    "rayswift.evaluation": 5,
     "rayswift.cluster": 6,
     "rayswift.api": 7, "rayswift.cli": 7, "rayswift.doctor": 7, "rayswift.preview": 7, "rayswift.seen": 7,
     "rayswift.quickstart": 7,
@@ -41,9 +42,9 @@ THIRD_PARTY: dict[int, set[str]] = {
         "pandas", "fsspec", "accelerate", "httpx", "PIL", "av",
     },
     4: {"deepspeed", "torchao"},
-    5: {"matplotlib", "tensorboard", "tensorboardX", "wandb", "mlflow", "trackio", "vllm", "starlette"},
+    5: {"matplotlib", "tensorboard", "tensorboardX", "wandb", "mlflow", "trackio", "vllm", "starlette", "openai"},
     6: {"ray", "fastapi"},
-    7: {"typer", "openai", "sklearn"},
+    7: {"typer", "sklearn"},
 }  # fmt: skip
 # Of one another they may import only rayswift.data.types.
 SIBLINGS = {"rayswift.data", "rayswift.models", "rayswift.methods"}

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from rayswift.config.job import MediaSpec, ModelSpec
@@ -92,21 +93,37 @@ class Local:
     def _load(self) -> None:
         import torch
 
-        from rayswift.serving.local.loop import DecodeLoop
-        from rayswift.serving.local.proof import prove
-
         dtype = None if self._options.dtype == "auto" else getattr(torch, self._options.dtype)
-        tokenizer = load_tokenizer(self._folder)
-        model = load_model(ModelSpec(path=self._folder), dtype=dtype)
-        # `to` of transformers is wrapped in a way that loses its signature
-        model = cast("Any", model).to(_device(self._options.device)).eval()
-        self._max_model_len = _model_len(model, self._options.max_model_len)
-        encoder = _media_encoder(self._folder, self._options.media)
-        prove(model, self._folder, self._max_model_len, encoder)
-        vocabulary, num_axes = _vocabulary(model, tokenizer), encoder.num_axes if encoder else 0
-        self._loop = DecodeLoop(model, vocabulary, self._options.max_concurrency, num_axes)
-        self._media_encoder = encoder
+        opened = open_loop(load_model(ModelSpec(path=self._folder), dtype=dtype), self._folder, self._options)
+        self._loop, self._max_model_len, self._media_encoder = opened.loop, opened.max_model_len, opened.media_encoder
         self._loop.start()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A decode loop that is not started, and what its model takes."""
+
+    loop: DecodeLoop
+    max_model_len: int
+    media_encoder: MediaEncoder | None
+
+
+def open_loop(model: PreTrainedModel, folder: str, options: EngineOptions) -> Opened:
+    """The decode loop over a loaded model with the tokenizer and processor of `folder`; the model is moved in place.
+
+    Raises ConfigError for a model whose answers from a cache are not its own.
+    """
+    from rayswift.serving.local.loop import DecodeLoop
+    from rayswift.serving.local.proof import prove
+
+    tokenizer = load_tokenizer(folder)
+    # `to` of transformers is wrapped in a way that loses its signature
+    model = cast("Any", model).to(_device(options.device)).eval()
+    max_model_len = _model_len(model, options.max_model_len)
+    encoder = _media_encoder(folder, options.media)
+    prove(model, folder, max_model_len, encoder)
+    vocabulary, num_axes = _vocabulary(model, tokenizer), encoder.num_axes if encoder else 0
+    return Opened(DecodeLoop(model, vocabulary, options.max_concurrency, num_axes), max_model_len, encoder)
 
 
 def _media_encoder(folder: str, bounds: MediaSpec) -> MediaEncoder | None:

@@ -1,0 +1,161 @@
+"""The report of an evaluation: figures with all that is needed to repeat them, as JSON and as a small table."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from rayswift.training.run_dir import RunDir
+
+Kind = Literal["run", "checkpoint", "adapter", "model", "endpoint"]
+
+
+class Record(BaseModel):
+    """Base of what a report holds: frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Target(Record):
+    """What was evaluated. `model` is the base of a run or adapter, or the name that an endpoint was asked for."""
+
+    path: str
+    kind: Kind
+    model: str
+    checkpoint: str | None = None
+    step: int | None = None
+    run_finished: bool | None = None
+
+
+class RowFile(Record):
+    """A file that rows were read from. `num_rows` are those read of it."""
+
+    path: str
+    sha256: str
+    num_rows: int
+
+
+class RowCounts(Record):
+    """What became of the rows: `read` is `used` and `refused`; `cut` ones were used up to the longest length."""
+
+    files: tuple[RowFile, ...]
+    format: str
+    read: int
+    used: int
+    refused: int
+    cut: int
+    reasons: tuple[str, ...]
+    """Of the first rows that were refused: `file:line: reason`."""
+
+
+class Answered(Record):
+    """One answer; of long texts only the end. `agrees` is None where no rule can tell."""
+
+    row: str
+    expected: str
+    answer: str
+    exact: bool
+    agrees: bool | None
+
+
+class Answers(Record):
+    """What greedy answers are worth by `evaluation/scores.py`; fractions are None where nothing could be compared."""
+
+    num_answered: int
+    num_exact: int
+    exact_match: float | None
+    num_judged: int
+    num_agreed: int
+    accuracy: float | None
+    """Of the judged ones: the others are no number and too long to compare as texts."""
+    num_cut: int
+    """Answers that were not finished after the most new tokens."""
+    num_unanswered: int
+    """Conversations that were not asked, or not answered."""
+    unanswered: tuple[str, ...]
+    """Why, of the first of them."""
+    shown: tuple[Answered, ...]
+
+
+class EvalReport(Record):
+    """One evaluation. What could not be measured is None, and a reason stands beside it."""
+
+    target: Target
+    rows: RowCounts
+    loss: float | None
+    """Nats per token that counts, as `eval_loss` of a run."""
+    perplexity: float | None
+    loss_reason: str | None
+    tokens: int | None
+    trained_tokens: int | None
+    answers: Answers | None
+    answers_reason: str | None
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+
+    def summary(self) -> str:
+        """The report as a small table of plain text."""
+        lines = [("target", self._target()), ("rows", self._rows()), *(("refused", one) for one in self.rows.reasons)]
+        lines += [("loss", self._loss()), *self._answers()]
+        return "\n".join(f"{name:<12}  {text}" for name, text in lines)
+
+    def _target(self) -> str:
+        target = self.target
+        more = {"endpoint": f", model {target.model}", "adapter": f" on {target.model}"}.get(target.kind, "")
+        return f"{target.path}: {target.kind}{more}" + (f", step {target.step}" if target.step is not None else "")
+
+    def _rows(self) -> str:
+        rows = self.rows
+        names = ", ".join(f"{os.path.basename(file.path)} ({file.sha256[:12]})" for file in rows.files[:3])
+        more = f" and {len(rows.files) - 3} more" if len(rows.files) > 3 else ""
+        cut = f", of which {rows.cut:,} were cut" if rows.cut else ""
+        return f"{names}{more}: {rows.read:,} read, {rows.used:,} used{cut}, {rows.refused:,} refused"
+
+    def _loss(self) -> str:
+        if self.loss is None:
+            return f"not measured: {self.loss_reason}"
+        perplexity = "" if self.perplexity is None else f", perplexity {self.perplexity:.4g}"
+        return f"{self.loss:.4f} per token{perplexity}, over {self.trained_tokens:,} of {self.tokens:,} tokens"
+
+    def _answers(self) -> list[tuple[str, str]]:
+        found = self.answers
+        if found is None:
+            return [("answers", f"not measured: {self.answers_reason}")]
+        cut = f", {found.num_cut:,} cut off" if found.num_cut else ""
+        lines = [
+            ("answers", f"{found.num_answered:,}{cut}, {found.num_unanswered:,} not asked or not answered"),
+            *(("unanswered", one) for one in found.unanswered),
+            ("exact match", _share(found.exact_match, found.num_exact, found.num_answered)),
+            ("accuracy", _share(found.accuracy, found.num_agreed, found.num_judged) + " that can be judged"),
+        ]
+        return lines
+
+
+def report_place(target: Target, rows: str) -> str | None:
+    """Where the report of a run or checkpoint is kept: beside the run, under the name of the rows; else None."""
+    if target.kind not in ("run", "checkpoint"):
+        return None
+    folder = target.path.rstrip("/")
+    if target.kind == "checkpoint":
+        above, _, name = folder.rpartition("/")[0].rpartition("/")
+        folder = above if name == "checkpoints" else folder.rpartition("/")[0]
+    base = rows.rstrip("/").rsplit("/", 1)[-1]
+    name = re.sub(r"[^\w.-]+", "-", base.rpartition(".")[0] or base).strip("-.") or "rows"
+    return f"{folder or '.'}/eval-{name}.json"
+
+
+def write(report: EvalReport, path: str) -> None:
+    """Write the report to a path or URL: beside its place, then renamed."""
+    folder, _, name = path.rpartition("/")
+    RunDir(folder or ("/" if path.startswith("/") else ".")).write_text(
+        name, json.dumps(report.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+    )
+
+
+def _share(value: float | None, part: int, whole: int) -> str:
+    return f"nothing of {whole}" if value is None else f"{value:.1%}, {part:,} of {whole:,}"

@@ -1,0 +1,131 @@
+"""The rows a model is judged on: found, indexed and looked at as those of a job, and the questions among them.
+
+Knows what a question is: a conversation up to its last answer. Knows no model and no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayswift.config.job import DataSource, DataSpec
+from rayswift.data.detect import normalise
+from rayswift.data.formats import RowError, UnusedRow
+from rayswift.data.hub_sources import settled
+from rayswift.data.inspect import media_kinds, preflight
+from rayswift.data.quarantine import place
+from rayswift.data.rendering import last_answer
+from rayswift.data.row_keys import key_of
+from rayswift.data.sources import FileIndex, bad_row, index_sources, read_rows
+from rayswift.data.stream import StreamPlan, plan_stream
+from rayswift.data.types import BadRow, Sample
+
+_FIELD = "--rows"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One source of rows, its files indexed and its format known."""
+
+    source: DataSource
+    files: tuple[FileIndex, ...]
+    format: str
+
+    @property
+    def num_rows(self) -> int:
+        """All of them, bad ones included."""
+        return sum(file.num_rows for file in self.files)
+
+    def stream(self, max_length: int) -> StreamPlan:
+        """The rows once, in file order, a document per sequence; answers of conversations count, and all of a text."""
+        sources, formats = (self.source,), (self.format,)
+        data = DataSpec(train=sources, packing=False, shuffle=False, max_length=max_length)
+        kinds = media_kinds(sources, self.files, formats)
+        return plan_stream(
+            self.files, sources, formats, data=data, rendering="chat", epochs=1, seed=0, media_kinds=kinds
+        )
+
+    def samples(self) -> Iterator[tuple[int, BadRow, Sample | None]]:
+        """(key, the row as a BadRow without or with a reason, the row as a Sample or None) of each row."""
+        for number, file in enumerate(self.files):
+            for span in file.spans:
+                for row, line, value in read_rows(file, span):
+                    yield key_of(number, row), *self._sample(file, row, line, value)
+
+    def _sample(
+        self, file: FileIndex, row: int, line: int | None, value: dict[str, Any] | BadRow
+    ) -> tuple[BadRow, Sample | None]:
+        if isinstance(value, BadRow):
+            return value, None
+        try:
+            sample = normalise(value, self.format, self.source)
+            if sample.label is False:
+                raise UnusedRow("is labelled as an answer not to give")
+        except RowError as error:
+            return bad_row(file, row, line, str(error)), None
+        return bad_row(file, row, line, ""), sample
+
+
+def open_rows(path: str, *, format_name: str = "auto", limit: int | None = None) -> Rows:
+    """The rows at a path, glob, folder, URL or hub id, the first `limit` of them.
+
+    Raises ConfigError where there are none or their format is unknown, DataError when none of the first can be used.
+    """
+    source = settled(DataSource(path=path, format=format_name, limit=limit), place=_FIELD)
+    files = index_sources((source,), path=_FIELD)
+    (found,) = preflight((source,), files, path=_FIELD)
+    return Rows(source, files, found)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation that a model is to answer, and the answer of its row."""
+
+    place: str
+    chat: list[dict[str, Any]]
+    tools: tuple[dict[str, Any], ...]
+    expected: str
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """The questions of rows, which rows cannot be used, and which of the others are not asked, with the reasons."""
+
+    questions: list[Question] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    not_asked: list[str] = field(default_factory=list)
+
+
+def conversations(rows: Rows, unusable: Collection[int] = ()) -> Conversations:
+    """What there is to ask. Rows whose keys are `unusable` are left out: they were refused before, and told then.
+
+    Texts are no questions; nothing is said of them.
+    """
+    found = Conversations()
+    for key, about, sample in rows.samples():
+        if key in unusable:
+            continue
+        if sample is None:
+            found.refused.append(f"{place(about)}: {about.reason}")
+        elif sample.messages:
+            asked = _question(place(about), sample)
+            if isinstance(asked, Question):
+                found.questions.append(asked)
+            else:
+                found.not_asked.append(f"{place(about)}: {asked}")
+    return found
+
+
+def _question(where: str, sample: Sample) -> Question | str:
+    """The question of a conversation, or why it has none."""
+    if sample.media:
+        return "has media, which are measured by the loss and not asked about"
+    last = last_answer(sample)
+    if last is None:
+        return "has no answer to compare with"
+    chat, answer = last
+    if answer.get("tool_calls"):
+        return "ends in a tool call, which is no text to compare with"
+    expected = str(answer["content"])
+    return Question(where, chat, sample.tools, expected) if expected.strip() else "has an empty answer"

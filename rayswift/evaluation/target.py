@@ -1,0 +1,66 @@
+"""From a target on disk to one model in float32: what an export of it would hold, without writing it.
+
+Knows runs, checkpoints, adapters and model folders through `export/`; knows no endpoint and no rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, cast
+
+from rayswift.errors import CheckpointError, ConfigError
+from rayswift.evaluation.report import Kind
+from rayswift.export.merge import build
+from rayswift.export.source import Source, resolve
+from rayswift.export.verify import PROMPTS, encode
+from rayswift.models.adapters import weights_sha256
+from rayswift.models.config_sizes import num_positions
+from rayswift.models.loading import check_folder, load_tokenizer, local_folder
+from rayswift.parallel.mesh import find_device
+from rayswift.training import checkpoint
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def opened(target: str) -> tuple[Source, Kind]:
+    """What lies at `target`, and what it is. Raises as `export.source.resolve`, ConfigError for a broken base."""
+    source = resolve(target)
+    for reason in source.passed_over:
+        print(f"warning: passed over a newer checkpoint: {reason}", file=sys.stderr)
+    check_folder(source.base)
+    if source.checkpoint is not None:
+        return source, "checkpoint" if source.checkpoint == target else "run"
+    return source, "adapter" if source.adapter_dir is not None else "model"
+
+
+def longest(source: Source, asked: int | None, default: int) -> int:
+    """The longest sequence: as asked for, else the run's own, else the default, and what the model takes.
+
+    Raises ConfigError when it is asked for more than that.
+    """
+    positions = num_positions(check_folder(source.base))
+    if asked is not None and positions is not None and asked > positions:
+        raise ConfigError("is more than the model has positions", path="--max-length", value=asked,
+                          fix=f"use {positions}")  # fmt: skip
+    own = checkpoint.read_manifest(source.checkpoint).job["data"]["max_length"] if source.checkpoint else default
+    return min(asked or int(own), positions or sys.maxsize)
+
+
+def load(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, its adapter merged, on the device there is, and its tokenizer.
+
+    Raises CheckpointError when the base is no longer the one that was trained on.
+    """
+    base = local_folder(source.base)
+    if source.base_sha256 is not None and source.base_sha256 != weights_sha256(base):
+        raise CheckpointError(
+            f"has changed since {source.checkpoint or source.adapter_dir} was trained on it", path="model.path",
+            value=source.base, fix="put the base back as it was",
+        )  # fmt: skip
+    tokenizer = load_tokenizer(str(base))
+    model = build(source, [encode(tokenizer, text) for text in PROMPTS]).model
+    # `to` of transformers is wrapped in a way that loses its signature
+    return cast("Any", model).to(find_device("auto")).eval(), tokenizer

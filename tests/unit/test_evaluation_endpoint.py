@@ -1,0 +1,178 @@
+"""An endpoint as a target: a stand-in on this machine that speaks the protocol, asked by the official client."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayswift import api
+from rayswift.errors import ConfigError, ServeError
+
+KEY = "a-key-of-the-endpoint"
+
+
+class StandIn(ThreadingHTTPServer):
+    """Repeats the last word of the last message as its answer; refuses `too long`, and fails at `break`."""
+
+    def __init__(self, models: tuple[str, ...] = ("demo",), key: str | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.models, self.key = models, key
+        self.seen: list[dict[str, Any]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: StandIn
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self._allowed():
+            data = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in self.server.models]
+            self._send(200 if self.path == "/v1/models" else 404, {"object": "list", "data": data})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._allowed():
+            return
+        if self.path != "/v1/chat/completions" or body["model"] not in self.server.models:
+            self._error(404, "The model does not exist")
+            return
+        self.server.seen.append(body)
+        said = body["messages"][-1]["content"]
+        if said in ("too long", "break"):
+            self._error(400 if said == "too long" else 501, f"{said}, says the endpoint")
+            return
+        message = {"role": "assistant", "content": said.split()[-1]}
+        reason = "length" if "forever" in said else "stop"
+        choices = [{"index": 0, "message": message, "finish_reason": reason}]
+        self._send(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "demo", "choices": choices})
+
+    def _allowed(self) -> bool:
+        allowed = self.server.key is None or self.headers["Authorization"] == f"Bearer {self.server.key}"
+        if not allowed:
+            self._error(401, "wrong key")
+        return allowed
+
+    def _error(self, status: int, message: str) -> None:
+        self._send(status, {"error": {"message": message, "type": "t", "param": None, "code": None}})
+
+    def _send(self, status: int, body: dict[str, Any]) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("x-should-retry", "false")  # the client would wait before it tries again
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        return None
+
+
+def started(server: StandIn) -> Iterator[StandIn]:
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAYSWIFT_API_KEY", raising=False)
+
+
+@pytest.fixture
+def served() -> Iterator[StandIn]:
+    yield from started(StandIn())
+
+
+@pytest.fixture
+def locked() -> Iterator[StandIn]:
+    yield from started(StandIn(("demo", "other"), KEY))
+
+
+def rows_of(path: Path, pairs: list[tuple[str, str]]) -> str:
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_answers_are_compared_and_there_is_no_loss(served: StandIn, tmp_path: Path) -> None:
+    pairs = [("Say Paris", "Paris"), ("Say paris.", "Paris"), ("20+22 is 42", "6*7\n#### 42"), ("Say no", "yes"),
+             ("too long", "x"), ("go on forever", "forever")]  # fmt: skip
+    path = rows_of(tmp_path / "asked.jsonl", pairs)
+    with open(path, "a") as stream:
+        stream.write('{"messages": "none"}\n{"messages": [{"role": "user", "content": "only asked"}]}\n')
+    report = api.evaluate(served.url, path, max_new_tokens=9)
+    found = report.answers
+    assert found is not None
+    assert (found.num_answered, found.num_exact, found.num_judged, found.num_agreed) == (5, 2, 5, 4)
+    assert (found.exact_match, found.accuracy, found.num_cut) == (2 / 5, 4 / 5, 1)
+    assert found.unanswered == (f"{path}:5: is refused by the endpoint: too long, says the endpoint",)
+    assert (report.loss, report.perplexity, report.tokens, report.trained_tokens) == (None, None, None, None)
+    assert report.loss_reason == "an endpoint for chats gives no log-probabilities of prompts"
+    assert (report.rows.read, report.rows.used, report.rows.refused) == (8, 6, 2)
+    assert [reason.removeprefix(path)[:3] for reason in report.rows.reasons] == [":7:", ":8:"]
+    assert (report.target.kind, report.target.model, report.target.path) == ("endpoint", "demo", served.url)
+    assert all((body["temperature"], body["max_tokens"]) == (0, 9) for body in served.seen)
+    assert "loss          not measured: an endpoint" in report.summary()
+    assert not list(tmp_path.glob("eval-*"))
+
+
+def test_earlier_turns_are_sent_along(served: StandIn, tmp_path: Path) -> None:
+    turns = [("system", "Be brief."), ("user", "Two?"), ("assistant", "2"), ("user", "Say 3"), ("assistant", "3")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    path = tmp_path / "turns.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    report = api.evaluate(served.url, str(path))
+    assert report.answers is not None
+    assert report.answers.exact_match == 1
+    assert served.seen[0]["messages"] == messages[:-1]
+
+
+def test_the_key_is_sent_and_never_shown(locked: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = rows_of(tmp_path / "asked.jsonl", [("Say a", "a")])
+    with pytest.raises(ConfigError, match=r"RAYSWIFT_API_KEY is not set, and a key is asked for by http://.* \(401\)"):
+        api.evaluate(locked.url, path)
+    monkeypatch.setenv("RAYSWIFT_API_KEY", "another-key-of-mine")
+    with pytest.raises(ConfigError, match="RAYSWIFT_API_KEY is refused by") as caught:
+        api.evaluate(locked.url, path, model="demo")
+    assert "another-key-of-mine" not in str(caught.value)
+    monkeypatch.setenv("RAYSWIFT_API_KEY", KEY)
+    with pytest.raises(ConfigError, match=r"--model is needed: .* serves demo, other; write --model demo"):
+        api.evaluate(locked.url, path)
+    report = api.evaluate(locked.url, path, model="other")
+    assert (report.target.model, KEY in report.model_dump_json()) == ("other", False)
+
+
+def test_what_the_endpoint_does_not_know_is_told(served: StandIn, tmp_path: Path) -> None:
+    path = rows_of(tmp_path / "asked.jsonl", [("Say a", "a")])
+    with pytest.raises(
+        ConfigError, match="answers 404: The model does not exist; give the base URL, which ends in /v1"
+    ):
+        api.evaluate(served.url, path, model="absent")
+    with pytest.raises(ServeError, match=re.escape(f"TARGET={served.url} does not answer: break, says")):
+        api.evaluate(served.url, rows_of(tmp_path / "broken.jsonl", [("break", "a")] * 20))
+
+
+def test_an_endpoint_that_is_not_there_is_a_failure_and_no_bad_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayswift.evaluation.endpoint._RETRIES", 0)
+    gone = StandIn()
+    gone.server_close()
+    with pytest.raises(ServeError, match="does not answer: Connection error") as caught:
+        api.evaluate(gone.url, rows_of(tmp_path / "asked.jsonl", [("Say a", "a")]))
+    assert caught.value.exit_code == 1
