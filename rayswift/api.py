@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rayswift.cluster.preflight import Prepared
     from rayswift.evaluation.report import EvalReport
     from rayswift.export.manifest import ExportManifest
+    from rayswift.export.quantize import QuantizeSpec
     from rayswift.planning.planner import Plan
     from rayswift.training.audit_report import AuditReport
     from rayswift.training.report import RunReport
@@ -64,14 +65,16 @@ def audit(run_dir: str) -> AuditReport:
     return audit_run(run_dir)
 
 
-def export(source: str, output: str, *, dtype: str | None = None, force: bool = False) -> ExportManifest:
+def export(
+    source: str, output: str, *, dtype: str | None = None, force: bool = False, quantize: QuantizeSpec | None = None
+) -> ExportManifest:
     """The manifest of a verified Hugging Face folder made from a run, a checkpoint or a model folder.
 
     Raises ExportError (exit 5) when it does not verify; then nothing is left at `output`.
     """
     from rayswift.export.pipeline import export as export_folder
 
-    return export_folder(source, output, dtype=dtype, force=force)
+    return export_folder(source, output, dtype=dtype, force=force, quantize=quantize)
 
 
 def evaluate(

@@ -19,6 +19,7 @@ from typer.exceptions import TyperException
 
 import rayswift
 from rayswift.errors import ConfigError, RaySwiftError
+from rayswift.units import format_bytes
 
 if TYPE_CHECKING:
     from rayswift.config.load import LoadedJob
@@ -232,17 +233,48 @@ def export(
     source: Annotated[str, typer.Argument(help="A run directory, a checkpoint, or a Hugging Face folder.")],
     output: Annotated[str, typer.Argument(help="Folder to write.")],
     dtype: Annotated[str | None, typer.Option(help="Type of the written weights; default: as trained.")] = None,
+    quantizer: Annotated[str, typer.Option(help="none, gptq, awq, int8 or fp8.")] = "none",
+    bits: Annotated[int | None, typer.Option(help="Bits of a quantized weight: gptq 4 or 8.  [default: 4]")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale.  [default: 128]")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Rows to calibrate on; default: the job's data.")] = None,
+    calibration_rows: Annotated[int, typer.Option(min=1, help="How many of them.")] = 256,
+    held_out_rows: Annotated[int, typer.Option(min=1, help="Rows that the result is judged by.")] = 64,
+    max_length: Annotated[int | None, typer.Option(min=8, help="Longest row in tokens; default: the job's.")] = None,
+    max_perplexity: Annotated[
+        float | None, typer.Option(help="Most that perplexity may be of the unquantized model's, as a ratio.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Least part of positions whose most likely token stays the same.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Writes a trained model as a verified Hugging Face folder: adapter merged, reloaded, compared.
+    """Writes a trained model as a verified Hugging Face folder: adapter merged, quantized, reloaded, compared.
 
-    Example: rayswift export runs/sft-demo exports/sft-demo
+    Exit code 5, and nothing is left, where the result is further from the trained model than its bounds allow.
+
+    Example: rayswift export runs/sft-demo exports/sft-demo-4bit --quantizer gptq --group-size 64
     """
     from rayswift import api
+    from rayswift.export.quantize import asked
 
-    manifest = api.export(source, output, dtype=dtype, force=force)
+    quantize = asked(
+        quantizer,
+        {"bits": bits, "group_size": group_size},
+        {"calibration": calibration, "max_length": max_length, "max_perplexity": max_perplexity,
+         "min_agreement": min_agreement},
+        num_calibration=calibration_rows,
+        num_held_out=held_out_rows,
+    )  # fmt: skip
+    manifest = api.export(source, output, dtype=dtype, force=force, quantize=quantize)
     text = f"{output}: {len(manifest.files)} files, verified; manifest {os.path.join(output, 'rayswift.json')}"
+    if manifest.quantization and manifest.verify and manifest.verify.held_out:
+        size = sum(entry.size for name, entry in manifest.files.items() if name.endswith(".safetensors"))
+        text += (
+            f"\n{quantizer}: {format_bytes(manifest.quantization.bytes_before)} -> {format_bytes(size)}, perplexity "
+            f"x{manifest.verify.held_out.perplexity_ratio:.4f} on {manifest.verify.held_out.rows.num_rows} held-out "
+            f"rows, the same most likely token at {manifest.verify.held_out.top1_agreement:.1%} of their places"
+        )
     if manifest.checkpoint_step is not None:
         state = "finished" if manifest.run_finished else "not finished"
         text += f"\nfrom step {manifest.checkpoint_step}; the run was {state}"

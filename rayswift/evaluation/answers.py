@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from rayswift.data.formats import RowError
 from rayswift.errors import RaySwiftError, ServeError
 from rayswift.evaluation.report import Answered, Answers
 from rayswift.evaluation.rows import Question
 from rayswift.evaluation.scores import agrees, is_exact
 from rayswift.serving.api_errors import ApiError
-from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampling
+from rayswift.serving.engine import Delta, EngineOptions, Request, Sampling
 from rayswift.serving.prompts import PromptBuilder
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _SHOWN, _SHOWN_CHARS = 5, 400
 _ALIVE_S = 5.0
+_IN_FLIGHT = 2 * EngineOptions.max_concurrency
 _Event = tuple[int, Delta | RaySwiftError]
 
 
@@ -73,50 +75,61 @@ def answer(
 ) -> list[Reply | str]:
     """The model's greedy answer to each question, or why it has none. `folder` has its tokenizer and processor.
 
-    Raises ConfigError for a model that the local engine cannot decode, ServeError when it fails.
+    A failure costs its own answers. Raises ConfigError for a model that the local engine cannot decode.
     """
     from rayswift.serving.engines.local import open_loop
 
-    options = EngineOptions()
-    opened = open_loop(model, folder, options)
-    prompts = PromptBuilder(tokenizer)
-    requests = [_request(prompts, question, max_new_tokens, opened.max_model_len) for question in questions]
+    opened = open_loop(model, folder, EngineOptions())
+    encoder = opened.media_encoder
+    prompts = PromptBuilder(tokenizer, encoder)
+
+    def request(question: Question) -> Request | str:
+        try:
+            encoded = encoder.encode(question.sample, question.file) if encoder and question.num_media else ()
+            shown = slice(question.num_media)
+            prompt = prompts.conversation(question.chat, question.tools, question.sample.media[shown], encoded[shown])
+        except (ApiError, RowError) as error:
+            return str(error)
+        room = min(max_new_tokens, opened.max_model_len - len(prompt.ids))
+        if room < 1:
+            return (
+                f"its prompt has {len(prompt.ids)} tokens, and the model takes {opened.max_model_len} with the answer"
+            )
+        return Request(question.place, prompt, Sampling(max_new_tokens=room, temperature=0))
+
     opened.loop.start()
     try:
-        return _answers(opened.loop, requests)
+        return _answers(opened.loop, questions, request)
     finally:
         opened.loop.close()
 
 
-def _request(prompts: PromptBuilder, question: Question, max_new_tokens: int, max_model_len: int) -> Request | str:
-    """What the engine is asked, with as many new tokens as there is room for."""
-    try:
-        ids = prompts.turns(question.chat, question.tools)
-    except ApiError as error:
-        return str(error)
-    room = min(max_new_tokens, max_model_len - len(ids))
-    if room < 1:
-        return f"its prompt has {len(ids)} tokens, and the model takes {max_model_len} with the answer"
-    return Request(question.place, Prompt(tuple(ids)), Sampling(max_new_tokens=room, temperature=0))
-
-
-def _answers(loop: DecodeLoop, requests: Sequence[Request | str]) -> list[Reply | str]:
-    """The replies in the order of the requests; the loop works on as many as it has places for."""
+def _answers(
+    loop: DecodeLoop, questions: Sequence[Question], request_of: Callable[[Question], Request | str]
+) -> list[Reply | str]:
+    """The replies in the order of the questions; few more are prepared than are being answered, media are large."""
     events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-    replies: list[Reply | str] = [request if isinstance(request, str) else "" for request in requests]
+    replies: list[Reply | str] = [""] * len(questions)
     texts: dict[int, str] = {}
-    for number, request in enumerate(requests):
-        if not isinstance(request, str):
-            texts[number] = ""
-            loop.submit(request, _into(events, number))
-    while texts:
+    left = iter(range(len(questions)))
+    while True:
+        while len(texts) < _IN_FLIGHT and (number := next(left, None)) is not None:
+            request = request_of(questions[number])
+            if isinstance(request, str):
+                replies[number] = request
+            else:
+                texts[number] = ""
+                loop.submit(request, _into(events, number))
+        if not texts:
+            return replies
         number, event = _next(loop, events)
         if isinstance(event, RaySwiftError):
-            raise event
+            del texts[number]
+            replies[number] = str(event)
+            continue
         texts[number] += event.text
         if event.finish_reason is not None:
             replies[number] = Reply(texts.pop(number), cut=event.finish_reason == "length")
-    return replies
 
 
 def _into(events: queue.SimpleQueue[_Event], number: int) -> Callable[[Delta | RaySwiftError], None]:

@@ -89,6 +89,8 @@ def _ask(client: openai.OpenAI, model: str, question: Question, max_new_tokens: 
 
     if question.tools or any(set(turn) & {"tool_calls", "tool_call_id"} for turn in question.chat):
         return "has tools, which are not sent to an endpoint"
+    if question.num_media:
+        return "has media, which are not sent to an endpoint"
     messages: Any = [{"role": turn["role"], "content": turn["content"]} for turn in question.chat]
     try:
         reply = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=max_new_tokens)

@@ -14,6 +14,7 @@ from rayswift.data.detect import normalise
 from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.hub_sources import settled
 from rayswift.data.inspect import media_kinds, preflight
+from rayswift.data.media import MARKS
 from rayswift.data.quarantine import place
 from rayswift.data.rendering import last_answer
 from rayswift.data.row_keys import key_of
@@ -86,6 +87,16 @@ class Question:
     chat: list[dict[str, Any]]
     tools: tuple[dict[str, Any], ...]
     expected: str
+    sample: Sample
+    """The row, with its media."""
+    file: str
+    """The file it stands in, from whose folder the paths of media start."""
+
+    @property
+    def num_media(self) -> int:
+        """How many of the row's media, the first ones, are in the question."""
+        contents = [str(turn.get("content") or "") for turn in self.chat]
+        return sum(content.count(mark) for content in contents for mark in MARKS.values())
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ def conversations(rows: Rows, unusable: Collection[int] = ()) -> Conversations:
         if sample is None:
             found.refused.append(f"{place(about)}: {about.reason}")
         elif sample.messages:
-            asked = _question(place(about), sample)
+            asked = _question(about, sample)
             if isinstance(asked, Question):
                 found.questions.append(asked)
             else:
@@ -117,10 +128,8 @@ def conversations(rows: Rows, unusable: Collection[int] = ()) -> Conversations:
     return found
 
 
-def _question(where: str, sample: Sample) -> Question | str:
+def _question(about: BadRow, sample: Sample) -> Question | str:
     """The question of a conversation, or why it has none."""
-    if sample.media:
-        return "has media, which are measured by the loss and not asked about"
     last = last_answer(sample)
     if last is None:
         return "has no answer to compare with"
@@ -128,4 +137,6 @@ def _question(where: str, sample: Sample) -> Question | str:
     if answer.get("tool_calls"):
         return "ends in a tool call, which is no text to compare with"
     expected = str(answer["content"])
-    return Question(where, chat, sample.tools, expected) if expected.strip() else "has an empty answer"
+    if not expected.strip():
+        return "has an empty answer"
+    return Question(place(about), chat, sample.tools, expected, sample, about.file)

@@ -5,11 +5,12 @@ Knows how a manifest is written last and when it can be trusted. Does not know h
 
 from __future__ import annotations
 
+import math
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -39,13 +40,55 @@ class Difference(Record):
 
     max_abs: float
     mean_abs: float
-    bound_max_abs: float
+    bound_max_abs: float | None
+    """None for a quantized model: one token in thousands may move far without harm."""
     bound_mean_abs: float
 
     @property
     def within(self) -> bool:
         """Whether both figures are numbers within their bounds."""
-        return self.max_abs <= self.bound_max_abs and self.mean_abs <= self.bound_mean_abs
+        bound = math.inf if self.bound_max_abs is None else self.bound_max_abs
+        return self.max_abs <= bound and self.mean_abs <= self.bound_mean_abs
+
+
+class RowsUsed(Record):
+    """Rows that an export was calibrated or judged on."""
+
+    files: dict[str, str]
+    """The sha256 of each file that they were read from."""
+    num_rows: int
+    num_tokens: int
+    sha256: str
+    """Of their token ids."""
+
+
+class HeldOut(Record):
+    """What quantizing cost on rows that it did not see: loss per trained token, and the ratio of perplexities."""
+
+    rows: RowsUsed
+    reference_loss: float
+    loss: float
+    perplexity_ratio: float
+    bound_perplexity_ratio: float
+    top1_agreement: float
+    """The fraction of trained tokens whose place has the same most likely token."""
+    bound_top1_agreement: float
+
+
+class Quantization(Record):
+    """How the weights were quantized. `ignore` has the patterns of the linear layers that were not."""
+
+    quantizer: str
+    settings: dict[str, Any]
+    num_layers: int
+    ignore: tuple[str, ...]
+    fraction: float
+    """Of the weights in the language model's blocks that were quantized."""
+    bytes_before: int
+    """Size of the weights before, in the dtype of the export."""
+    calibration: RowsUsed | None = None
+    """Null for a quantizer that needs no rows."""
+    versions: dict[str, str]
 
 
 class VerifyResult(Record):
@@ -58,6 +101,10 @@ class VerifyResult(Record):
     logprobs: Difference
     top1_agreement: float
     """The fraction of positions whose most likely next token is the same."""
+    greedy_agreement: float | None = None
+    """The fraction of greedy tokens before the first that differs; null for an export that is not quantized."""
+    held_out: HeldOut | None = None
+    """Null for an export that is not quantized: the bounds on log-probabilities are narrower."""
     tokenizer_equal: bool
     chat_template_equal: bool
     processor_equal: bool = True
@@ -75,7 +122,9 @@ class ExportManifest(Record):
     """The training method; null for a folder that was not trained here."""
     adapter: dict[str, Any] | None
     """The settings of the adapter that was merged; null for full fine-tuning."""
-    quantizer: Literal["none"] = "none"
+    quantizer: str = "none"
+    quantization: Quantization | None = None
+    """Null where `quantizer` is none."""
     dtype: str
     job_hash: str | None
     checkpoint_step: int | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,10 @@ from typing import TYPE_CHECKING
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import manifest as manifests
 from rayswift.export.manifest import ExportManifest
-from rayswift.export.merge import Merged, build
+from rayswift.export.merge import build
+from rayswift.export.quantize import QuantizeSpec, load_quantizer, write_ignored
+from rayswift.export.quantize import quantize as quantize_model
+from rayswift.export.rows import Rows, read_rows_of
 from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source, resolve
 from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, Bounds, compare, encode, probe
@@ -27,7 +31,7 @@ from rayswift.models.staging import is_empty_folder, staged_folder
 from rayswift.units import format_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SHARD_SIZE = "5GB"
 _COMPANIONS = (
@@ -47,14 +51,18 @@ def export(
     force: bool = False,
     bounds: Bounds | None = None,
     prompts: Sequence[str] = PROMPTS,
+    quantize: QuantizeSpec | None = None,
 ) -> ExportManifest:
     """The manifest of the folder written to `output` from a run, a checkpoint, an adapter folder or a model.
 
-    `dtype` is that of the weights written; None keeps the base's. `bounds` on the log-probabilities default to
-    `DEFAULT_BOUNDS` of that dtype. An existing `output` is replaced only with `force`. Raises ConfigError for a bad
-    source or output, CheckpointError for a checkpoint that cannot be trusted, ExportError when the result cannot be
-    written or does not verify; `output` is then as it was before.
+    `dtype` is that of the weights written, or of what a quantizer leaves; None keeps the base's. `bounds` default to
+    `DEFAULT_BOUNDS` of that dtype, or the quantizer's. An existing `output` is replaced only with `force`. Raises
+    ConfigError for a bad source or output, CheckpointError for a checkpoint that cannot be trusted, ExportError when
+    the result cannot be written or does not verify; `output` is then as it was before.
     """
+    import torch
+
+    quantizer = load_quantizer(quantize) if quantize else None
     what = resolve(source)
     for reason in what.passed_over:
         print(f"warning: passed over a newer checkpoint: {reason}", file=sys.stderr)
@@ -62,19 +70,29 @@ def export(
     base = local_folder(what.base)
     _check_output(output, keep=(source, str(base)), force=force)
     base_sha256 = _check_base(what, base)
-    dtype = _dtype(dtype, base)
+    dtype = _dtype(dtype, base, is_quantized=quantize is not None)
     tokenizer = load_tokenizer(str(base))
+    calibration, held_out = _rows(what, tokenizer, quantize, needs_rows=quantizer is not None and quantizer.needs_rows)
     encoder = encoder_of(base)
     merged = build(what, [*(encode(tokenizer, text) for text in prompts), *shown(encoder).values()])
-    reference = probe(merged.model, tokenizer, prompts, encoder) if verify else None
+    reference = probe(merged.model, tokenizer, prompts, encoder, held_out) if verify else None
     with _disk_errors(output), staged_folder(output, replace=force) as stage:
-        _write_model(merged, base, dtype, stage)
+        torch.nn.Module.to(merged.model, getattr(torch, dtype))
+        done = None
+        if quantize and quantizer and calibration:
+            done = quantize_model(merged.model, tokenizer, quantize, quantizer, calibration)
+            bounds = bounds or quantize.bounds(quantizer)
+        _write_model(merged.model, base, stage)
+        if done:
+            write_ignored(stage, done)
         result = compare(reference, stage, bounds or DEFAULT_BOUNDS[dtype]) if reference else None
         manifest = ExportManifest(
             base=what.base,
             base_sha256=base_sha256,
             method=what.method,
             adapter=what.adapter_settings(),
+            quantizer=quantize.name if quantize else "none",
+            quantization=done,
             dtype=dtype,
             job_hash=what.job_hash,
             checkpoint_step=what.step,
@@ -123,24 +141,46 @@ def _check_base(what: Source, base: Path) -> str:
     return found
 
 
-def _dtype(asked: str | None, base: Path) -> str:
-    """The dtype to write: as asked, else the base's, else float32. Raises ConfigError for one that is not known."""
+def _rows(
+    what: Source, tokenizer: PreTrainedTokenizerBase, spec: QuantizeSpec | None, *, needs_rows: bool
+) -> tuple[Rows | None, Rows | None]:
+    """What to calibrate on, and what to judge by; both None for an export that is not quantized."""
+    if spec is None:
+        return None, None
+    return read_rows_of(
+        what,
+        tokenizer,
+        path=spec.calibration,
+        num_calibration=spec.num_calibration if needs_rows else 0,
+        num_held_out=spec.num_held_out,
+        max_length=spec.max_length,
+    )
+
+
+def _dtype(asked: str | None, base: Path, *, is_quantized: bool = False) -> str:
+    """The dtype to write: as asked, else the base's, else float32, or bfloat16 for what a quantizer leaves.
+
+    Raises ConfigError for one that is not known, and for float32 beside quantized weights, which no engine runs.
+    """
+    if is_quantized and asked == "float32":
+        raise ConfigError(
+            "is no type for what is not quantized: serving engines run quantized layers in half precision",
+            path="--dtype", value=asked, fix="use bfloat16 or float16",
+        )  # fmt: skip
     stored = str(load_config(str(base)).dtype or "float32").removeprefix("torch.")
     dtype = asked or (stored if stored in DEFAULT_BOUNDS else "float32")
+    dtype = "bfloat16" if is_quantized and dtype == "float32" else dtype
     if dtype not in DEFAULT_BOUNDS:
         raise ConfigError("is not a dtype", path="--dtype", value=dtype, fix=f"use {', '.join(DEFAULT_BOUNDS)}")
     return dtype
 
 
-def _write_model(merged: Merged, base: Path, dtype: str, stage: Path) -> None:
+def _write_model(model: PreTrainedModel, base: Path, stage: Path) -> None:
     """Weights, config, tokenizer, template and generation settings."""
-    import torch
-
-    model = merged.model
-    torch.nn.Module.to(model, getattr(torch, dtype))
     _check_space(model, stage)
     _restore_cache(model, base)
-    with quiet_progress():
+    with quiet_progress(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")  # of a quantizer
         model.save_pretrained(stage, max_shard_size=_SHARD_SIZE)
     for pattern in _COMPANIONS:
         for file in filter(Path.is_file, base.glob(pattern)):

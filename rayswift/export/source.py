@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayswift.config.job import AdapterSpec, Job, Part
+from rayswift import plugins
+from rayswift.config.job import AdapterSpec, DataSpec, Job, Part
+from rayswift.data.rendering import Rendering
 from rayswift.errors import CheckpointError, ConfigError
 from rayswift.export import manifest as export_manifest
 from rayswift.models.adapters import ADAPTER_CONFIG, read_binding
@@ -43,6 +45,10 @@ class Source:
     """Why each newer checkpoint of the run was not taken, newest first."""
     base_sha256: str | None = None
     """The identity of the base when it was trained, where that was recorded."""
+    data: DataSpec | None = None
+    """What was trained on; None for a folder that was not trained here."""
+    rendering: Rendering | None = None
+    """How its method renders rows; None without a method."""
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """The trained tensors of the checkpoint, whole and on the CPU, under their Hugging Face or peft names."""
@@ -103,6 +109,8 @@ def _of_checkpoint(path: str, found: CheckpointManifest) -> Source:
         step=found.step,
         finished=found.finished,
         base_sha256=getattr(found, "base_sha256", None),
+        data=job.data,
+        rendering=plugins.load("methods", job.method.name, path="method.name").rendering,
     )
 
 

@@ -9,7 +9,7 @@ Shape legend: T positions of a prompt, V tokens of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from rayswift.data.media.features import model_inputs
 from rayswift.data.templates import chat_text
 from rayswift.data.types import Example
 from rayswift.errors import ExportError
+from rayswift.export.judge import Said, agreement, demands, greedy_of, judged, said_of
 from rayswift.export.manifest import Difference, VerifyResult
 from rayswift.export.shown import encoder_of, same_shown, shown
 from rayswift.models.adapters import load_base
@@ -26,6 +27,8 @@ from rayswift.models.loading import load_tokenizer
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rayswift.export.rows import Rows
 
 PROMPTS = (
     "What does str.upper do?",
@@ -39,10 +42,13 @@ _MAX_PROMPT_TOKENS = 128
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far log-probabilities may lie apart, at most and on average."""
+    """How far log-probabilities may lie apart, at most and on average; `top1` is the least fraction of positions whose
+    most likely token is the same, `perplexity` the most that it may grow on held-out rows, as a ratio."""
 
-    max_abs: float
+    max_abs: float | None
     mean_abs: float
+    top1: float = 0.0
+    perplexity: float = 1.0
 
 
 DEFAULT_BOUNDS = {
@@ -69,6 +75,12 @@ class Probe:
     logprobs: tuple[torch.Tensor, ...]
     chats: tuple[str | None, ...]
     media: dict[str, Example]
+    held_out: Rows | None = None
+    """Rows to be judged by, for an export that is quantized."""
+    said: Said | None = None
+    """What the model makes of `held_out`."""
+    greedy: tuple[list[int], ...] = ()
+    """The greedy answers to the prompts, where there are held-out rows."""
 
 
 def probe(
@@ -76,15 +88,19 @@ def probe(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str] = PROMPTS,
     encoder: MediaEncoder | None = None,
+    held_out: Rows | None = None,
 ) -> Probe:
     """What `model` and `tokenizer` say to the prompts and, where there is a template, to a rendered conversation.
 
-    With an `encoder` also to prompts with an image or a sound.
+    With an `encoder` also to prompts with an image or a sound; with `held_out` rows also their loss and greedy answers.
     """
     chats, media = render_chats(tokenizer), shown(encoder)
     texts = (*prompts, *(chat for chat in chats[:1] if chat))
     ids = tuple(encode(tokenizer, text) for text in texts)
-    return Probe(texts, ids, logprobs_of(model, (*ids, *media.values())), chats, media)
+    found = Probe(texts, ids, logprobs_of(model, (*ids, *media.values())), chats, media)
+    if held_out is None:
+        return found
+    return replace(found, held_out=held_out, said=said_of(model, held_out.examples), greedy=greedy_of(model, ids))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -157,8 +173,12 @@ def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], bound
 
 def compare(reference: Probe, folder: str | Path, bounds: Bounds) -> VerifyResult:
     """What a folder, read back from disk, has in common with the reference. Raises ExportError when it differs."""
+    import torch
+
     tokenizer = load_tokenizer(str(folder))
     model: PreTrainedModel = load_base(str(folder), dtype="float32")
+    if reference.held_out:
+        torch.nn.Module.float(model)  # transformers leaves beside quantized layers some as they were written
     ids = tuple(encode(tokenizer, text) for text in reference.prompts)
     encoder = encoder_of(folder) if reference.media else None
     logprobs = logprobs_of(model, (*reference.ids, *reference.media.values()))
@@ -170,6 +190,10 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds) -> VerifyResul
         num_positions=len(agree),
         logprobs=difference(logprobs, reference.logprobs, bounds),
         top1_agreement=sum(agree) / len(agree),
+        greedy_agreement=agreement(reference.greedy, greedy_of(model, reference.ids)) if reference.held_out else None,
+        held_out=judged(reference.said, reference.held_out, model, bounds)
+        if reference.said and reference.held_out
+        else None,
         tokenizer_equal=ids == reference.ids,
         chat_template_equal=render_chats(tokenizer) == reference.chats,
         processor_equal=same_shown(shown(encoder), reference.media),
@@ -180,7 +204,8 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds) -> VerifyResul
 
 def _demand(result: VerifyResult, folder: str | Path) -> None:
     """Raises ExportError unless everything was proved."""
-    found = result.logprobs
+    found, held_out = result.logprobs, result.held_out
+    bound = "none" if found.bound_max_abs is None else f"{found.bound_max_abs:.3g}"
     failed = [
         text
         for text, good in (
@@ -188,14 +213,18 @@ def _demand(result: VerifyResult, folder: str | Path) -> None:
             ("the chat template renders another text than the trained one", result.chat_template_equal),
             ("the processor makes other features or placeholders than the trained one", result.processor_equal),
             (
-                f"log-probabilities differ by up to {found.max_abs:.3g} (bound {found.bound_max_abs:.3g}) and "
+                f"log-probabilities differ by up to {found.max_abs:.3g} (bound {bound}) and "
                 f"{found.mean_abs:.3g} on average (bound {found.bound_mean_abs:.3g})",
                 found.within,
             ),
+            *demands(held_out),
         )
         if not good
     ]
     if failed:
-        raise ExportError(
-            f"did not verify: {'; '.join(failed)}", path="export", fix="export with another dtype, or report this"
+        fix = (
+            "use more bits or a smaller group, calibrate on more rows, or set wider bounds"
+            if held_out
+            else ("export with another dtype, or report this")
         )
+        raise ExportError(f"did not verify: {'; '.join(failed)}", path="export", fix=fix)

@@ -20,6 +20,12 @@ _NAMES: tuple[tuple[Part, frozenset[str]], ...] = (
 )  # fmt: skip
 
 
+def module_of(name: str) -> str:
+    """The segment of a dotted name that puts it into a part other than the language model's: `visual`, ..."""
+    segments = name.split(".")
+    return next(one for _, names in _NAMES for one in segments if one in names)
+
+
 def part_of(name: str) -> Part:
     """The part that a weight or module of this dotted name belongs to."""
     segments = set(name.split("."))

@@ -55,11 +55,11 @@ class PromptBuilder:
         if found and len(found) > self._max_media:
             raise _refusal(found[self._max_media][0], f"more than {self._max_media} images or sounds in one request")
         encoded = [self._encoded(place, medium) for place, medium in found]
-        return self._conversation(turns, (), [medium for _, medium in found], encoded)
+        return self.conversation(turns, (), [medium for _, medium in found], encoded)
 
     def turns(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """The ids of a conversation in the words that chat templates take, tool calls and tools included."""
-        return list(self._conversation(turns, tools, (), ()).ids)
+        return list(self.conversation(turns, tools).ids)
 
     def _encoded(self, place: str, medium: Medium) -> Encoded:
         if self._encoder is None:
@@ -74,13 +74,14 @@ class PromptBuilder:
         except RowError as error:
             raise _refusal(place, _in_own_words(str(error), _SETTINGS)) from None
 
-    def _conversation(
+    def conversation(
         self,
         turns: Sequence[dict[str, Any]],
-        tools: Sequence[dict[str, Any]],
-        media: Sequence[Medium],
-        encoded: Sequence[Encoded],
+        tools: Sequence[dict[str, Any]] = (),
+        media: Sequence[Medium] = (),
+        encoded: Sequence[Encoded] = (),
     ) -> Prompt:
+        """As `turns`, with media in the order of their marks, encoded. Raises ApiError as `chat` does."""
         from jinja2 import TemplateError
 
         with self._lock:

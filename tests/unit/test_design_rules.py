@@ -42,7 +42,8 @@ THIRD_PARTY: dict[int, set[str]] = {
         "pandas", "fsspec", "accelerate", "httpx", "PIL", "av",
     },
     4: {"deepspeed", "torchao"},
-    5: {"matplotlib", "tensorboard", "tensorboardX", "wandb", "mlflow", "trackio", "vllm", "starlette", "openai"},
+    5: {"matplotlib", "tensorboard", "tensorboardX", "wandb", "mlflow", "trackio", "vllm", "starlette", "openai",
+        "llmcompressor", "compressed_tensors"},
     6: {"ray", "fastapi"},
     7: {"typer", "sklearn"},
 }  # fmt: skip

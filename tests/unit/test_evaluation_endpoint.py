@@ -142,6 +142,27 @@ def test_earlier_turns_are_sent_along(served: StandIn, tmp_path: Path) -> None:
     assert served.seen[0]["messages"] == messages[:-1]
 
 
+def test_what_is_not_sent_is_told(served: StandIn, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = {"role": "assistant", "content": "Say a"}
+    tools = [{"role": "user", "content": "Do it"}, {"role": "assistant", "tool_calls": [call]},
+             {"role": "tool", "content": "1"}, said]  # fmt: skip
+    rows = [
+        {"messages": tools},
+        {"messages": [{"role": "user", "content": "<image>Who?"}, said], "images": ["a.png"]},
+        {"messages": [{"role": "user", "content": "Say b"}, said]},
+    ]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = api.evaluate(served.url, str(path))
+    assert report.answers is not None
+    assert (report.rows.used, report.answers.num_answered) == (3, 1)
+    assert report.answers.unanswered == (
+        f"{path}:1: has tools, which are not sent to an endpoint",
+        f"{path}:2: has media, which are not sent to an endpoint",
+    )
+
+
 def test_the_key_is_sent_and_never_shown(locked: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = rows_of(tmp_path / "asked.jsonl", [("Say a", "a")])
     with pytest.raises(ConfigError, match=r"RAYSWIFT_API_KEY is not set, and a key is asked for by http://.* \(401\)"):

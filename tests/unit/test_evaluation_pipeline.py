@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from rayswift.evaluation.rows import conversations, open_rows
 from rayswift.models.adapters import add_lora, load_base
 from rayswift.models.init import init_model
 from tests.export_cases import shake, write_run
+from tests.multimodal_models import make
+from tests.serving_media_cases import Served, asked, image_part, picture, png, text_part
 
 torch.set_num_threads(1)
 CHATS: list[list[tuple[str, str]]] = [
@@ -227,7 +230,8 @@ def test_the_question_is_what_stands_before_the_last_answer(tmp_path: Path) -> N
     ]
     path = write_rows(tmp_path / "odd.jsonl", rows)
     found = conversations(open_rows(path))
-    (question,) = found.questions
+    seen, question = found.questions
+    assert (seen.num_media, seen.file, question.num_media) == (1, path, 0)
     assert ([turn["role"] for turn in question.chat], question.expected) == (
         ["system", "user", "assistant", "user"],
         "3, 4",
@@ -236,8 +240,22 @@ def test_the_question_is_what_stands_before_the_last_answer(tmp_path: Path) -> N
     assert found.refused == []
     assert [reason.removeprefix(path) for reason in found.not_asked] == [
         ":1: ends in a tool call, which is no text to compare with",
-        ":2: has media, which are measured by the loss and not asked about",
     ]
+
+
+def test_a_question_about_a_picture_is_answered_as_it_is_served(tmp_path: Path) -> None:
+    with closing(Served(make("smolvlm", tmp_path / "eyes"))) as served:
+        shown = png(picture(1))
+        asked_for = served.prompts.chat(asked(image_part(shown), text_part("What is this?")))
+        answer = served.run(served.answer(asked_for, num_tokens=6)).text
+    (tmp_path / "1.png").write_bytes(shown)
+    turns = [{"role": "user", "content": "<image>What is this?"}, {"role": "assistant", "content": "noise"}]
+    path = write_rows(tmp_path / "seen.jsonl", [{"messages": turns, "images": ["1.png"]}])
+    report = api.evaluate(str(served.folder), path, max_new_tokens=6)
+    assert report.answers is not None
+    assert [one.answer for one in report.answers.shown] == [answer]
+    assert (report.rows.used, report.answers.num_unanswered) == (1, 0)
+    assert report.loss is not None
 
 
 def test_a_model_that_cannot_be_decoded_keeps_its_loss(

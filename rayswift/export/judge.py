@@ -1,0 +1,99 @@
+"""What a quantized model makes of rows that it was not calibrated on, beside what the model made of them before.
+
+Shape legend: T positions of a document, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp
+from typing import TYPE_CHECKING
+
+from rayswift.data.media.features import model_inputs
+from rayswift.data.types import Example
+from rayswift.export.manifest import HeldOut
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from rayswift.export.rows import Rows
+    from rayswift.export.verify import Bounds
+
+_MAX_PROMPT_TOKENS, _GREEDY_TOKENS = 128, 16
+
+
+@dataclass(frozen=True)
+class Said:
+    """Of rows: the mean of -log p over their trained tokens, and the most likely token at the place of each."""
+
+    loss: float
+    likeliest: tuple[int, ...]
+
+
+def said_of(model: torch.nn.Module, examples: Sequence[Example]) -> Said:
+    """What a model makes of documents, each alone, in float32; trained tokens count by their weight in the loss."""
+    import torch
+
+    model.eval()
+    total = weight = 0.0
+    likeliest: list[int] = []
+    for example in examples:
+        with torch.no_grad():
+            logits_TV = model(**model_inputs(example), use_cache=False).logits[0, :-1].float()
+        weights_T = torch.tensor(example.loss_mask[1:], dtype=torch.float64)
+        chosen_T = torch.log_softmax(logits_TV, dim=-1).gather(-1, torch.tensor(example.input_ids[1:])[:, None])[:, 0]
+        total -= float((chosen_T.double() * weights_T).sum())
+        weight += float(weights_T.sum())
+        likeliest += logits_TV.argmax(-1)[weights_T > 0].tolist()
+    return Said(total / weight, tuple(likeliest))
+
+
+def greedy_of(model: torch.nn.Module, prompts: Sequence[list[int]]) -> tuple[list[int], ...]:
+    """The `_GREEDY_TOKENS` most likely tokens behind each prompt, one after the other, without a cache."""
+    import torch
+
+    answers = []
+    for prompt in prompts:
+        ids = list(prompt[:_MAX_PROMPT_TOKENS])
+        start = len(ids)
+        for _ in range(_GREEDY_TOKENS):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        answers.append(ids[start:])
+    return tuple(answers)
+
+
+def agreement(one: Sequence[list[int]], other: Sequence[list[int]]) -> float:
+    """The fraction of tokens before the first that differs: what comes behind it answers something else."""
+    shared = [next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+              for a, b in zip(one, other, strict=True)]  # fmt: skip
+    return sum(shared) / sum(map(len, one))
+
+
+def judged(before: Said, rows: Rows, model: PreTrainedModel, bounds: Bounds) -> HeldOut:
+    """What became of the rows that the unquantized model had `before` made something of."""
+    after = said_of(model, rows.examples)
+    same = [a == b for a, b in zip(before.likeliest, after.likeliest, strict=True)]
+    return HeldOut(
+        rows=rows.used,
+        reference_loss=before.loss,
+        loss=after.loss,
+        perplexity_ratio=exp(min(after.loss - before.loss, 100.0)),
+        bound_perplexity_ratio=bounds.perplexity,
+        top1_agreement=sum(same) / len(same),
+        bound_top1_agreement=bounds.top1,
+    )
+
+
+def demands(held_out: HeldOut | None) -> tuple[tuple[str, bool], ...]:
+    """What is demanded of a quantized model on rows that it was not calibrated on."""
+    if held_out is None:
+        return ()
+    ratio, bound = held_out.perplexity_ratio, held_out.bound_perplexity_ratio
+    same, least = held_out.top1_agreement, held_out.bound_top1_agreement
+    return (
+        (f"perplexity on held-out rows is {ratio:.4g} of the unquantized model's (bound {bound:.4g})", ratio <= bound),
+        (f"the most likely token is the same at {same:.1%} of their places (bound {least:.1%})", same >= least),
+    )

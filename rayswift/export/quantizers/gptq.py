@@ -1,0 +1,44 @@
+"""GPTQ (arXiv 2210.17323): integer weights, each rounded so that it makes up for the error of those before it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from rayswift.export.quantizers import Layers, Settings, weight_groups
+from rayswift.export.verify import Bounds
+
+
+class Gptq:
+    """Symmetric weights of 4 or 8 bits; activations stay as they are."""
+
+    class Config(Settings):
+        """`--quantizer gptq`."""
+
+        bits: Literal[4, 8] = 4
+        group_size: Literal[-1, 32, 64, 128] = 128
+
+    needs_rows: ClassVar[bool] = True
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def group_size(self) -> int:
+        """As the protocol says."""
+        return self.config.group_size
+
+    @property
+    def bounds(self) -> Bounds:
+        """As the protocol says."""
+        return (
+            Bounds(None, 0.5, top1=0.8, perplexity=1.1)
+            if self.config.bits == 4
+            else Bounds(None, 0.1, top1=0.95, perplexity=1.01)
+        )
+
+    def modifiers(self, layers: Layers) -> list[Any]:
+        """As the protocol says."""
+        from llmcompressor.modifiers.gptq import GPTQModifier
+
+        groups = weight_groups(self.config.bits, self.config.group_size, symmetric=True)
+        return [GPTQModifier(config_groups=groups, ignore=list(layers.ignore))]

@@ -1,0 +1,131 @@
+"""Rows that an export is calibrated and judged on: the job's own, through the pipeline that it was trained with.
+
+Knows sources and how many rows of each are taken. Does not know what is done with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayswift.config.job import DataSource, DataSpec
+from rayswift.data.blocks import packed_sequences
+from rayswift.data.inspect import media_kinds, preflight
+from rayswift.data.prepare import prepare_chunk
+from rayswift.data.rendering import Rendering
+from rayswift.data.sources import index_sources
+from rayswift.data.stream import StreamPlan, plan_stream
+from rayswift.data.types import Example
+from rayswift.errors import ConfigError, RaySwiftError
+from rayswift.export.manifest import RowsUsed
+from rayswift.export.source import Source
+from rayswift.training.media import media_encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OPTION = "--calibration"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Documents in the order in which they are seen, and which files they are from."""
+
+    examples: tuple[Example, ...]
+    used: RowsUsed
+
+
+def read_rows_of(
+    what: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    path: str | None,
+    num_calibration: int,
+    num_held_out: int,
+    max_length: int | None,
+) -> tuple[Rows, Rows]:
+    """Rows to calibrate on and rows that calibration does not see, of `path` or else of the job that was trained.
+
+    Held out are the job's `data.eval` rows; where it has none, rows behind those of the calibration, a fifth of all if
+    there are not enough. Raises ConfigError where there is no data, or too little.
+    """
+    data, rendering = _data_of(what, tokenizer, path)
+    if max_length is not None:
+        data = data.model_copy(update={"max_length": max_length})
+    train = _plan(data, data.train, rendering, "data.train" if path is None else OPTION)
+    evaluated = _plan(data, data.eval, rendering, "data.eval") if data.eval and path is None else None
+    wanted = num_calibration + (0 if evaluated else num_held_out)
+    found = list(islice(_examples(train, tokenizer, what.base), wanted))
+    if evaluated:
+        held_out = list(islice(_examples(evaluated, tokenizer, what.base), num_held_out))
+    else:
+        count = num_held_out if len(found) == wanted else min(num_held_out, max(1, len(found) // 5))
+        count = count if num_calibration else len(found)
+        found, held_out = found[: len(found) - count], found[len(found) - count :]
+    if (num_calibration and not found) or not held_out:
+        raise ConfigError(
+            "has too few rows that can be used: at least one to calibrate on and one to judge by are needed",
+            path=OPTION, value=path or "the job's data", fix=f"name a file with more of them: {OPTION} rows.jsonl",
+        )  # fmt: skip
+    return _rows(found, train), _rows(held_out, evaluated or train)
+
+
+def _data_of(what: Source, tokenizer: PreTrainedTokenizerBase, path: str | None) -> tuple[DataSpec, Rendering]:
+    """What the job says of its data, with packing off: a document that is calibrated on must not see another."""
+    rendering = what.rendering or ("chat" if tokenizer.chat_template else "text")
+    if path is not None:
+        given = what.data.model_dump() if what.data else {}
+        return DataSpec.model_validate(
+            given | {"train": [DataSource(path=path)], "packing": False, "cache": None}
+        ), rendering
+    if what.data is None:
+        raise ConfigError(
+            "is needed: a model folder does not say which rows it was trained on", path=OPTION,
+            fix=f"{OPTION} rows.jsonl, in any of the formats that training reads",
+        )  # fmt: skip
+    return what.data.model_copy(update={"packing": False, "cache": None}), rendering
+
+
+def _plan(data: DataSpec, sources: Sequence[DataSource], rendering: Rendering, place: str) -> StreamPlan:
+    try:
+        files = index_sources(tuple(sources), path=place)
+        formats = preflight(tuple(sources), files, path=place)
+        kinds = media_kinds(tuple(sources), files, formats)
+    except RaySwiftError as error:
+        if place == OPTION:
+            raise
+        raise ConfigError(
+            f"cannot be read again: {error}", path=OPTION, value="the job's data", fix=f"give {OPTION} rows.jsonl"
+        ) from error
+    return plan_stream(
+        files, tuple(sources), formats, data=data, rendering=rendering, epochs=1, seed=0, media_kinds=kinds
+    )
+
+
+def _examples(plan: StreamPlan, tokenizer: PreTrainedTokenizerBase, base: str) -> Iterator[Example]:
+    """The documents of a stream, one after the other, as a model is given them."""
+    media = media_encoder(base, plan.settings)
+    for index in range(plan.num_chunks):
+        for one in packed_sequences(prepare_chunk(plan, index, tokenizer, media)):
+            if len(one.input_ids):
+                yield Example(one.input_ids.tolist(), one.loss_mask.tolist(), tuple(one.media), one.rope_AT)
+
+
+def _rows(examples: Sequence[Example], plan: StreamPlan) -> Rows:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.asarray(example.input_ids, np.int64).tobytes() + b"|")
+    return Rows(
+        tuple(examples),
+        RowsUsed(
+            files={file.path: file.sha256 for file in plan.files},
+            num_rows=len(examples),
+            num_tokens=sum(len(example.input_ids) for example in examples),
+            sha256=digest.hexdigest(),
+        ),
+    )
