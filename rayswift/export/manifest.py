@@ -75,6 +75,20 @@ class HeldOut(Record):
     bound_top1_agreement: float
 
 
+class Lineage(Record):
+    """What a checkpoint was made of."""
+
+    checkpoint: str
+    job: dict[str, Any]
+    """The job file, defaults spelled out."""
+    ledger: dict[str, Any]
+    """What had been read of the data: counts, and the fingerprint of the stream."""
+    ledger_sha256: str
+    data: dict[str, str]
+    """The sha256 of each file that was trained on; empty where the run's stream.json is not there."""
+    layout: dict[str, int]
+
+
 class Quantization(Record):
     """How the weights were quantized. `ignore` has the patterns of the linear layers that were not."""
 
@@ -130,6 +144,8 @@ class ExportManifest(Record):
     checkpoint_step: int | None
     run_finished: bool | None = None
     """Whether the checkpoint is the last one of a run that trained to its end; null without a checkpoint."""
+    lineage: Lineage | None = None
+    """Null for what was not trained here."""
     versions: dict[str, str]
     merge: Difference | None
     """The merged model against base plus adapter, both in float32; null without an adapter."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import manifest as manifests
+from rayswift.export.card import write_card
 from rayswift.export.manifest import ExportManifest
 from rayswift.export.merge import build
 from rayswift.export.quantize import QuantizeSpec, load_quantizer, write_ignored
@@ -97,11 +98,14 @@ def export(
             job_hash=what.job_hash,
             checkpoint_step=what.step,
             run_finished=what.finished,
+            lineage=what.lineage,
             versions=manifests.current_versions(),
             merge=merged.change,
             verify=result,
-            files=manifests.describe_files(stage),
+            files={},
         )
+        write_card(manifest, os.path.basename(os.path.abspath(output)), what.run, stage)
+        manifest = manifest.model_copy(update={"files": manifests.describe_files(stage)})
         manifests.write(manifest, stage)
     return manifest
 

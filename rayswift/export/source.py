@@ -5,8 +5,11 @@ Knows how the four are told apart and where each keeps base, tensors and job. Do
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,7 @@ from rayswift.config.job import AdapterSpec, DataSpec, Job, Part
 from rayswift.data.rendering import Rendering
 from rayswift.errors import CheckpointError, ConfigError
 from rayswift.export import manifest as export_manifest
+from rayswift.export.manifest import Lineage
 from rayswift.models.adapters import ADAPTER_CONFIG, read_binding
 from rayswift.models.loading import local_folder, split_id
 
@@ -49,6 +53,15 @@ class Source:
     """What was trained on; None for a folder that was not trained here."""
     rendering: Rendering | None = None
     """How its method renders rows; None without a method."""
+    lineage: Lineage | None = None
+    """What the checkpoint was made of; None without one."""
+
+    @property
+    def run(self) -> RunDir | None:
+        """The run directory of the checkpoint; None without one."""
+        from rayswift.training.run_dir import RunDir
+
+        return RunDir(_run_of(self.checkpoint)) if self.checkpoint else None
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """The trained tensors of the checkpoint, whole and on the CPU, under their Hugging Face or peft names."""
@@ -110,8 +123,29 @@ def _of_checkpoint(path: str, found: CheckpointManifest) -> Source:
         finished=found.finished,
         base_sha256=getattr(found, "base_sha256", None),
         data=job.data,
+        lineage=_lineage(path, found),
         rendering=plugins.load("methods", job.method.name, path="method.name").rendering,
     )
+
+
+def _run_of(checkpoint: str) -> str:
+    """`RUN/checkpoints/step-00000050` -> `RUN`."""
+    return checkpoint.rstrip("/").rsplit("/", 2)[0]
+
+
+def _lineage(path: str, found: CheckpointManifest) -> Lineage:
+    from rayswift.data.stream_json import parse_stream
+    from rayswift.training.run_dir import STREAM, RunDir
+
+    run, data = RunDir(_run_of(path)), {}
+    if run.exists(STREAM):
+        with suppress(ValueError):  # of another version: the fingerprint in the ledger still tells one from another
+            data = {file.path: file.sha256 for file in parse_stream(run.read_text(STREAM)).files}
+    ledger = json.dumps(found.ledger, sort_keys=True)
+    return Lineage(
+        checkpoint=path, job=found.job, ledger=found.ledger, layout=found.layout, data=data,
+        ledger_sha256=hashlib.sha256(ledger.encode()).hexdigest(),
+    )  # fmt: skip
 
 
 def _passed_over(place: RunDir, taken: str) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def test_what_was_trained_is_exported_towers_included(tmp_path: Path, family: st
         torch.testing.assert_close(found, trained, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(trained, before, atol=1e-3)
     own = {path.name for path in base.iterdir()}
-    assert {path.name for path in out.iterdir()} == own | {"rayswift.json"}
+    assert {path.name for path in out.iterdir()} == own | {"rayswift.json", "README.md"}
     for name in own - {"model.safetensors", "config.json"}:
         assert (out / name).read_bytes() == (base / name).read_bytes()
     assert load_file(out / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()

@@ -1,0 +1,136 @@
+"""The model card: README.md of an export, written from its manifest, with the run's loss curve and evaluations.
+
+Knows Markdown and what the manifest says; measures nothing. What is not known is left out, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rayswift.export.manifest import MANIFEST, ExportManifest, Lineage, Quantization, VerifyResult
+from rayswift.training.run_dir import RunDir
+from rayswift.units import format_bytes
+
+CARD, CURVES = "README.md", "curves.png"
+_EVALUATIONS = "eval-"
+
+
+def write_card(manifest: ExportManifest, name: str, run: RunDir | None, folder: Path) -> None:
+    """Write README.md, and the loss curve of the run if it has one, into an export that lacks only its manifest."""
+    curves = run is not None and run.exists(CURVES)
+    if run is not None and curves:
+        (folder / CURVES).write_bytes(run.read_bytes(CURVES))
+    lines = [*_head(manifest, name), *_origin(manifest)]
+    if curves:
+        lines += ["## Training", "", f"![loss]({CURVES})", ""]
+    lines += [*_evaluated(run, manifest.checkpoint_step), *_quantized(manifest), *_proved(manifest.verify), *_use(name)]
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _head(manifest: ExportManifest, name: str) -> Iterator[str]:
+    yield from ("---", "library_name: transformers", "tags: [rayswift]", "---", "", f"# {name}", "")
+    how = {None: "A copy of", "pretrain": "Pretrained from"}.get(manifest.method, "Fine-tuned from")
+    yield from (
+        f"{how} `{manifest.base}`, exported by RaySwift. {MANIFEST} has this for programs.",
+        "",
+    )
+
+
+def _origin(manifest: ExportManifest) -> Iterator[str]:
+    rows: dict[str, str] = {"base": f"`{manifest.base}`, sha256 of its weights `{manifest.base_sha256}`"}
+    if manifest.method:
+        rows["method"] = manifest.method + (f", with {_adapter(manifest.adapter)}" if manifest.adapter else "")
+    if manifest.checkpoint_step is not None:
+        rows["step"] = (
+            f"{manifest.checkpoint_step}{'' if manifest.run_finished else ', of a run that was not finished'}"
+        )
+    rows["weights"] = (
+        manifest.dtype if manifest.quantizer == "none" else f"{manifest.quantizer}, beside {manifest.dtype}"
+    )
+    yield from _table("## Where it comes from", rows | _trained_on(manifest.lineage))
+
+
+def _adapter(adapter: Mapping[str, Any]) -> str:
+    rank = f" of rank {adapter['rank']}" if "rank" in adapter else ""
+    return f"a {adapter.get('name', 'lora')} adapter{rank}, merged"
+
+
+def _trained_on(lineage: Lineage | None) -> dict[str, str]:
+    if lineage is None:
+        return {}
+    counts, rows = lineage.ledger, dict[str, str]()
+    if "rows_trained" in counts:
+        rows["rows"] = f"{counts['rows_trained']} trained on, {counts['rows_quarantined']} quarantined"
+        rows["tokens"] = str(counts["tokens"])
+    rows["ledger"] = f"sha256 `{lineage.ledger_sha256}`"
+    for number, (path, sha256) in enumerate(lineage.data.items(), 1):
+        rows[f"data {number}"] = f"`{path}`, sha256 `{sha256}`"
+    return rows
+
+
+def _evaluated(run: RunDir | None, step: int | None) -> Iterator[str]:
+    """The reports of `rayswift eval` beside the run that are of the step exported."""
+    names = [name for name in run.names("") if name.startswith(_EVALUATIONS) and name.endswith(".json")] if run else []
+    found = [json.loads(run.read_text(name)) for name in names] if run else []
+    found = [one for one in found if one.get("target", {}).get("step") == step]
+    if not found:
+        return
+    yield from ("## Evaluation", "", "| rows | loss | perplexity | exact match | accuracy |", "|---|---|---|---|---|")
+    for one in found:
+        answers = one.get("answers") or {}
+        figures = (one.get("loss"), one.get("perplexity"), answers.get("exact_match"), answers.get("accuracy"))
+        files = ", ".join(f"`{Path(file['path']).name}`" for file in one["rows"]["files"])
+        yield f"| {files} ({one['rows']['used']}) | {' | '.join(_number(figure) for figure in figures)} |"
+    yield ""
+
+
+def _number(figure: float | None) -> str:
+    return "-" if figure is None else f"{figure:.4g}"
+
+
+def _quantized(manifest: ExportManifest) -> Iterator[str]:
+    done: Quantization | None = manifest.quantization
+    if done is None:
+        return
+    settings = ", ".join(f"{name} {value}" for name, value in done.settings.items())
+    rows = {
+        "quantizer": f"{done.quantizer}{f' ({settings})' if settings else ''}, {done.num_layers} linear layers",
+        "left as they are": ", ".join(f"`{pattern}`" for pattern in done.ignore) or "none",
+        "weights before": format_bytes(done.bytes_before),
+        "through": ", ".join(f"{package} {version}" for package, version in done.versions.items()),
+    }
+    if done.calibration:
+        rows["calibrated on"] = f"{done.calibration.num_rows} rows, {done.calibration.num_tokens} tokens"
+    if manifest.verify and (held_out := manifest.verify.held_out):
+        rows["loss on rows held out"] = f"{held_out.reference_loss:.4f} before, {held_out.loss:.4f} after"
+        rows["perplexity"] = f"x{held_out.perplexity_ratio:.4f} (bound {held_out.bound_perplexity_ratio:g})"
+        rows["same most likely token"] = f"{held_out.top1_agreement:.1%} (bound {held_out.bound_top1_agreement:.0%})"
+    yield from _table("## Quantization", rows)
+
+
+def _proved(verify: VerifyResult | None) -> Iterator[str]:
+    if verify is None:
+        yield from ("## Verification", "", "Verification was switched off.", "")
+        return
+    gaps = verify.logprobs
+    rows = {
+        "read back": f"{verify.num_prompts} prompts, {verify.num_positions} positions"
+        + (f", with {' and '.join(verify.media)}" if verify.media else ""),
+        "log-probabilities": f"differ by {gaps.mean_abs:.2g} on average, {gaps.max_abs:.2g} at most",
+        "tokenizer": "gives the ids that were trained on" if verify.tokenizer_equal else "differs",
+        "chat template": "renders what was trained on" if verify.chat_template_equal else "differs",
+    }
+    yield from _table("## Verification", rows)
+
+
+def _use(name: str) -> Iterator[str]:
+    yield from ("## Use", "", "```", f"rayswift serve {name}", "```", "")
+
+
+def _table(title: str, rows: Mapping[str, str]) -> Iterator[str]:
+    yield from (title, "", "| | |", "|---|---|")
+    yield from (f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items())
+    yield ""

@@ -1,0 +1,88 @@
+"""The model card says what the manifest, the run and its evaluations say, and nothing that nobody measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from rayswift.config.job import AdapterSpec
+from rayswift.data.stream_json import stream_json
+from rayswift.export.card import CARD, CURVES
+from rayswift.export.manifest import read_valid
+from rayswift.export.pipeline import export
+from rayswift.export.quantize import QuantizeSpec
+from rayswift.models.adapters import add_lora, load_base
+from rayswift.training import checkpoint
+from tests.data_cases import plan_of
+from tests.export_cases import shake, write_run
+
+LEDGER = {"fingerprint": "f" * 64, "chunk": -1, "sequence": 0, "rows_visited": 9, "rows_trained": 8,
+          "rows_quarantined": 1, "tokens": 77}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    """A LoRA run with a ledger, the plan of its stream, a loss curve, and two evaluations, one of another step."""
+    spec = AdapterSpec(rank=4)
+    model = add_lora(load_base(str(tiny_model_dir)), spec, seed=0)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    shake(weights, 0.1)
+    folder = tmp_path / "runs" / "lora"
+    write_run(folder, tiny_model_dir, weights, spec)
+    file = folder / checkpoint.folder_name(7) / checkpoint.MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ledger": LEDGER}))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "a", "response": "b"}\n')
+    (folder / "stream.json").write_text(stream_json(plan_of(rows)))
+    (folder / "curves.png").write_bytes(b"\x89PNG picture")
+    for name, step, loss in (("eval-held.json", 7, 0.1234), ("eval-old.json", 6, 9.9)):
+        report = {"target": {"step": step}, "loss": loss, "perplexity": 1.13, "answers": {"exact_match": 0.5},
+                  "rows": {"used": 3, "files": [{"path": "/x/held.jsonl"}]}}  # fmt: skip
+        (folder / name).write_text(json.dumps(report))
+    return folder
+
+
+def test_a_run_is_described_with_curve_and_evaluation(tmp_path: Path, run: Path) -> None:
+    out = tmp_path / "out"
+    made = export(str(run), str(out))
+    card = (out / CARD).read_text()
+    assert read_valid(out) == made
+    assert {CARD, CURVES} <= set(made.files)
+    assert (out / CURVES).read_bytes() == (run / "curves.png").read_bytes()
+    assert made.lineage is not None
+    assert made.lineage.ledger_sha256 == hashlib.sha256(json.dumps(LEDGER, sort_keys=True).encode()).hexdigest()
+    rows = tmp_path / "rows.jsonl"
+    assert made.lineage.data == {str(rows): hashlib.sha256(rows.read_bytes()).hexdigest()}
+    assert made.lineage.job["name"] == "lora"
+    for said in (
+        "# out", "sft, with a lora adapter of rank 4, merged", "| step | 7 |", "8 trained on, 1 quarantined",
+        "| tokens | 77 |", f"![loss]({CURVES})", "| `held.jsonl` (3) | 0.1234 | 1.13 | 0.5 | - |",
+        made.lineage.ledger_sha256,
+        made.base_sha256, "gives the ids that were trained on",
+    ):  # fmt: skip
+        assert said in card, said
+    assert "9.9" not in card  # an evaluation of another step
+    assert "Quantization" not in card
+
+
+def test_a_folder_without_a_run_claims_none(tmp_path: Path, tiny_model_dir: Path) -> None:
+    export(str(tiny_model_dir), str(tmp_path / "out"), verify=False)
+    card = (tmp_path / "out" / CARD).read_text()
+    assert "A copy of" in card
+    assert "Verification was switched off." in card
+    assert not [word for word in ("Training", "Evaluation", "step", "ledger", "| method") if word in card]
+
+
+def test_a_quantized_model_says_what_it_cost(tmp_path: Path, tiny_model_dir: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"query": f"say {i}", "response": f"{i}"}) + "\n" for i in range(20)))
+    made = export(str(tiny_model_dir), str(tmp_path / "out"), quantize=QuantizeSpec("fp8", calibration=str(rows)))
+    assert made.verify is not None
+    assert made.verify.held_out is not None
+    card = (tmp_path / "out" / CARD).read_text()
+    assert "| weights | fp8, beside bfloat16 |" in card
+    assert f"x{made.verify.held_out.perplexity_ratio:.4f} (bound 1.02)" in card
+    assert r"`re:(.*\.)?lm_head$`" in card
