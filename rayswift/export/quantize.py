@@ -204,8 +204,12 @@ def _run(
 
     given: dict[str, Any] = {}
     if rows:
-        loader: Any = DataLoader([_inputs(row) for row in rows], batch_size=None)  # type: ignore[arg-type]
-        given = {"dataset": loader, "num_calibration_samples": len(rows), "processor": tokenizer}
+        documents: Any = [_inputs(row) for row in rows]  # a list is a data set to torch, and not to its annotations
+        given = {
+            "dataset": DataLoader(documents, batch_size=None),
+            "num_calibration_samples": len(rows),
+            "processor": tokenizer,
+        }
     try:
         with _quietly(), _without_pinned_memory():
             oneshot(model=model, recipe=quantizer.modifiers(layers), **given)

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from rayswift.config import problems, yamlfile
 from rayswift.config.job import Section
 from rayswift.errors import ConfigError
+from rayswift.models.staging import sync_folder
 from rayswift.serving.spec import ApiKey, ApiKeys
 
 T = TypeVar("T", bound=Section)
@@ -215,7 +216,7 @@ def _write(file: str, keys: tuple[ApiKey, ...]) -> None:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
-        _sync(target.parent)
+        sync_folder(target.parent)  # a rename is only on disk when its folder is
     except OSError as error:
         raise _unwritable(file, error) from error
 
@@ -229,15 +230,6 @@ def _keep_owner(handle: int, file: str) -> None:
                 os.fchown(handle, owner.st_uid, owner.st_gid)
             except OSError as error:
                 raise _unwritable(file, error) from error
-
-
-def _sync(folder: Path) -> None:
-    """A rename is only on disk when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _unwritable(file: str, error: OSError) -> ConfigError:

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from rayswift import plugins
 from rayswift.config.job import DataSource
+from rayswift.data.formats import RowError
 from rayswift.data.tokenize import encode
-from rayswift.data.types import Message, Sample
+from rayswift.data.types import Example, Message, Sample
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import quantize as module
 from rayswift.export.judge import said_of
@@ -53,6 +54,11 @@ def write_rows(path: Path, count: int, start: int = 0) -> Path:
 def spec(name: str, rows: Path | None, **more: Any) -> QuantizeSpec:
     given = {"settings": GROUPS.get(name, {}), "calibration": rows and str(rows), **FEW, **more}
     return QuantizeSpec(name, **given)
+
+
+def ids_of(found: list[Example] | RowError) -> list[list[int]]:
+    assert not isinstance(found, RowError), found
+    return [example.input_ids for example in found]
 
 
 def matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -153,12 +159,12 @@ def test_a_run_is_calibrated_on_its_own_data(tmp_path: Path, tiny_model_dir: Pat
     assert list(found.used.files) == [str(train)]
     assert list(judged.used.files) == [str(held)]
     assert (found.used.num_rows, judged.used.num_rows) == (20, 5)
-    wanted = [
-        encode([Sample((Message("user", row["query"]), Message("assistant", row["response"])))], tokenizer,
-               max_length=1024, rendering="chat")[0]
+    samples = [
+        Sample((Message("user", row["query"]), Message("assistant", row["response"])))
         for row in map(json.loads, held.read_text().splitlines())
-    ]  # fmt: skip
-    assert sorted(one.input_ids for one in judged.examples) == sorted(one[0].input_ids for one in wanted)  # type: ignore[index]
+    ]
+    wanted = [ids for found in encode(samples, tokenizer, max_length=1024, rendering="chat") for ids in ids_of(found)]
+    assert sorted(one.input_ids for one in judged.examples) == sorted(wanted)
     assert all(sum(example.loss_mask) > 0 for example in judged.examples)
 
 

@@ -7,8 +7,9 @@ only, so that a Config can be read without it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -35,30 +36,29 @@ class Layers:
     blocks: str | None = None
 
 
-class Quantizer(Protocol):
+class Quantizer(ABC):
     """What the export asks of a quantizer. Made from its Config."""
 
     Config: ClassVar[type[Settings]]
     needs_rows: ClassVar[bool]
     """Whether it looks at activations: it is calibrated on rows then, layer by layer."""
 
-    config: Any
-
-    def __init__(self, config: Any) -> None: ...
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
     @property
     def group_size(self) -> int:
         """Inputs of a layer that share a scale, -1 for all of them: every layer's inputs must be a multiple of it."""
-        ...
+        return int(getattr(self.config, "group_size", -1))
 
     @property
+    @abstractmethod
     def bounds(self) -> Bounds:
         """How far the result may be from the unquantized model, unless the user says otherwise."""
-        ...
 
+    @abstractmethod
     def modifiers(self, layers: Layers) -> list[Any]:
         """llm-compressor's recipe for these layers."""
-        ...
 
 
 def weight_groups(bits: int, group_size: int, *, symmetric: bool) -> dict[str, Any]:

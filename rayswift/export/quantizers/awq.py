@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from rayswift.export.quantizers import Layers, Settings, weight_groups
+from rayswift.export.quantizers import Layers, Quantizer, Settings, weight_groups
 from rayswift.export.verify import Bounds
 
 _SMOOTHED = {
@@ -16,7 +16,7 @@ _SMOOTHED = {
 """What gives a scale away, and the layers behind it that take it, in blocks like Llama's."""
 
 
-class Awq:
+class Awq(Quantizer):
     """Asymmetric weights of 4 bits; activations stay as they are."""
 
     class Config(Settings):
@@ -27,21 +27,13 @@ class Awq:
 
     needs_rows: ClassVar[bool] = True
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    @property
-    def group_size(self) -> int:
-        """As the protocol says."""
-        return self.config.group_size
-
     @property
     def bounds(self) -> Bounds:
-        """As the protocol says."""
+        """As the base says."""
         return Bounds(None, 0.5, top1=0.8, perplexity=1.1)
 
     def modifiers(self, layers: Layers) -> list[Any]:
-        """As the protocol says."""
+        """As the base says."""
         from llmcompressor.modifiers.quantization import QuantizationModifier
         from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from rayswift.export.quantizers import Layers, Settings
+from rayswift.export.quantizers import Layers, Quantizer, Settings
 from rayswift.export.verify import Bounds
 
 
-class Fp8:
+class Fp8(Quantizer):
     """Needs no rows: nothing of it depends on activations seen before."""
 
     class Config(Settings):
         """`--quantizer fp8`."""
 
     needs_rows: ClassVar[bool] = False
-    group_size: int = -1
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     @property
     def bounds(self) -> Bounds:
-        """As the protocol says."""
+        """As the base says."""
         return Bounds(None, 0.2, top1=0.9, perplexity=1.02)
 
     def modifiers(self, layers: Layers) -> list[Any]:
-        """As the protocol says."""
+        """As the base says."""
         from llmcompressor.modifiers.quantization import QuantizationModifier
 
         return [QuantizationModifier(targets=["Linear"], scheme="FP8_DYNAMIC", ignore=list(layers.ignore))]

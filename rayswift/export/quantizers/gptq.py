@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from rayswift.export.quantizers import Layers, Settings, weight_groups
+from rayswift.export.quantizers import Layers, Quantizer, Settings, weight_groups
 from rayswift.export.verify import Bounds
 
 
-class Gptq:
+class Gptq(Quantizer):
     """Symmetric weights of 4 or 8 bits; activations stay as they are."""
 
     class Config(Settings):
@@ -19,17 +19,9 @@ class Gptq:
 
     needs_rows: ClassVar[bool] = True
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    @property
-    def group_size(self) -> int:
-        """As the protocol says."""
-        return self.config.group_size
-
     @property
     def bounds(self) -> Bounds:
-        """As the protocol says."""
+        """As the base says."""
         return (
             Bounds(None, 0.5, top1=0.8, perplexity=1.1)
             if self.config.bits == 4
@@ -37,7 +29,7 @@ class Gptq:
         )
 
     def modifiers(self, layers: Layers) -> list[Any]:
-        """As the protocol says."""
+        """As the base says."""
         from llmcompressor.modifiers.gptq import GPTQModifier
 
         groups = weight_groups(self.config.bits, self.config.group_size, symmetric=True)

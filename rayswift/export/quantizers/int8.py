@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from rayswift.export.quantizers import Layers, Settings
+from rayswift.export.quantizers import Layers, Quantizer, Settings
 from rayswift.export.verify import Bounds
 
 _SMOOTHED = {
@@ -16,7 +16,7 @@ _SMOOTHED = {
 """What outliers are taken from, and the layers behind it that get them, in blocks like Llama's."""
 
 
-class Int8:
+class Int8(Quantizer):
     """A scale for each output of a layer, and for each token of its input while it runs."""
 
     class Config(Settings):
@@ -25,18 +25,14 @@ class Int8:
         smoothing: Annotated[float, Field(ge=0, le=1)] = 0.8
 
     needs_rows: ClassVar[bool] = True
-    group_size: int = -1
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
 
     @property
     def bounds(self) -> Bounds:
-        """As the protocol says."""
+        """As the base says."""
         return Bounds(None, 0.2, top1=0.9, perplexity=1.02)
 
     def modifiers(self, layers: Layers) -> list[Any]:
-        """As the protocol says."""
+        """As the base says."""
         from llmcompressor.modifiers.gptq import GPTQModifier
         from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
