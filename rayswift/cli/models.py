@@ -1,0 +1,140 @@
+"""Commands about models: made, exported and measured."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from typing import Annotated
+
+import typer
+
+from rayswift.cli.options import Force, Json, print_result
+from rayswift.errors import ConfigError
+from rayswift.units import format_bytes
+
+app = typer.Typer()
+model_app = typer.Typer(help="Base models.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+
+
+@model_app.command("init")
+def model_init(
+    directory: Annotated[str, typer.Argument(help="Folder to make.")],
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILE]...", help="More files for --train-tokenizer.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="Architecture of transformers, such as qwen3 or llama.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of blocks.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(min=1, help="Width of the residual stream.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Number of attention heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Number of key/value heads.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(min=1, help="Width of the MLP.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Number of tokens.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest sequence in tokens.")] = None,
+    train_tokenizer: Annotated[
+        list[str] | None, typer.Option(help="Text file for a BPE tokenizer; repeatable.")
+    ] = None,
+    like: Annotated[str | None, typer.Option(help="Take the shape of this folder or hub id.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Makes a base model with random weights: an ordinary Hugging Face folder.
+
+    Example: rayswift model init models/tiny --arch qwen3 --layers 4 --hidden-size 128 --heads 4 --kv-heads 2
+    --vocab-size 4096 --train-tokenizer corpus.txt --seed 0
+    """
+    from dataclasses import asdict
+
+    if files and not train_tokenizer:
+        raise ConfigError("is not expected", path="argument", value=files[0], fix="write --train-tokenizer before it")
+    from rayswift.models.init import init_model
+
+    report = init_model(
+        directory, arch=arch, layers=layers, hidden_size=hidden_size, heads=heads, kv_heads=kv_heads,
+        intermediate_size=intermediate_size, vocab_size=vocab_size, max_length=max_length,
+        train_tokenizer_files=[*(train_tokenizer or ()), *(files or ())], like=like, seed=seed,
+    )  # fmt: skip
+    lines = [f"{report.directory}: {report.arch}, {report.num_params:,} parameters, {report.vocab_size} tokens"]
+    print_result(asdict(report), "\n".join([*lines, *(f"note: {note}" for note in report.notes)]), as_json)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="A run directory, a checkpoint, or a Hugging Face folder.")],
+    output: Annotated[str, typer.Argument(help="Folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="Type of the written weights; default: as trained.")] = None,
+    quantizer: Annotated[str, typer.Option(help="none, gptq, awq, int8 or fp8.")] = "none",
+    bits: Annotated[int | None, typer.Option(help="Bits of a quantized weight: gptq 4 or 8.  [default: 4]")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale.  [default: 128]")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Rows to calibrate on; default: the job's data.")] = None,
+    calibration_rows: Annotated[int, typer.Option(min=1, help="How many of them.")] = 256,
+    held_out_rows: Annotated[int, typer.Option(min=1, help="Rows that the result is judged by.")] = 64,
+    max_length: Annotated[int | None, typer.Option(min=8, help="Longest row in tokens; default: the job's.")] = None,
+    max_perplexity: Annotated[
+        float | None, typer.Option(help="Most that perplexity may be of the unquantized model's, as a ratio.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Least part of positions whose most likely token stays the same.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Writes a trained model as a verified Hugging Face folder: adapter merged, quantized, reloaded, compared.
+
+    Exit code 5, and nothing is left, where the result is further from the trained model than its bounds allow.
+
+    Example: rayswift export runs/sft-demo exports/sft-demo-4bit --quantizer gptq --group-size 64
+    """
+    from rayswift import api
+    from rayswift.export.quantize import asked
+
+    quantize = asked(
+        quantizer,
+        {"bits": bits, "group_size": group_size},
+        {"calibration": calibration, "max_length": max_length, "max_perplexity": max_perplexity,
+         "min_agreement": min_agreement},
+        num_calibration=calibration_rows,
+        num_held_out=held_out_rows,
+    )  # fmt: skip
+    manifest = api.export(source, output, dtype=dtype, force=force, quantize=quantize)
+    text = f"{output}: {len(manifest.files)} files, verified; manifest {os.path.join(output, 'rayswift.json')}"
+    if manifest.quantization and manifest.verify and manifest.verify.held_out:
+        size = sum(entry.size for name, entry in manifest.files.items() if name.endswith(".safetensors"))
+        text += (
+            f"\n{quantizer}: {format_bytes(manifest.quantization.bytes_before)} -> {format_bytes(size)}, perplexity "
+            f"x{manifest.verify.held_out.perplexity_ratio:.4f} on {manifest.verify.held_out.rows.num_rows} held-out "
+            f"rows, the same most likely token at {manifest.verify.held_out.top1_agreement:.1%} of their places"
+        )
+    if manifest.checkpoint_step is not None:
+        state = "finished" if manifest.run_finished else "not finished"
+        text += f"\nfrom step {manifest.checkpoint_step}; the run was {state}"
+    print_result(manifest.model_dump(mode="json"), text, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run, a checkpoint, a model folder, or an endpoint's URL: .../v1.")],
+    rows: Annotated[str, typer.Option(help="Held-out rows: a file, a glob, a folder, a URL, or a dataset of a hub.")],
+    format_: Annotated[str, typer.Option("--format", help="Format of the rows; auto finds it.")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many rows.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=8, help="Longest row in tokens; default: the run's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Longest answer in tokens; 0 asks nothing.")] = 256,
+    model: Annotated[str | None, typer.Option(help="Which of its models an endpoint is to ask.")] = None,
+    output: Annotated[str | None, typer.Option(help="Also write the report to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measures held-out loss, and how often greedy answers are right. Beside a run it leaves eval-ROWS.json.
+
+    The key of an endpoint is RAYSWIFT_API_KEY; an endpoint gives answers and no loss.
+
+    Example: rayswift eval runs/sft-demo --rows data/held_out.jsonl
+    """
+    from rayswift import api
+    from rayswift.progress import open_progress
+
+    with closing(open_progress()) as progress:
+        report = api.evaluate(
+            target, rows, format=format_, limit=limit, max_length=max_length, max_new_tokens=max_new_tokens,
+            model=model, output=output, progress=progress,
+        )  # fmt: skip
+    print_result(report.model_dump(mode="json"), report.summary(), as_json)
