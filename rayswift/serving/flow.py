@@ -9,23 +9,44 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.engine import Delta, Engine, Request
 
 T = TypeVar("T")
+BODY_TIMEOUT_S = 60.0
+"""In which the whole body must have arrived: who sends a byte now and then holds a request of the replica."""
 
 
 async def read_json(http: HttpRequest, max_bytes: int) -> bytes:
-    """The body of a JSON request. ApiError: 415 for another type, 413 beyond `max_bytes`, told before it is read."""
-    media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
+    """The body of a JSON request. ApiError: 415 for another type, 413 beyond `max_bytes`, told before it is read.
+
+    408 for one that does not arrive within BODY_TIMEOUT_S.
+    """
+    media_type, _, options = http.headers.get("content-type", "").partition(";")
+    if media_type.strip().lower() != "application/json":
         # Also what keeps web pages out: a browser asks before it sends JSON to another origin, and is not answered.
-        raise ApiError("Content-Type must be application/json", status=415, code="unsupported_media_type")
+        raise _unsupported("Content-Type must be application/json")
+    if "charset" in options.lower() and "utf-8" not in options.lower():
+        raise _unsupported("the charset of the body must be utf-8")
+    if http.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise _unsupported("the body must be sent without a Content-Encoding")  # a small one may unpack to gigabytes
     announced = http.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise too_large(max_bytes)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await _read(http, max_bytes)
+    except TimeoutError:
+        message = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
+        raise ApiError(message, status=408, code="request_timeout") from None
+    except ClientDisconnect:
+        raise _gone() from None
+
+
+async def _read(http: HttpRequest, max_bytes: int) -> bytes:
     parts, size = [], 0
     async for part in http.stream():
         size += len(part)
@@ -33,6 +54,14 @@ async def read_json(http: HttpRequest, max_bytes: int) -> bytes:
             raise too_large(max_bytes)
         parts.append(part)
     return b"".join(parts)
+
+
+def _unsupported(message: str) -> ApiError:
+    return ApiError(message, status=415, code="unsupported_media_type")
+
+
+def _gone() -> ApiError:
+    return ApiError("the client closed the connection", status=499)
 
 
 def too_large(max_bytes: int) -> ApiError:
@@ -94,7 +123,7 @@ async def unless_gone(http: HttpRequest, awaitable: Awaitable[T]) -> T:
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise ApiError("the client closed the connection", status=499)
+            raise _gone()
         return work.result()
     finally:
         for task in (work, gone):

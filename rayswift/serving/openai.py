@@ -11,14 +11,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
+import jiter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError, model_validator
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import PydanticCustomError
 
 from rayswift.serving.api_errors import ApiError, too_long
 from rayswift.serving.content import Content, content_of
 from rayswift.serving.engine import Sampling
 
 MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_LOGPROBS = 4, 256, 20
+MAX_MESSAGES, MAX_PROMPTS, MAX_NAME_CHARS = 4096, 2048, 64
+MAX_COUNT = 2**31 - 1
+"""Of what no server has more. A larger number would be repeated in a refusal, digit by digit."""
+_MAX_MESSAGE_KEYS = 16
+_SHOWN_CHARS = 80  # of a name that a client sent
 DEFAULT_TEXT_TOKENS = 16
 """What /v1/completions generates when the client names no number; the API's own default."""
 
@@ -60,6 +66,8 @@ def _prompt_list(value: Any) -> Any:
         return [value]
     if isinstance(value, list) and value and all(_is_id(item) for item in value):
         return [value]
+    if isinstance(value, list) and len(value) > MAX_PROMPTS:
+        raise PydanticCustomError("prompt", f"must be at most {MAX_PROMPTS} prompts")
     kinds = (str, list)
     if not isinstance(value, list) or not value or not all(isinstance(item, kinds) for item in value):
         raise PydanticCustomError("prompt", "must be a string, a list of strings, or token ids")
@@ -81,13 +89,15 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[InstanceOf[Content], BeforeValidator(content_of)]
-    name: str | None = None
+    name: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _without_empty_extras(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
+        if len(raw) > _MAX_MESSAGE_KEYS:  # each would become an error of its own
+            raise PydanticCustomError("message", f"has more than {_MAX_MESSAGE_KEYS} keys")
         return {key: value for key, value in raw.items() if not _says_nothing(key, value)}
 
 
@@ -105,14 +115,14 @@ class StreamOptions(_Strict):
 
 class _CommonRequest(_Strict):
     model: Annotated[str, Field(min_length=1, max_length=200)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    n: Annotated[int, Field(ge=1)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+        Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
         BeforeValidator(_stop_list),
-        Field(max_length=MAX_STOP_STRINGS),
     ] = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
@@ -133,8 +143,8 @@ class _CommonRequest(_Strict):
 class ChatRequest(_CommonRequest):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -195,9 +205,10 @@ AnyRequest = TypeVar("AnyRequest", ChatRequest, TextRequest)
 def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     """The request in a JSON body. Raises ApiError (400) naming the first field that is wrong."""
     try:
-        raw = from_json(body, allow_inf_nan=False)
+        # Two values for one key are read differently by whoever stands before this server.
+        raw = jiter.from_json(body, allow_inf_nan=False, catch_duplicate_keys=True)
     except ValueError as error:
-        raise ApiError(f"the body is not JSON: {error}", code="invalid_json") from None
+        raise ApiError(f"the body is not JSON: {_short(str(error))}", code="invalid_json") from None
     if not isinstance(raw, dict):
         raise ApiError("the body must be a JSON object", code="invalid_json")
     try:
@@ -245,9 +256,10 @@ def _known_fields(kind: type[BaseModel], raw: Mapping[str, Any]) -> dict[str, An
         if key in kind.model_fields:
             continue
         if key not in _ABSENT_OPTIONS:
-            close = difflib.get_close_matches(key, list(kind.model_fields), n=1)
+            shown = _short(key)
+            close = difflib.get_close_matches(shown, list(kind.model_fields), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ApiError(f"Unrecognized request argument: {key[:80]}{hint}", param=key[:80], code="unknown_parameter")
+            raise ApiError(f"Unrecognized request argument: {shown}{hint}", param=shown, code="unknown_parameter")
         if not any(value == neutral and type(value) in _kin(neutral) for neutral in _ABSENT_OPTIONS[key]):
             raise ApiError(f"{key} is not supported by this server", param=key, code="unsupported_parameter")
         del given[key]
@@ -273,5 +285,10 @@ def _first_problem(error: ValidationError) -> ApiError:
 
 def _param(loc: tuple[str | int, ...]) -> str | None:
     """`messages[0].role` for a place in the body."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{_short(part)}" for part in loc)
     return text.removeprefix(".") or None
+
+
+def _short(text: str) -> str:
+    """What a client sent, as far as it is repeated."""
+    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 1] + "…"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift.data.formats import RowError, one_row
 from rayswift.data.templates import chat_text
 from rayswift.data.types import Medium
-from rayswift.serving.api_errors import ApiError
+from rayswift.serving.api_errors import ApiError, too_long
 from rayswift.serving.engine import Prompt
 from rayswift.serving.openai import Message
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rayswift.data.media.encoder import Encoded, MediaEncoder
 
 _MAX_MEDIA = 8
+_LONG_CHARS, _PIECE_CHARS = 8, 2**14
+"""Characters per token from which on a text is counted in pieces first, and how long a piece is."""
 _SETTINGS = {"data.media.max_bytes": "max_media_bytes", "data.media.max_pixels": "max_media_pixels",
              "data.media.max_audio_seconds": "max_media_seconds"}  # fmt: skip
 """What a bound is called in a serve spec, by its name in a job."""
@@ -35,8 +37,10 @@ class PromptBuilder:
         tokenizer: PreTrainedTokenizerBase,
         encoder: MediaEncoder | None = None,
         max_media: int = _MAX_MEDIA,
+        max_tokens: int | None = None,
     ) -> None:
         self._tokenizer, self._encoder, self._max_media = tokenizer, encoder, max_media
+        self._max_tokens = max_tokens
         self._lock = threading.Lock()
 
     @property
@@ -99,6 +103,7 @@ class PromptBuilder:
     def _filled(self, text: str, media: Sequence[Medium], encoded: Sequence[Encoded]) -> Prompt:
         if self._encoder is None:
             return Prompt(tuple(self._encode(text, add_special_tokens=False)))
+        self._check_length(text)
         found = self._encoder.prompt(text, media, encoded)
         return Prompt(tuple(found.input_ids), found.media, found.rope_AT)
 
@@ -118,7 +123,25 @@ class PromptBuilder:
             raise _refusal("prompt", f"has {kept[min(found)]}, which stands for a medium; use /v1/chat/completions")
         return Prompt(tuple(ids))
 
+    def _check_length(self, text: str) -> None:
+        """Raises ApiError for a text that is far too long, after about as much work as the longest that fits takes.
+
+        Tokenizing all of it would cost seconds, in which nobody else gets a prompt. A cut between pieces makes a token
+        or two more, for which there is room in the margin; what comes close to the limit is counted as a whole.
+        """
+        if self._max_tokens is None or len(text) <= _LONG_CHARS * self._max_tokens:
+            return
+        count = 0
+        for start in range(0, len(text), _PIECE_CHARS):
+            count += len(self._tokens(text[start : start + _PIECE_CHARS], add_special_tokens=False))
+            if count > self._max_tokens * 5 // 4 + 64:
+                raise too_long(f"the prompt has more than {self._max_tokens} tokens", self._max_tokens)
+
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        self._check_length(text)
+        return self._tokens(text, add_special_tokens=add_special_tokens)
+
+    def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # verbose=False: a prompt that is too long is refused by name later, not warned about in a log
         encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return list(encoded["input_ids"])
