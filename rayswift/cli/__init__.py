@@ -17,7 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 import rayswift
-from rayswift.cli import endpoint, jobs, machine, models
+from rayswift.cli import chat, endpoint, jobs, machine, models
 from rayswift.errors import RaySwiftError
 
 app = typer.Typer(
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for subject in (machine, jobs, models, endpoint):
+for subject in (machine, jobs, models, endpoint, chat):
     app.add_typer(subject.app)
 _TAKE_SETTINGS = ("plan", "train", "submit", "data")  # commands with KEY=VALUE
 

@@ -16,6 +16,7 @@ from rayswift.evaluation.report import Answers, EvalReport, Kind, RowCounts, Row
 from rayswift.evaluation.rows import Conversations, Rows, conversations, open_rows
 from rayswift.export.manifest import current_versions
 from rayswift.progress import Progress, Silent
+from rayswift.serving import client
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ def evaluate(
     _check(target, settings, output)
     progress.phase("reading the rows")
     found = open_rows(rows, format_name=settings.format, limit=settings.limit)
-    report = (_of_endpoint if endpoint.is_url(target) else _of_model)(target, found, settings, progress)
+    report = (_of_endpoint if client.is_url(target) else _of_model)(target, found, settings, progress)
     report = report.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
     for place in dict.fromkeys(filter(None, (report_place(report.target, rows), output))):
         write(report, place)
@@ -59,7 +60,7 @@ def evaluate(
 
 def _check(target: str, settings: Settings, output: str | None) -> None:
     """Raises ConfigError for what can be seen to be wrong before anything is read."""
-    is_url = endpoint.is_url(target)
+    is_url = client.is_url(target)
     if not is_url and "://" not in target and not os.path.exists(target) and not ("/" in target and is_hub_id(target)):
         raise ConfigError(
             "does not exist", path="TARGET", value=target,
@@ -83,10 +84,10 @@ def _of_endpoint(url: str, rows: Rows, settings: Settings, progress: Progress) -
         what = f": {found.not_asked[0]}" if found.not_asked else ", and texts have no answer"
         raise ConfigError(f"has no conversation to ask an endpoint{what}", path="--rows", value=rows.source.path,
                           fix="give conversations, or evaluate the run or its export")  # fmt: skip
-    with endpoint.connected(url) as client:
-        model = endpoint.model_of(client, url, settings.model)
+    with client.connected(url) as connection:
+        model = client.model_of(connection, url, settings.model)
         progress.phase(f"asking {len(found.questions)} questions of {url}")
-        replies = endpoint.ask(client, model, found.questions, settings.max_new_tokens)
+        replies = endpoint.ask(connection, model, found.questions, settings.max_new_tokens)
     used = rows.num_rows - len(found.refused)
     return EvalReport(
         target=Target(path=url, kind="endpoint", model=model),

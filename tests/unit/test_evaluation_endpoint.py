@@ -191,7 +191,7 @@ def test_what_the_endpoint_does_not_know_is_told(served: StandIn, tmp_path: Path
 def test_an_endpoint_that_is_not_there_is_a_failure_and_no_bad_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayswift.evaluation.endpoint._RETRIES", 0)
+    monkeypatch.setattr("rayswift.serving.client.RETRIES", 0)
     gone = StandIn()
     gone.server_close()
     with pytest.raises(ServeError, match="does not answer: Connection error") as caught:
