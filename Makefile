@@ -3,10 +3,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-vision test test-long test-unit parity check format bench clean deepspeed-ops
+.PHONY: help setup serve-env quickstart quickstart-vision test test-long test-serve test-unit parity check format bench clean \
+        deepspeed-ops
 
 PY := .venv/bin/python
 STAMP := .venv/.rayswift-stamp
+SERVE_STAMP := .venv-serve/.rayswift-stamp
 OPS_STAMP := .venv/.deepspeed-ops-stamp
 QUICKSTART_DIR ?= quickstart
 export OMP_NUM_THREADS ?= 1
@@ -19,6 +21,12 @@ setup: $(STAMP)  ## build .venv once (again when pyproject.toml or constraints.t
 $(STAMP): pyproject.toml constraints.txt .ci/setup
 	@bash .ci/setup
 	@touch $(STAMP)
+
+serve-env: $(SERVE_STAMP)  ## build .venv-serve, the environment of vLLM, once; serving then uses it
+
+$(SERVE_STAMP): $(STAMP) pyproject.toml constraints-serve.txt .ci/setup-serve .ci/name_vllm.py
+	@bash .ci/setup-serve
+	@touch $(SERVE_STAMP)
 
 quickstart: $(STAMP)  ## pretrain, fine-tune, export, serve and ask a small model on this machine
 	@$(PY) -m rayswift.cli quickstart text --output "$(QUICKSTART_DIR)" --force
@@ -35,10 +43,13 @@ $(OPS_STAMP): $(STAMP)
 	@touch $(OPS_STAMP)
 
 test: $(STAMP) $(OPS_STAMP)  ## every suite but the long tests, with the slowest listed
-	@$(PY) -m pytest -m "not long" --durations=25
+	@$(PY) -m pytest -m "not long and not vllm" --durations=25
 
 test-long: $(STAMP) $(OPS_STAMP)  ## the tests that take minutes each
 	@$(PY) -m pytest -m long --durations=25
+
+test-serve: $(STAMP) $(SERVE_STAMP)  ## the tests of the real vLLM, in the environment that this builds
+	@$(PY) -m pytest -m vllm --durations=25
 
 test-unit: $(STAMP)  ## unit and property tests only
 	@$(PY) -m pytest tests/unit tests/property --durations=10
@@ -60,4 +71,4 @@ bench: $(STAMP)  ## every measurement of speed under bench/, each printing its o
 	@for file in $(filter-out bench/parity.py bench/architectures.py,$(wildcard bench/*.py)); do echo "== $$file"; $(PY) "$$file"; done
 
 clean:  ## remove what the targets above made
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis rayswift.egg-info "$(QUICKSTART_DIR)"
+	rm -rf .venv .venv-serve .pytest_cache .mypy_cache .ruff_cache .hypothesis rayswift.egg-info "$(QUICKSTART_DIR)"

@@ -31,7 +31,7 @@ _ALL_LINEAR = "all-linear"
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """The sorted short names (`q_proj`) of the linear layers an adapter can go on; the output layer is not one."""
-    return sorted({name.rpartition(".")[2] for name in _linear_modules(model)})
+    return sorted({name.rpartition(".")[2] for name in linear_modules(model)})
 
 
 def add_lora(model: PreTrainedModel, spec: AdapterSpec, seed: int, *, freeze: Sequence[Part] = ()) -> PeftModel:
@@ -174,7 +174,8 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _linear_modules(model: PreTrainedModel) -> dict[str, Any]:
+def linear_modules(model: PreTrainedModel) -> dict[str, Any]:
+    """The linear layers an adapter can go on, by name; the output layer is not one."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -186,7 +187,7 @@ def _is_transposed(model: PreTrainedModel) -> bool:
     """Whether weights are stored input first, as in gpt2's Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
-    return any(isinstance(module, Conv1D) for module in _linear_modules(model).values())
+    return any(isinstance(module, Conv1D) for module in linear_modules(model).values())
 
 
 def freeze_parts(model: PreTrainedModel, parts: Sequence[Part]) -> None:
@@ -211,7 +212,7 @@ def _outside(model: PreTrainedModel, targets: list[str], freeze: Sequence[Part])
         return targets
     names = [
         name
-        for name in _linear_modules(model)
+        for name in linear_modules(model)
         if part_of(name) not in freeze and any(name == one or name.endswith(f".{one}") for one in targets)
     ]
     if not names:
@@ -227,7 +228,7 @@ def _all_linear(model: PreTrainedModel) -> list[str]:
 
     A linear layer that is called `0`, as in Qwen-VL's mergers, would stand for the first block of every stack.
     """
-    modules = _linear_modules(model)
+    modules = linear_modules(model)
     others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in modules}
     return sorted({name if (short := name.rpartition(".")[2]) in others else short for name in modules})
 
@@ -237,7 +238,7 @@ def _targets(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
     if spec.targets == _ALL_LINEAR:
         return _all_linear(model)  # peft's own `all-linear` also rewrites fused experts, which are no linear layers
     names = [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
-    modules = _linear_modules(model)
+    modules = linear_modules(model)
     for target in names:
         if not any(name == target or name.endswith(f".{target}") for name in modules):
             raise ConfigError(

@@ -95,7 +95,7 @@ def _serve_and_ask(export: Path, corpus: Corpus, progress: Progress) -> tuple[An
     from rayswift.serving.app import serve_in_background
     from rayswift.serving.spec import ServeSpec
 
-    handle = serve_in_background(ServeSpec(models={MODEL_NAME: str(export)}, port=free_port()))
+    handle = serve_in_background(ServeSpec(models={MODEL_NAME: str(export)}, engine="local", port=free_port()))
     try:
         progress.phase(f"asking {NUM_ASKED} trained questions at {handle.url}")
         return ask(handle.url, MODEL_NAME, [Question(fact.question, fact.answer) for fact in sample(corpus.facts)])

@@ -76,7 +76,7 @@ def _serve_and_ask(folder: Path, digits: Digits, progress: Progress) -> tuple[tu
 
     models = {BASE_NAME: str(folder / "models" / "base"), MODEL_NAME: str(folder / "exports" / MODEL_NAME)}
     questions = [Question(QUESTION, str(digit.label), digit.image) for digit in digits.held_out]
-    handle = serve_in_background(ServeSpec(models=models, port=free_port()))
+    handle = serve_in_background(ServeSpec(models=models, engine="local", port=free_port()))
     try:
         found = []
         for name in models:

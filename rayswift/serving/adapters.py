@@ -27,9 +27,7 @@ def find_adapter(root: Path, name: str) -> Path:
     Raises ApiError: 404 (model_not_found) for whatever is no such adapter, all alike, so that nothing is told of the
     disk. Why a folder that is there is not served stands in the log.
     """
-    parts = name.split("/")
-    if len(parts) > _MAX_PARTS or not all(_PART.fullmatch(part) for part in parts):
-        raise unknown_model(name)
+    parts = check_adapter_name(name)
     try:
         home = root.resolve(strict=True)
         folder = home.joinpath(*parts).resolve(strict=True)
@@ -40,6 +38,14 @@ def find_adapter(root: Path, name: str) -> Path:
         _log.warning("the adapter %s is not served: %s", name, refused)
         raise unknown_model(name)
     return folder
+
+
+def check_adapter_name(name: str) -> list[str]:
+    """The parts of an adapter's name. Raises ApiError (404) for what cannot be one."""
+    parts = name.split("/")
+    if len(parts) > _MAX_PARTS or not all(_PART.fullmatch(part) for part in parts):
+        raise unknown_model(name)
+    return parts
 
 
 def _refused(folder: Path, home: Path) -> str | None:

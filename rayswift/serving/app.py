@@ -26,12 +26,13 @@ from ray.serve.schema import ApplicationStatus
 
 from rayswift import plugins
 from rayswift.cluster.session import session
-from rayswift.errors import ServeError
+from rayswift.errors import ConfigError, ServeError
 from rayswift.models.loading import check_folder
-from rayswift.serving import auth, process
+from rayswift.serving import auth, environment, process
 from rayswift.serving.admission import Admission
-from rayswift.serving.engine import Engine, EngineOptions
+from rayswift.serving.engine import Engine
 from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.placement import actor_options, engine_options, replica_options
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.spec import ServeSpec
 
@@ -52,6 +53,10 @@ class EndpointReplica:
     def __serve_build_asgi_app__(self) -> Any:
         return build_asgi(self._spec, self._models)
 
+    async def __del__(self) -> None:  # Ray Serve awaits it before it ends the replica
+        for model in self._models.values():
+            await model.engine.close()
+
     async def check_health(self) -> None:
         """Raises when an engine cannot answer any more; Serve then replaces this replica."""
         for model in self._models.values():
@@ -62,10 +67,9 @@ async def open_model(spec: ServeSpec, folder: str) -> ServedModel:
     """A started engine with its tokenizer and its places. Raises ConfigError or ServeError when it cannot load."""
     from rayswift.models.loading import load_tokenizer
 
-    options = EngineOptions(spec.max_concurrency, spec.max_model_len, spec.dtype, spec.device, spec.media)
-    engine: Engine = plugins.load("serving.engines", spec.engine, path="engine")(folder, options)
+    engine: Engine = plugins.load("serving.engines", spec.engine, path="engine")(folder, engine_options(spec, folder))
     await engine.start()
-    prompts = PromptBuilder(load_tokenizer(folder), engine.media_encoder, spec.max_media)
+    prompts = PromptBuilder(load_tokenizer(folder), engine.media_encoder, spec.max_media, engine.max_model_len)
     return ServedModel(engine, prompts, Admission(spec.max_concurrency, spec.max_queued))
 
 
@@ -78,19 +82,15 @@ def build_app(spec: ServeSpec) -> serve.Application:
     Raises ConfigError for a folder that cannot be served, ExportError for an export that has changed since it was
     verified, ServeError for an endpoint that would be open to the network.
     """
-    plugins.load("serving.engines", spec.engine, path="engine")
-    spec = _with_checked_models(auth.secured(spec))
+    spec, note = environment.resolved(_with_checked_models(auth.secured(spec)))
+    if note:
+        print(f"note: {note}", file=sys.stderr)
     places = len(spec.models) * (spec.max_concurrency + spec.max_queued)
-    threads = str(max(1, int(spec.cpus_per_replica)))
     deployment: Any = serve.deployment(
         name="endpoint",
-        num_replicas=spec.num_replicas,
+        **replica_options(spec),
         max_ongoing_requests=places + _SPARE_REQUESTS,
-        ray_actor_options={
-            "num_cpus": spec.cpus_per_replica,
-            "num_gpus": spec.gpus_per_replica,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
-        },
+        ray_actor_options=actor_options(spec),
         max_constructor_retry_count=1,  # a model that does not load does not load the second time either
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=10,
@@ -168,7 +168,17 @@ def _with_checked_models(spec: ServeSpec) -> ServeSpec:
         check_folder(folder, field=f"models.{name}")
         models[name] = str(Path(folder).resolve()) if os.path.isdir(folder) else folder
         _check_export(name, folder)
-    return spec.model_copy(update={"models": models})
+    return spec.model_copy(update={"models": models, "adapters": _checked_roots(spec)})
+
+
+def _checked_roots(spec: ServeSpec) -> dict[str, str]:
+    """The folders of adapters, absolute; URLs as they are. Raises ConfigError for a folder that is not there."""
+    roots = {}
+    for name, root in spec.adapters.items():
+        if "://" not in root and not os.path.isdir(root):
+            raise ConfigError("is not a folder", path=f"adapters.{name}", value=root, fix="check the path")
+        roots[name] = root if "://" in root else str(Path(root).resolve())
+    return roots
 
 
 def _check_export(name: str, folder: str) -> None:

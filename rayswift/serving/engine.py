@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 
 
+class Refused(ServeError):
+    """This one request cannot be answered, for a reason that its client may know; the engine is well."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen and when to stop. `temperature` 0 is greedy; `stop` strings are not returned."""
@@ -34,6 +38,8 @@ class Sampling:
     seed: int | None = None
     logprobs: int | None = None
     """How many alternatives are reported beside each chosen token; None reports nothing."""
+    json_schema: str | None = None
+    """The JSON Schema, as text, that the answer keeps to; only for an engine that `can_constrain`."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,22 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter by its name and its folder, which lies below the adapters of the model it is asked for with."""
+
+    name: str
+    folder: str
+
+
+@dataclass(frozen=True)
 class Request:
     """One answer to generate. Invariant: the prompt is not empty and leaves room for `sampling.max_new_tokens`."""
 
     request_id: str
     prompt: Prompt
     sampling: Sampling
+    adapter: Adapter | None = None
+    """What answers beside the model; only for an engine started with `EngineOptions.adapters`."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,17 @@ class EngineOptions:
     dtype: str = "auto"
     device: str = "auto"
     media: MediaSpec = field(default_factory=MediaSpec)
+    adapters: bool = False
+    """Whether requests may name a LoRA adapter."""
+    max_adapters: int = 4
+    """Most adapters in one batch."""
+    max_adapter_rank: int = 64
+    tensor_parallel: int = 1
+    """Accelerators of one node that share each layer."""
+    gpu_memory_fraction: float = 0.9
+    """Of an accelerator's memory, for weights and cache."""
+    kv_cache_bytes: int = 2 * 2**30
+    """Cache of keys and values on a CPU."""
 
 
 class Engine(Protocol):
@@ -113,11 +140,18 @@ class Engine(Protocol):
     def media_encoder(self) -> MediaEncoder | None:
         """What makes features of images and sounds; None for an engine that is given text only. After `start`."""
 
+    @property
+    def can_constrain(self) -> bool:
+        """Whether it keeps an answer to a JSON Schema."""
+
     async def start(self) -> None:
         """Load the model and generate one token. Raises ConfigError or ServeError; once it returns, it is ready."""
 
     def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """The deltas of one answer. Closing the generator frees its place at once. Raises ServeError on failure."""
+        """The deltas of one answer. Closing the generator frees its place at once.
+
+        Raises ServeError on failure, Refused for a request that this model cannot take.
+        """
 
     def check(self) -> None:
         """Raises ServeError when the engine cannot answer any more."""
@@ -135,6 +169,7 @@ class FakeEngine:
     gate: asyncio.Event | None = None
     failure: str | None = None
     media_encoder: MediaEncoder | None = None
+    can_constrain: bool = False
     running: int = 0
     seen: list[Request] = field(default_factory=list)
 

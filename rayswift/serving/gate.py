@@ -16,12 +16,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rayswift.serving import auth
+from rayswift.serving import auth, page
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.limits import KeyLimits, KeyPlace
 from rayswift.serving.spec import ApiKey
 
-_OPEN_PATHS = frozenset({"/health"})
+_OPEN_PATHS = frozenset({"/health"}) | page.PATHS
 _MODELS = "rayswift.models"  # where in a request's scope stands what its key may ask
 _log = logging.getLogger("rayswift.serving")
 

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -20,10 +21,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from rayswift.errors import ServeError
-from rayswift.serving import flow, gate, openai, replies
+from rayswift.serving import flow, gate, openai, page, replies
+from rayswift.serving.adapter_store import AdapterStore
 from rayswift.serving.admission import Admission, Places
 from rayswift.serving.api_errors import ApiError, model_not_allowed, unknown_model
-from rayswift.serving.engine import Delta, Engine, Prompt, Request
+from rayswift.serving.engine import Adapter, Delta, Engine, Prompt, Refused, Request
+from rayswift.serving.lineage import lineage_of
 from rayswift.serving.openai import AnyRequest, ChatRequest, TextRequest
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.replies import Answer, Reply
@@ -51,13 +54,14 @@ class Work:
 def build_asgi(
     spec: ServeSpec, models: Mapping[str, ServedModel], now_ns: Callable[[], int] = time.monotonic_ns
 ) -> Starlette:
-    """The ASGI app that answers for these models. No CORS, no documentation pages, no route besides the five.
+    """The ASGI app that answers for these models. No CORS, no documentation pages, no route besides these.
 
     `now_ns` is the clock of the keys' limits.
     """
     endpoint = Endpoint(spec, models)
     return Starlette(
         routes=[
+            *page.routes(),
             Route("/health", endpoint.health, methods=["GET"]),
             Route("/v1/models", endpoint.list_models, methods=["GET"]),
             Route("/v1/models/{name:path}", endpoint.show_model, methods=["GET"]),
@@ -74,6 +78,8 @@ class Endpoint:
 
     def __init__(self, spec: ServeSpec, models: Mapping[str, ServedModel]) -> None:
         self._spec, self._models, self._created = spec, dict(models), int(time.time())
+        self._lineage = {name: lineage_of(folder) for name, folder in spec.models.items()}
+        self._adapters = {base: AdapterStore(root) for base, root in spec.adapters.items()}
 
     async def health(self, _: HttpRequest) -> Response:
         """200 while every engine can answer, 503 otherwise."""
@@ -86,14 +92,24 @@ class Endpoint:
 
     async def list_models(self, request: HttpRequest) -> Response:
         """The models served here, as far as the request's key may ask them."""
-        cards = [replies.model_card(name, self._created) for name in self._models if gate.may_ask(request, name)]
+        names = dict.fromkeys(self._models)
+        names |= {f"{base}:{name}": base for base, store in self._adapters.items() for name in store.names()}
+        cards = [
+            self._card(name, parent)
+            for name, parent in names.items()
+            if gate.may_ask(request, name) or (parent is not None and gate.may_ask(request, parent))
+        ]
         return JSONResponse({"object": "list", "data": cards})
 
     async def show_model(self, request: HttpRequest) -> Response:
         """One model."""
         name = request.path_params["name"]
         self._find(request, name)
-        return JSONResponse(replies.model_card(name, self._created))
+        adapter = await self._adapter(name)
+        return JSONResponse(self._card(name, self._base(name) if adapter else None))
+
+    def _card(self, name: str, parent: str | None) -> dict[str, Any]:
+        return {**replies.model_card(name, self._created, parent), "rayswift": self._lineage.get(name)}
 
     async def chat(self, request: HttpRequest) -> Response:
         """A chat completion, whole or streamed."""
@@ -118,7 +134,7 @@ class Endpoint:
         request = openai.parse(kind, body)
         if isinstance(request, ChatRequest) and request.num_chars > self._spec.max_body_bytes:
             raise flow.too_large(self._spec.max_body_bytes)
-        model = self._find(http, request.model)
+        model, adapter = self._find(http, request.model), await self._adapter(request.model)
         if request.num_choices > self._spec.max_choices:
             raise ApiError(
                 f"n: {request.num_choices} answers in one request are more than {self._spec.max_choices}",
@@ -127,7 +143,7 @@ class Endpoint:
             )
         places = model.admission.enter(request.num_choices)  # before the prompt: images cost time
         try:
-            return await self._reply(http, request, await self._plan(request, model, deadline), model, places)
+            return await self._reply(http, request, await self._plan(request, model, adapter, deadline), model, places)
         except BaseException:
             places.release()
             raise
@@ -148,7 +164,9 @@ class Endpoint:
         first = await flow.unless_gone(http, anext(events))
         return _EventStream(first, events, places)
 
-    async def _plan(self, request: ChatRequest | TextRequest, model: ServedModel, deadline: float) -> Work:
+    async def _plan(
+        self, request: ChatRequest | TextRequest, model: ServedModel, adapter: Adapter | None, deadline: float
+    ) -> Work:
         """Prompts and sampling of every choice. Raises ApiError for what this model cannot do."""
         prompts = await asyncio.to_thread(_prompts, request, model.prompts)
         unique, requests = uuid.uuid4().hex, list[Request]()
@@ -161,7 +179,7 @@ class Endpoint:
             )
             for choice in range(request.n):
                 one = openai.for_choice(sampling, choice)
-                requests.append(Request(f"{unique}-{len(requests)}", prompt, one))
+                requests.append(Request(f"{unique}-{len(requests)}", prompt, one, adapter))
         return Work(tuple(requests), sum(len(prompt.ids) for prompt in prompts), deadline)
 
     def _max_body_bytes(self, kind: type[AnyRequest]) -> int:
@@ -170,11 +188,24 @@ class Endpoint:
         return self._spec.max_body_bytes + takes_media * (self._spec.max_media_bytes * 4 // 3 + 1024)
 
     def _find(self, http: HttpRequest, name: str) -> ServedModel:
-        if not gate.may_ask(http, name):
+        base = self._base(name)
+        if not (gate.may_ask(http, name) or gate.may_ask(http, base)):
             raise model_not_allowed(name)
-        if name not in self._models:
+        if base not in self._models:
             raise unknown_model(name)
-        return self._models[name]
+        return self._models[base]
+
+    def _base(self, name: str) -> str:
+        """The model of `MODEL:ADAPTER`; any other name is a model's own."""
+        base, _, adapter = name.rpartition(":")
+        return base if adapter and name not in self._models and base in self._spec.adapters else name
+
+    async def _adapter(self, name: str) -> Adapter | None:
+        """The adapter that `MODEL:ADAPTER` asks for. Raises ApiError (404) for one that is not there."""
+        base = self._base(name)
+        if base == name:
+            return None
+        return await asyncio.to_thread(self._adapters[base].find, name.removeprefix(f"{base}:"))
 
 
 def _prompts(request: ChatRequest | TextRequest, prompts: PromptBuilder) -> list[Prompt]:
@@ -224,6 +255,8 @@ def _told(error: Exception) -> ApiError:
     """What a client is told of an error: its own text where it was meant for clients, else a bare 500 or 503."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, Refused):
+        return ApiError(str(error), code="invalid_value")
     if isinstance(error, ServeError):
         gate.internal_error(error)
         return ApiError("the model could not finish this answer", status=503, headers={"Retry-After": "1"})

@@ -98,9 +98,10 @@ def event(document: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def model_card(name: str, created: int) -> dict[str, Any]:
-    """One entry of /v1/models."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "rayswift"}
+def model_card(name: str, created: int, parent: str | None = None) -> dict[str, Any]:
+    """One entry of /v1/models; `parent` is the model that an adapter changes."""
+    card = {"id": name, "object": "model", "created": created, "owned_by": "rayswift"}
+    return card if parent is None else {**card, "parent": parent}
 
 
 def _chat_choice(

@@ -88,8 +88,19 @@ class ServeSpec(Section):
 
     models: Annotated[dict[ModelName, str], Field(min_length=1)]
     """The name clients ask for -> the export folder (or any Hugging Face folder)."""
-    engine: str = "local"
-    """The engine: a module of `rayswift/serving/engines`."""
+    engine: str = "auto"
+    """The engine: a module of `rayswift/serving/engines`. `auto` takes vllm where its environment is there."""
+    engine_python: str | None = None
+    """The interpreter of the environment that the engine needs, at the same place on every node; null finds it:
+    RAYSWIFT_SERVE_PYTHON, or what `make serve-env` built."""
+    adapters: dict[ModelName, str] = Field(default_factory=dict)
+    """A model's name -> the folder (or URL, such as s3://bucket/adapters) below which its LoRA adapters lie.
+
+    Clients ask for one as MODEL:ADAPTER; it is loaded when it is first asked for. Engine vllm only."""
+    max_adapters: PositiveInt = 4
+    """Most adapters that one batch mixes, per model."""
+    max_adapter_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
+    """Highest rank of an adapter."""
     host: str = "127.0.0.1"
     """The address to listen on. Any address but a loopback one needs an API key."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -136,8 +147,34 @@ class ServeSpec(Section):
     """CPU cores that Ray reserves for a replica; also its number of threads."""
     gpus_per_replica: Annotated[Number, Field(ge=0)] = 0
     """Accelerators that Ray reserves for a replica."""
+    tensor_parallel: PositiveInt = 1
+    """Accelerators that share each layer of a model. They are on one node: `gpus_per_replica` has to name as many."""
+    accelerator_type: str | None = None
+    """The kind of node that replicas are placed on, as Ray calls it: A100, H100."""
+    gpu_memory_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.9
+    """Of an accelerator's memory, what engine vllm takes for weights and cache."""
+    kv_cache_bytes: PositiveInt = 2 * 2**30
+    """Cache of keys and values of engine vllm on a CPU, per model."""
+    max_replicas: PositiveInt | None = None
+    """Ray adds replicas up to this number while they are busy, and takes them away; null keeps `num_replicas`."""
+    target_ongoing_requests: Annotated[Number, Field(gt=0)] | None = None
+    """Requests per replica that Ray aims at when it adds or takes away; null is three quarters of max_concurrency."""
     start_timeout_s: Annotated[Number, Field(gt=0)] = 600
     """Seconds to wait for the models to be placed, loaded and warmed up."""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> ServeSpec:
+        if unknown := sorted(set(self.adapters) - set(self.models)):
+            raise ValueError(f"adapters names {unknown[0]}, which is not among models; name one of them")
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(f"max_replicas={self.max_replicas} is less than num_replicas={self.num_replicas}")
+        wanted = self.tensor_parallel * len(self.models)
+        if self.tensor_parallel > 1 and 0 < self.gpus_per_replica < wanted:
+            raise ValueError(
+                f"gpus_per_replica={self.gpus_per_replica:g} is less than tensor_parallel={self.tensor_parallel} for "
+                f"each of {len(self.models)} models; set it to {wanted}"
+            )
+        return self
 
     @property
     def has_keys(self) -> bool:

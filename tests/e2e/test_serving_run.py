@@ -25,7 +25,7 @@ _PROGRAM = """
 import sys
 from rayswift.serving.app import run
 from rayswift.serving.spec import ServeSpec
-run(ServeSpec(models={"tiny": sys.argv[1]}, port=int(sys.argv[2]), device="cpu"))
+run(ServeSpec(models={"tiny": sys.argv[1]}, port=int(sys.argv[2]), engine="local", device="cpu"))
 """
 
 

@@ -48,7 +48,7 @@ def endpoint(tiny_model_dir: Path, ray_temp_dir: str) -> Iterator[RunningEndpoin
     )  # fmt: skip
     spec = ServeSpec(
         models={"tiny": str(tiny_model_dir)}, port=_free_port(), api_key_sha256=(fingerprint(_KEY),),
-        max_concurrency=8, max_queued=_NUM_PLACES - 8, max_model_len=2048, device="cpu",
+        max_concurrency=8, max_queued=_NUM_PLACES - 8, max_model_len=2048, engine="local", device="cpu",
     )  # fmt: skip
     try:
         with serve_in_background(spec) as running:

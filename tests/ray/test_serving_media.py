@@ -37,7 +37,9 @@ def test_an_exported_llava_is_asked_about_images(tmp_path: Path, ray_local: None
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    spec = ServeSpec(models={"eyes": str(tmp_path / "out")}, port=port, device="cpu", max_media_bytes=100_000)
+    spec = ServeSpec(
+        models={"eyes": str(tmp_path / "out")}, port=port, engine="local", device="cpu", max_media_bytes=100_000
+    )
     with (
         serve_in_background(spec) as running,
         openai.OpenAI(base_url=running.url, api_key="none", max_retries=0, timeout=60) as client,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving import auth
 from rayswift.serving.admission import Admission
-from rayswift.serving.engine import Delta, FakeEngine, TokenLogprob
+from rayswift.serving.engine import Delta, FakeEngine, Refused, Request, TokenLogprob
 from rayswift.serving.http import ServedModel, build_asgi
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.replies import Answer, Reply
@@ -189,7 +189,6 @@ _BAD: list[tuple[str, str, dict[str, Any], int, str]] = [
     ("GET", "/v1/chat/completions", {}, 405, "method_not_allowed"),
     ("DELETE", "/v1/models", {}, 405, "method_not_allowed"),
     ("POST", "/v1/embeddings", {"json": {}}, 404, "unknown_url"),
-    ("GET", "/", {}, 404, "unknown_url"),
     ("GET", "/docs", {}, 404, "unknown_url"),
     ("GET", "/openapi.json", {}, 404, "unknown_url"),
 ]
@@ -363,3 +362,32 @@ async def _until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+def test_an_adapter_is_asked_for_as_model_and_name(make: Callable[..., _Server], tmp_path: Path) -> None:
+    (tmp_path / "ad").mkdir()
+    (tmp_path / "ad/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "ad/adapter_model.safetensors").write_bytes(b"x")
+    server = make(adapters={"m": str(tmp_path)})
+    assert server.text(model="m:ad").json()["model"] == "m:ad"
+    adapter = server.engine.seen[-1].adapter
+    assert adapter is not None
+    assert (adapter.name, adapter.folder) == ("ad", str((tmp_path / "ad").resolve()))
+    server.text()
+    assert server.engine.seen[-1].adapter is None
+    cards = server.ask("GET", "/v1/models").json()["data"]
+    assert [(card["id"], card.get("parent")) for card in cards] == [("m", None), ("m:ad", "m")]
+    assert server.ask("GET", "/v1/models/m:ad").json()["parent"] == "m"
+    for name in ("m:", "m:absent", "m:../ad", "x:ad", ":ad"):
+        assert server.text(model=name).json()["error"]["code"] == "model_not_found"
+    assert make().text(model="m:ad").json()["error"]["code"] == "model_not_found"
+
+
+def test_what_an_engine_refuses_is_a_bad_request(make: Callable[..., _Server]) -> None:
+    class Refusing(FakeEngine):
+        async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+            raise Refused("the adapter x does not fit this model")
+            yield  # an async generator, as the protocol asks
+
+    reply = make(Refusing()).text()
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, "the adapter x does not fit this model")

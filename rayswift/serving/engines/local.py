@@ -10,13 +10,14 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from rayswift.config.job import MediaSpec, ModelSpec
 from rayswift.errors import ConfigError, RaySwiftError, ServeError
 from rayswift.models.loading import load_model, load_tokenizer
 from rayswift.models.processor import has_processor
 from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampling
+from rayswift.serving.stopping import stop_ids
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,14 @@ _MAX_FAILURES = 3
 class Local:
     """An `Engine`: see the protocol."""
 
+    can_constrain: ClassVar[bool] = False
+
     def __init__(self, folder: str, options: EngineOptions) -> None:
+        if options.adapters:
+            raise ConfigError(
+                "serves no adapters beside a model", path="engine", value="local",
+                fix="use engine vllm (make serve-env), or serve an export with the adapter merged",
+            )  # fmt: skip
         self._folder, self._options = folder, options
         self._loop: DecodeLoop | None = None
         self._max_model_len = 0
@@ -188,7 +196,4 @@ def _vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> V
         return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     generation = getattr(model.generation_config, "eos_token_id", None)
-    eos_ids: set[int] = set()
-    for found in (generation, model.config.get_text_config().eos_token_id, tokenizer.eos_token_id):
-        eos_ids.update(found if isinstance(found, list) else [] if found is None else [found])
-    return Vocabulary(decode, frozenset(eos_ids))
+    return Vocabulary(decode, frozenset(stop_ids(model.config, tokenizer, generation)))

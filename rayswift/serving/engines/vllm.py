@@ -1,0 +1,217 @@
+"""The `vllm` engine: vLLM's AsyncLLM in this replica's process, with its core in a process beside it.
+
+Knows how a request becomes vLLM's and vLLM's outputs become deltas. Runs in the serving environment alone (see
+`serving/environment.py`): vLLM is imported inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rayswift.errors import ConfigError, ServeError
+from rayswift.models.loading import load_config, load_tokenizer, local_folder
+from rayswift.models.processor import has_processor
+from rayswift.serving.engine import Delta, EngineOptions, Prompt, Refused, Request, Sampling, TokenLogprob
+from rayswift.serving.stopping import stop_ids
+
+if TYPE_CHECKING:
+    from rayswift.data.media.encoder import MediaEncoder
+    from rayswift.serving.vllm.adapters import Adapters
+
+_log = logging.getLogger("rayswift.serving")
+_MAX_LOGPROBS = 20
+_SHUTDOWN_S = 3.0
+_MAX_MODEL_LEN_ON_CPU = 32_768
+"""Longer ones are asked for: the cache of keys and values on a CPU is bounded by `kv_cache_bytes`."""
+
+
+class Vllm:
+    """An `Engine`: see the protocol."""
+
+    distribution: ClassVar[str] = "vllm"
+    """What the environment of its process must hold."""
+    environment: ClassVar[Mapping[str, str]] = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        # Its threads would be bound to cores that other processes use too; OMP_NUM_THREADS says how many there are.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    can_constrain: ClassVar[bool] = True
+    media_encoder: ClassVar[MediaEncoder | None] = None
+
+    def __init__(self, folder: str, options: EngineOptions) -> None:
+        self._folder, self._options = str(local_folder(folder)), options
+        self._llm: Any = None
+        self._stop_ids: tuple[int, ...] = ()
+        self._adapters: Adapters | None = None
+        self._max_model_len = 0
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    async def start(self) -> None:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        if has_processor(self._folder):
+            _log.warning("%s is served with text alone: engine vllm is given no images and sounds yet", self._folder)
+        self._check_device()
+        try:
+            self._llm = AsyncLLM.from_engine_args(self._arguments())
+        except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+            raise ServeError(
+                f"cannot load this model: {_reason(error)}", path="engine", value="vllm",
+                fix="the log of the replica has more; engine local may take it",
+            ) from error  # fmt: skip
+        self._max_model_len = int(self._llm.model_config.max_model_len)
+        generation = self._llm.model_config.try_get_generation_config().get("eos_token_id")
+        self._stop_ids = stop_ids(load_config(self._folder), load_tokenizer(self._folder), generation)
+        if self._options.adapters:
+            from rayswift.serving.vllm.adapters import Adapters
+
+            self._adapters = Adapters(self._folder, pad_base=_on_cpu())
+        warm_up = Request("warm-up", Prompt((0,)), Sampling(max_new_tokens=1, temperature=0))
+        async for _ in self.generate(warm_up):
+            pass
+        _log.info("engine vllm is ready: %s, %d tokens", self._folder, self._max_model_len)
+
+    def _check_device(self) -> None:
+        from vllm.platforms import current_platform
+
+        if self._options.device not in ("auto", current_platform.device_type):
+            raise ConfigError(
+                f"is not what this build of vLLM runs on, {current_platform.device_type}",
+                path="device", value=self._options.device, fix="use auto",
+            )  # fmt: skip
+
+    def _arguments(self) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        options, on_cpu = self._options, _on_cpu()
+        given: dict[str, Any] = {"max_model_len": options.max_model_len} if options.max_model_len else {}
+        if on_cpu:
+            given |= {"kv_cache_memory_bytes": options.kv_cache_bytes}
+            given.setdefault("max_model_len", _model_len_on_cpu(self._folder))
+        if options.adapters:
+            # One more for the adapter that stands for the base, see Adapters.
+            given |= {"enable_lora": True, "max_loras": options.max_adapters + on_cpu,
+                      "max_lora_rank": options.max_adapter_rank}  # fmt: skip
+        return AsyncEngineArgs(
+            model=self._folder,
+            dtype=_dtype(self._folder, options.dtype),
+            load_format="safetensors",
+            trust_remote_code=False,
+            max_num_seqs=options.max_concurrency,
+            max_logprobs=_MAX_LOGPROBS,
+            tensor_parallel_size=options.tensor_parallel,
+            gpu_memory_utilization=options.gpu_memory_fraction,
+            enforce_eager=on_cpu,  # compiled graphs cost a CPU minutes at each start
+            # llguidance knows the most of JSON Schema; free whitespace lets a model write it until its tokens end.
+            structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
+            disable_log_stats=True,
+            seed=0,
+            **({"language_model_only": True} if has_processor(self._folder) else {}),
+            **given,
+        )
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        params, lora = self._params(request.sampling), await self._lora(request)
+        outputs = self._started().generate(
+            {"prompt_token_ids": list(request.prompt.ids)}, params, request.request_id, lora_request=lora
+        )
+        try:
+            async for output in outputs:
+                delta = _delta(output.outputs[0], request.sampling.logprobs)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        except (VLLMClientError, ValueError) as error:
+            raise Refused(_reason(error)) from error
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise ServeError(_reason(error), path="engine", value="vllm", fix="restart the replica") from error
+        finally:
+            await outputs.aclose()  # which aborts what still runs
+
+    async def _lora(self, request: Request) -> Any:
+        """What vLLM is told of the request's adapter; None for the base where no adapter is served beside it."""
+        return None if self._adapters is None else await self._adapters.request(self._started(), request.adapter)
+
+    def _params(self, sampling: Sampling) -> Any:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+        schema = sampling.json_schema
+        structured = StructuredOutputsParams(json=schema) if schema is not None else None
+        return SamplingParams(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop=list(sampling.stop),
+            stop_token_ids=list(self._stop_ids),
+            seed=sampling.seed,
+            logprobs=sampling.logprobs,
+            structured_outputs=structured,
+            spaces_between_special_tokens=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def check(self) -> None:
+        if self._started().errored:
+            raise ServeError("vLLM's core has ended", path="engine", value="vllm", fix="restart the replica")
+
+    async def close(self) -> None:
+        if self._llm is not None:
+            self._llm.shutdown(timeout=_SHUTDOWN_S)
+            self._llm = None
+
+    def _started(self) -> Any:
+        if self._llm is None:
+            raise ServeError("the engine was not started", path="engine", value="vllm", fix="await start() first")
+        return self._llm
+
+
+def _delta(output: Any, num_logprobs: int | None) -> Delta:
+    reason = output.finish_reason
+    if reason not in (None, "stop", "length"):
+        raise ServeError(f"ended an answer with {reason}", path="engine", value="vllm", fix="ask again")
+    scored = () if num_logprobs is None or output.logprobs is None else output.logprobs
+    found = tuple(_scored(token, at, num_logprobs or 0) for token, at in zip(output.token_ids, scored, strict=False))
+    return Delta(output.text, len(output.token_ids), reason, found)
+
+
+def _scored(token: int, alternatives: Mapping[int, Any], wanted: int) -> TokenLogprob:
+    ranked = sorted(alternatives.values(), key=lambda one: one.rank)[:wanted]
+    chosen = alternatives[token]
+    return TokenLogprob(_text(chosen), chosen.logprob, tuple((_text(one), one.logprob) for one in ranked))
+
+
+def _text(scored: Any) -> str:
+    """A token's text; of a part of a character, for which vLLM has none, the mark that decoders write."""
+    return scored.decoded_token or "\ufffd"
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _dtype(folder: str, wanted: str) -> str:
+    """The dtype of the weights as they were written: vLLM's own `auto` makes float32 into bfloat16."""
+    if wanted != "auto":
+        return wanted
+    return str(load_config(folder).get_text_config().dtype or "bfloat16").removeprefix("torch.")
+
+
+def _model_len_on_cpu(folder: str) -> int:
+    config = load_config(folder).get_text_config()
+    return min(_MAX_MODEL_LEN_ON_CPU, int(getattr(config, "max_position_embeddings", _MAX_MODEL_LEN_ON_CPU)))
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__

@@ -1,0 +1,118 @@
+"""Which engine serves a spec, and the Python environment that its process runs in.
+
+An engine may need packages that clash with ours (vLLM pins torch), and then lives in an environment of its own with the
+same Python and Ray. Knows how that environment is found and what speaks against it; imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayswift import plugins
+from rayswift.errors import ConfigError
+from rayswift.models.processor import has_processor
+from rayswift.serving.spec import ServeSpec
+
+VARIABLE = "RAYSWIFT_SERVE_PYTHON"
+_PLACE = Path(__file__).resolve().parents[2] / ".venv-serve/bin/python"
+_FIX = "run `make serve-env` in the checkout"
+_PROBE = """
+import importlib.metadata as m, json, sys
+def version(name):
+    try: return m.version(name)
+    except m.PackageNotFoundError: return None
+print(json.dumps({"python": "%d.%d.%d" % sys.version_info[:3], **{n: version(n) for n in sys.argv[1:]}}))
+"""
+_PROBE_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """A Python executable for an engine's process, or why there is none that can be used."""
+
+    path: str
+    problem: str | None = None
+
+
+def resolved(spec: ServeSpec) -> tuple[ServeSpec, str | None]:
+    """The spec with its engine and the engine's interpreter, and for a person why `auto` did not take vLLM.
+
+    Raises ConfigError for an engine that this machine cannot run, or where only vLLM can do what the spec asks for.
+    """
+    if spec.engine != "auto":
+        return spec.model_copy(update={"engine_python": _needed(spec)}), None
+    found = interpreter_of("vllm", spec.engine_python)
+    reason = found.problem or _better_local(spec)
+    if reason is None:
+        return spec.model_copy(update={"engine": "vllm", "engine_python": found.path}), None
+    if asks := _only_vllm(spec):
+        raise ConfigError(f"needs engine vllm: {reason}", path=asks, fix=_FIX)
+    local = spec.model_copy(update={"engine": "local", "engine_python": None})
+    return local, f"engine local serves: {reason}"
+
+
+def interpreter_of(engine: str, given: str | None) -> Interpreter:
+    """The interpreter whose environment holds the engine: as given, of RAYSWIFT_SERVE_PYTHON, or .venv-serve's."""
+    distribution = getattr(plugins.load("serving.engines", engine, path="engine"), "distribution", None)
+    if distribution is None:
+        return Interpreter(given or sys.executable)
+    path = given or os.environ.get(VARIABLE) or str(_PLACE)
+    if not os.access(path, os.X_OK):
+        return Interpreter(path, f"there is no environment for {engine} ({path} does not exist; {_FIX})")
+    try:
+        versions = _versions(path, distribution)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return Interpreter(path, f"{path} cannot be run: {' '.join(str(error).split())[:200]}")
+    return Interpreter(path, _clash(path, versions, distribution))
+
+
+def _needed(spec: ServeSpec) -> str | None:
+    """The interpreter of an engine asked for by name; None is our own."""
+    found = interpreter_of(spec.engine, spec.engine_python)
+    if found.problem:
+        raise ConfigError(f"cannot run here: {found.problem}", path="engine", value=spec.engine, fix=_FIX)
+    return None if found.path == sys.executable else found.path
+
+
+def _versions(python: str, distribution: str) -> dict[str, str | None]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    command = [python, "-c", _PROBE, "ray", distribution, "rayswift"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, env=clean, check=True)
+    found: dict[str, str | None] = json.loads(done.stdout)
+    return found
+
+
+def _clash(path: str, theirs: Mapping[str, str | None], distribution: str) -> str | None:
+    """Why processes of that environment cannot work in a Ray cluster of ours; None where they can."""
+    import importlib.metadata
+
+    for name in (distribution, "ray", "rayswift"):
+        if theirs[name] is None:
+            return f"{path} has no {name}; {_FIX}"
+    ours = {"python": "{}.{}.{}".format(*sys.version_info[:3]), "ray": importlib.metadata.version("ray")}
+    for name, version in ours.items():
+        if theirs[name] != version:
+            return f"{path} has {name} {theirs[name]}, and one cluster needs the same everywhere, {version}; {_FIX}"
+    return None
+
+
+def _better_local(spec: ServeSpec) -> str | None:
+    """Why a spec is better served by `local` although vLLM is here."""
+    seeing = [name for name, folder in spec.models.items() if os.path.isdir(folder) and has_processor(folder)]
+    if seeing and spec.max_media:
+        return f"{seeing[0]} takes images or sounds, and engine vllm is given text alone"
+    if spec.device not in ("auto", "cpu", "cuda"):
+        return f"device={spec.device} is not among those of vLLM"
+    return None
+
+
+def _only_vllm(spec: ServeSpec) -> str | None:
+    """The first setting that only engine vllm can follow."""
+    asked = {"adapters": bool(spec.adapters), "tensor_parallel": spec.tensor_parallel > 1}
+    return next((name for name, wanted in asked.items() if wanted), None)

@@ -1,0 +1,60 @@
+"""What the processes of a spec are given: cores, accelerators, the engine's environment, and how many there are.
+
+Pure functions from a ServeSpec to what Ray and Ray Serve take; knows neither.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from rayswift import plugins
+from rayswift.serving.engine import EngineOptions
+from rayswift.serving.spec import ServeSpec
+
+
+def engine_options(spec: ServeSpec, folder: str) -> EngineOptions:
+    """What the engine of one of the spec's folders is built with."""
+    return EngineOptions(
+        max_concurrency=spec.max_concurrency,
+        max_model_len=spec.max_model_len,
+        dtype=spec.dtype,
+        device=spec.device,
+        media=spec.media,
+        adapters=any(spec.models[name] == folder for name in spec.adapters),
+        max_adapters=spec.max_adapters,
+        max_adapter_rank=spec.max_adapter_rank,
+        tensor_parallel=spec.tensor_parallel,
+        gpu_memory_fraction=spec.gpu_memory_fraction / len(spec.models),
+        kv_cache_bytes=spec.kv_cache_bytes,
+    )
+
+
+def actor_options(spec: ServeSpec) -> dict[str, Any]:
+    """What Ray gives a process that holds the spec's engines: cores, accelerators, and the engine's environment.
+
+    The engine of the spec is one that `environment.resolved` chose.
+    """
+    engine = plugins.load("serving.engines", spec.engine, path="engine")
+    threads = str(max(1, int(spec.cpus_per_replica)))
+    variables = {**getattr(engine, "environment", {}), "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    python = {"py_executable": shlex.quote(spec.engine_python)} if spec.engine_python else {}
+    kind = {"accelerator_type": spec.accelerator_type} if spec.accelerator_type else {}
+    return {
+        "num_cpus": spec.cpus_per_replica,
+        "num_gpus": spec.gpus_per_replica,
+        "runtime_env": {"env_vars": variables, **python},
+        **kind,
+    }
+
+
+def replica_options(spec: ServeSpec) -> dict[str, Any]:
+    """How many replicas Serve keeps: a number, or bounds between which it follows the load."""
+    if spec.max_replicas is None:
+        return {"num_replicas": spec.num_replicas}
+    aim = spec.target_ongoing_requests or max(1.0, 0.75 * spec.max_concurrency * len(spec.models))
+    return {
+        "autoscaling_config": {
+            "min_replicas": spec.num_replicas, "max_replicas": spec.max_replicas, "target_ongoing_requests": aim
+        }
+    }  # fmt: skip

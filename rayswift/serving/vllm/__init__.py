@@ -1,0 +1,1 @@
+"""What the `vllm` engine is made of beside vLLM itself."""

@@ -1,0 +1,102 @@
+"""LoRA adapters of a vLLM engine: checked against the base before vLLM sees them, loaded when first asked for.
+
+Knows vLLM's LoRARequest and its faults; where an adapter's folder comes from is known by `serving/adapters.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from pathlib import Path
+from typing import Any
+
+from rayswift.config.job import ModelSpec
+from rayswift.errors import ConfigError
+from rayswift.models.adapters import ADAPTER_WEIGHTS, file_sha256, linear_modules, read_binding, weights_sha256
+from rayswift.models.loading import local_folder, shape_model
+from rayswift.serving.adapter_store import own_folder
+from rayswift.serving.engine import Adapter, Refused
+
+_ZERO_RANK = 8
+
+
+class Adapters:
+    """The adapters that one engine has been asked for. Used from one event loop.
+
+    `pad_base` answers for the base through an adapter of zeros: vLLM 0.32 on a CPU gives a request without an adapter
+    the weights of another request's adapter when both are in one batch.
+    """
+
+    def __init__(self, folder: str, *, pad_base: bool) -> None:
+        self._bases = _bases(folder)
+        self._numbers, self._loading = itertools.count(1), asyncio.Lock()
+        self._known: dict[tuple[str, str], Any] = {}
+        home = own_folder(self, "rayswift-zero-")
+        self._zero = self._numbered("base", _write_zeros(folder, home)) if pad_base else None
+
+    async def request(self, llm: Any, adapter: Adapter | None) -> Any:
+        """The LoRARequest of an adapter, loaded into `llm`. Raises Refused for one that does not fit the base."""
+        if adapter is None:
+            return self._zero
+        async with self._loading:
+            digest = await asyncio.to_thread(_digest, adapter)
+            if (adapter.folder, digest) not in self._known:
+                await asyncio.to_thread(self._check, adapter)
+                made = self._numbered(adapter.name, adapter.folder)
+                try:
+                    await llm.add_lora(made)
+                except Exception as error:  # the core reports whatever its loader raised
+                    raise Refused(f"the adapter {adapter.name} does not fit this model") from error
+                self._known[adapter.folder, digest] = made
+            return self._known[adapter.folder, digest]
+
+    def _check(self, adapter: Adapter) -> None:
+        try:
+            binding = read_binding(adapter.folder)
+        except ConfigError as error:
+            raise Refused(f"the adapter {adapter.name} does not say which weights it was trained on") from error
+        if binding["base_sha256"] not in self._bases:
+            raise Refused(f"the adapter {adapter.name} was trained on other weights than those of this model")
+
+    def _numbered(self, name: str, folder: str) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        number = next(self._numbers)
+        # vLLM tells adapters apart by their names, and a replaced adapter keeps its own.
+        return LoRARequest(lora_name=f"{name}#{number}", lora_int_id=number, lora_path=folder)
+
+
+def _bases(folder: str) -> frozenset[str]:
+    """Hashes of the weights that adapters of this folder were trained on: its own, or those it was exported from."""
+    from rayswift.export.manifest import MANIFEST, read
+
+    here = local_folder(folder)
+    own = weights_sha256(here)
+    if not (here / MANIFEST).is_file():
+        return frozenset({own})
+    manifest = read(here)
+    untrained = manifest.method is None and manifest.adapter is None
+    return frozenset({own, manifest.base_sha256}) if untrained else frozenset({own})
+
+
+def _digest(adapter: Adapter) -> str:
+    try:
+        return file_sha256(Path(adapter.folder) / ADAPTER_WEIGHTS)
+    except OSError as error:
+        raise Refused(f"the adapter {adapter.name} is not complete") from error
+
+
+def _write_zeros(folder: str, home: Path) -> str:
+    """A folder with an adapter that changes nothing: zeros on one linear layer."""
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    name, layer = next(iter(linear_modules(shape_model(ModelSpec(path=folder), dtype=torch.bfloat16)).items()))
+    LoraConfig(r=_ZERO_RANK, target_modules=[name.rpartition(".")[2]], base_model_name_or_path=folder).save_pretrained(
+        str(home)
+    )
+    zeros = {f"base_model.model.{name}.lora_A.weight": torch.zeros(_ZERO_RANK, layer.in_features),
+             f"base_model.model.{name}.lora_B.weight": torch.zeros(layer.out_features, _ZERO_RANK)}  # fmt: skip
+    save_file(zeros, home / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    return str(home)

@@ -1,0 +1,75 @@
+"""Adapters by name: from a local folder, and copied from a storage when it is there or was written again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from rayswift.serving.adapter_store import AdapterStore
+from rayswift.serving.api_errors import ApiError
+from rayswift.serving.engine import Refused
+
+
+def _write(folder: Path, weights: bytes = b"one") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (folder / "rayswift_base.json").write_text("{}")
+
+
+def test_a_local_folder_is_used_where_it_lies(tmp_path: Path) -> None:
+    _write(tmp_path / "good")
+    (tmp_path / "empty").mkdir()
+    store = AdapterStore(str(tmp_path))
+    assert store.find("good").folder == str((tmp_path / "good").resolve())
+    assert store.names() == ["good"]
+    for name in ("absent", "../good", "", "good/../good", "/etc"):
+        with pytest.raises(ApiError, match="does not exist"):
+            store.find(name)
+
+
+@pytest.fixture
+def bucket() -> Any:
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+    yield fs
+    fs.store.clear()
+
+
+def _upload(fs: Any, name: str, weights: bytes) -> None:
+    fs.pipe(f"/adapters/{name}/adapter_config.json", json.dumps({"peft_type": "LORA"}).encode())
+    fs.pipe(f"/adapters/{name}/rayswift_base.json", b"{}")
+    fs.pipe(f"/adapters/{name}/adapter_model.safetensors", weights)
+
+
+def test_a_storage_is_copied_from_and_asked_again_for_what_changed(bucket: Any) -> None:
+    _upload(bucket, "team/a", b"first")
+    store = AdapterStore("memory://adapters")
+    weights = Path(store.find("team/a").folder) / "adapter_model.safetensors"
+    assert weights.read_bytes() == b"first"
+    inode = weights.stat().st_ino
+    store.find("team/a")
+    assert weights.stat().st_ino == inode  # not fetched again
+    _upload(bucket, "team/a", b"second one")
+    assert (Path(store.find("team/a").folder) / "adapter_model.safetensors").read_bytes() == b"second one"
+    assert store.names() == []
+
+
+@pytest.mark.parametrize("name", ["absent", "../adapters/a", "a/b/c/d/e", ".hidden", "a\x00"])
+def test_a_storage_has_no_other_names(bucket: Any, name: str) -> None:
+    _upload(bucket, "a", b"x")
+    with pytest.raises(ApiError) as caught:
+        AdapterStore("memory://adapters").find(name)
+    assert caught.value.status == 404
+
+
+def test_an_adapter_too_large_to_fetch_is_refused(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayswift.serving.adapter_store._MAX_BYTES", 10)
+    _upload(bucket, "a", b"x" * 11)
+    with pytest.raises(Refused, match="larger"):
+        AdapterStore("memory://adapters").find("a")

@@ -1,0 +1,111 @@
+"""Which engine serves a spec: vLLM where its environment fits ours, else `local` with the reason."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayswift.errors import ConfigError
+from rayswift.serving import environment
+from rayswift.serving.spec import ServeSpec
+
+_OURS = {"python": "{}.{}.{}".format(*sys.version_info[:3]), "ray": version("ray"), "vllm": "0.32.0", "rayswift": "0.1"}
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(environment.VARIABLE, raising=False)
+    monkeypatch.setattr(environment, "_PLACE", tmp_path / "absent/python")
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[..., str]:
+    """An interpreter that says what it is asked about itself."""
+
+    def make(**versions: Any) -> str:
+        path = tmp_path / "python with space"
+        path.write_text(f"#!/bin/sh\necho '{json.dumps(_OURS | versions)}'\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return str(path)
+
+    return make
+
+
+def _spec(**fields: Any) -> ServeSpec:
+    return ServeSpec(models={"m": "a folder"}, **fields)
+
+
+def test_without_an_environment_local_serves_and_the_reason_names_the_command() -> None:
+    spec, note = environment.resolved(_spec())
+    assert (spec.engine, spec.engine_python) == ("local", None)
+    assert note is not None
+    assert "make serve-env" in note
+
+
+def test_an_environment_that_fits_is_taken(
+    python: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = python()
+    assert environment.resolved(_spec(engine_python=path))[0].engine == "vllm"
+    monkeypatch.setenv(environment.VARIABLE, path)
+    spec, note = environment.resolved(_spec())
+    assert (spec.engine, spec.engine_python, note) == ("vllm", path, None)
+    spec, _ = environment.resolved(_spec(engine="vllm"))
+    assert spec.engine_python == path
+
+
+@pytest.mark.parametrize(
+    ("versions", "told"),
+    [
+        ({"ray": "2.59.0"}, "has ray 2.59.0"),
+        ({"python": "3.12.1"}, "has python 3.12.1"),
+        ({"vllm": None}, "has no vllm"),
+        ({"rayswift": None}, "has no rayswift"),
+    ],
+)
+def test_an_environment_that_does_not_fit_is_told_and_not_taken(
+    python: Callable[..., str], versions: dict[str, Any], told: str
+) -> None:
+    spec, note = environment.resolved(_spec(engine_python=python(**versions)))
+    assert spec.engine == "local"
+    assert note is not None
+    assert told in note
+    with pytest.raises(ConfigError, match=f"engine=.*{told}"):
+        environment.resolved(_spec(engine="vllm", engine_python=python(**versions)))
+
+
+def test_an_interpreter_that_does_not_run_is_told(tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    _, note = environment.resolved(_spec(engine_python=str(broken)))
+    assert note is not None
+    assert "cannot be run" in note
+
+
+def test_local_is_asked_for_by_name_without_a_note() -> None:
+    spec, note = environment.resolved(_spec(engine="local"))
+    assert (spec.engine, spec.engine_python, note) == ("local", None, None)
+
+
+def test_a_model_of_images_is_served_by_local(python: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    seeing = ServeSpec(models={"eyes": str(tmp_path)}, engine_python=python())
+    spec, note = environment.resolved(seeing)
+    assert spec.engine == "local"
+    assert note is not None
+    assert "eyes takes images" in note
+    assert environment.resolved(seeing.model_copy(update={"max_media": 0}))[0].engine == "vllm"
+
+
+@pytest.mark.parametrize("asked", [{"adapters": {"m": "folder"}}, {"tensor_parallel": 2}])
+def test_what_only_vllm_can_do_is_refused_without_it(asked: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(asked))}.*needs engine vllm"):
+        environment.resolved(_spec(**asked))
