@@ -14,6 +14,7 @@ from typing import Any
 from rayswift.errors import ConfigError
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -61,16 +62,27 @@ def weight_files(folder: Path, *, field: str = "model.path") -> list[str]:
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX, field=field).get("weight_map")
         if isinstance(weight_map, Mapping) and weight_map:
-            return sorted({str(name) for name in weight_map.values()})
+            return sorted({_safe(str(name), folder, field) for name in weight_map.values()})
     elif (folder / WEIGHTS).is_file():
         return [WEIGHTS]
-    pickled = any(folder.glob("*.bin"))
+    pickled = any(file.suffix in PICKLES for file in folder.iterdir())
     raise ConfigError(
         "has its weights only as pickles, which can run code" if pickled else f"has no weights: {WEIGHTS} is missing",
         path=field,
         value=str(folder),
         fix="convert them to safetensors" if pickled else "copy the weights into the folder",
     )
+
+
+def _safe(name: str, folder: Path, field: str) -> str:
+    """The name of a file of weights. Raises ConfigError for one that is no safetensors file of the folder."""
+    if not name.endswith(".safetensors"):
+        rule, fix = f"names {name[:80]} in its {INDEX}: pickles can run code", "convert it to safetensors"
+    elif Path(name).is_absolute() or ".." in Path(name).parts:
+        rule, fix = f"names {name[:80]} in its {INDEX}, which is not in the folder", "copy the whole folder again"
+    else:
+        return name
+    raise ConfigError(rule, path=field, value=str(folder), fix=fix)
 
 
 def _broken(file: Path) -> str | None:
@@ -98,7 +110,7 @@ def read_json(file: Path, *, field: str) -> dict[str, Any]:
         raise ConfigError(
             f"has no {file.name}", path=field, value=str(file.parent), fix="give an ordinary Hugging Face folder"
         ) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(
             f"has a {file.name} that cannot be read: {error}", path=field, value=str(file.parent), fix="copy it again"
         ) from error

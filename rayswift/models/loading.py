@@ -21,6 +21,7 @@ from rayswift.models.auto import auto_class, import_transformers, register_parts
 from rayswift.models.config_sizes import check_sizes
 from rayswift.models.folder import check_tokenizer, check_weights, has_chat_template, processors_template, read_json
 from rayswift.models.quantized import quantized
+from rayswift.models.remote_code import check_code
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ def check_folder(path: str, *, chat_template: bool = False, field: str = "model.
     """The parsed config.json of a model that has config, weights, tokenizer and, if asked for, a chat template.
 
     Reads names and headers only, no tensor data. Of a hub id only the small files are fetched and checked. Raises
-    ConfigError with the folder, what is missing or broken, and the fix.
+    ConfigError with the folder, what is missing, broken, or asks for code to be run, and the fix.
     """
     remote = not os.path.isdir(path)
     folder = local_folder(path, weights=False, field=field)
@@ -94,6 +95,7 @@ def check_folder(path: str, *, chat_template: bool = False, field: str = "model.
         raise ConfigError(
             "has a config.json without model_type", path=field, value=path, fix="use a transformers model"
         )
+    check_code(folder, field=field)
     check_sizes(config, path, field=field)
     check_tokenizer(folder, field=field)
     if chat_template and not has_chat_template(folder):
@@ -115,6 +117,7 @@ def load_config(path: str, *, field: str = "model.path") -> PretrainedConfig:
 
     folder = local_folder(path, weights=False, field=field)
     check_sizes(read_json(folder / "config.json", field=field), path, field=field)
+    check_code(folder, field=field)
     register_parts()
     with refusals_named(path, field):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -129,6 +132,7 @@ def load_tokenizer(path: str, *, field: str = "model.path") -> PreTrainedTokeniz
 
     folder = local_folder(path, weights=False, field=field)
     check_tokenizer(folder, field=field)
+    check_code(folder, field=field)
     with refusals_named(path, field):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
