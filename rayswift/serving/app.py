@@ -10,12 +10,13 @@ an actor behind the engine protocol.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from rayswift import plugins
 from rayswift.cluster.session import session
 from rayswift.errors import ConfigError, ServeError
 from rayswift.models.loading import check_folder
-from rayswift.serving import auth, environment, process
+from rayswift.serving import auth, environment, process, proxy
 from rayswift.serving.admission import Admission
 from rayswift.serving.engine import Engine
 from rayswift.serving.http import ServedModel, build_asgi
@@ -37,9 +38,14 @@ from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.spec import ServeSpec
 
 APP_NAME = "rayswift"
+_PROXY_HOOK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 _SPARE_REQUESTS = 128
 """Requests Serve lets in beyond the engine's places, so that refusals are answered by us and at once."""
-_POLL_S, _STOP_TIMEOUT_S = 0.1, 30.0
+_MAX_WAITING_REQUESTS = 256
+"""Requests that may wait in Serve's proxy for one of those; further ones are told 503 and when to come back."""
+_SURGE_PERCENT = 25
+"""Replicas that an update starts beyond their number, rounded up, before it stops as many old ones."""
+_POLL_S, _STOP_TIMEOUT_S, _LAST_WORDS_S = 0.1, 30.0, 10.0
 
 
 class EndpointReplica:
@@ -49,6 +55,7 @@ class EndpointReplica:
         self._spec, self._models = spec, dict[str, ServedModel]()
         for name, folder in spec.models.items():
             self._models[name] = await open_model(spec, folder)
+        gc.freeze()  # a body of many objects would have the collector walk through all of torch
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_asgi(self._spec, self._models)
@@ -90,10 +97,12 @@ def build_app(spec: ServeSpec) -> serve.Application:
         name="endpoint",
         **replica_options(spec),
         max_ongoing_requests=places + _SPARE_REQUESTS,
+        max_queued_requests=_MAX_WAITING_REQUESTS,
+        max_surge_percent=_SURGE_PERCENT,
         ray_actor_options=actor_options(spec),
         max_constructor_retry_count=1,  # a model that does not load does not load the second time either
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=spec.request_timeout_s,  # an update lets every answer end; see _stop_serve
     )(serve.ingress()(EndpointReplica))
     application: serve.Application = deployment.bind(spec)
     return application
@@ -209,6 +218,7 @@ def _serving(spec: ServeSpec) -> Iterator[None]:
                 # Ends what our own deadline cannot: a client that stopped reading.
                 request_timeout_s=spec.request_timeout_s + 30,
             ),
+            controller_options={"runtime_env": {"env_vars": {_PROXY_HOOK: proxy.IMPORT_PATH}}},
         )
         yield
     finally:
@@ -218,15 +228,34 @@ def _serving(spec: ServeSpec) -> Iterator[None]:
 def _stop_serve() -> None:
     """Take all of Ray Serve down. A controller that does not end in time is told again by Serve's own shutdown.
 
+    Answers that are being generated have _LAST_WORDS_S to end; replicas that still live then are killed.
     That one waits on the controller inside a call that dies with it, which Ray reports as a failed task on stdout,
     where a program's answer belongs. So the controller is told without waiting, and watched. (ray 2.60)
     """
     if (controller := _serve_controller()) is not None:
         ray.get(controller.graceful_shutdown.remote(wait=False))
-        deadline = time.monotonic() + _STOP_TIMEOUT_S
-        while _serve_controller() is not None and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
+        _wait_for_stop(_LAST_WORDS_S)
+        if _serve_controller() is not None:
+            for replica in _replicas():
+                ray.kill(replica)
+            _wait_for_stop(_STOP_TIMEOUT_S)
     serve.shutdown()  # also makes this process forget the controller
+
+
+def _wait_for_stop(timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while _serve_controller() is not None and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+def _replicas() -> list[Any]:
+    """The handles of the replicas that live."""
+    found = []
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == "serve" and actor["name"].startswith(f"SERVE_REPLICA::{APP_NAME}#"):
+            with suppress(ValueError):  # it has ended since
+                found.append(ray.get_actor(actor["name"], namespace="serve"))
+    return found
 
 
 def _serve_controller() -> Any:

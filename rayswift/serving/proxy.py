@@ -1,0 +1,95 @@
+"""What stands in Ray Serve's HTTP proxy, before every replica: what a replica could not finish ends in words.
+
+Serve's proxy just closes the connection when a replica dies within an answer, and answers 500 when it dies before one;
+what it refuses itself is plain text. Knows ASGI; knows nothing of requests, models or keys.
+"""
+
+from __future__ import annotations
+
+import json
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rayswift.serving import replies
+from rayswift.serving.api_errors import ApiError
+
+IMPORT_PATH = "rayswift.serving.proxy.middlewares"
+"""What Serve's proxy is told to call when it starts (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH)."""
+_OWN_PATHS = "/-/"  # the proxy's own pages for load balancers
+
+
+def middlewares() -> list[Middleware]:
+    """What Serve's proxy wraps itself in."""
+    return [Middleware(InWords)]
+
+
+class InWords:
+    """ASGI middleware: a stream that stops without an end gets an error event, any other failure an OpenAI body.
+
+    An answer whose length was told cannot be mended: its connection is closed, which clients notice.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(_OWN_PATHS):
+            await self._app(scope, receive, send)
+            return
+        reply = _Sent(send)
+        await self._app(scope, receive, reply.send)
+        await reply.finish()
+
+
+class _Sent:
+    """One reply on its way, and how far it got."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._status: int | None = None
+        self._is_stream = self._is_replaced = self._has_ended = False
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on, unless it is of a failure that Serve words itself."""
+        if message["type"] == "http.response.start":
+            kind = dict(message.get("headers", ())).get(b"content-type", b"")
+            self._status, self._is_stream = message["status"], kind.startswith(b"text/event-stream")
+            self._is_replaced = message["status"] >= 400 and not kind.startswith(b"application/json")
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._has_ended = not self._is_replaced
+        if not self._is_replaced:
+            await self._send(message)
+
+    async def finish(self) -> None:
+        """Say what is missing, if anything is. To a client that has gone this says nothing."""
+        if self._has_ended:
+            return
+        if self._status is None or self._is_replaced:
+            await self._answer(_error_of(self._status))
+        elif self._is_stream:
+            event = replies.event(_lost().body())
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+
+    async def _answer(self, error: ApiError) -> None:
+        body = json.dumps(error.body()).encode()
+        named = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+        headers = [(name.lower().encode(), value.encode()) for name, value in named.items()]
+        await self._send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _lost() -> ApiError:
+    return ApiError("the replica that answered has ended; ask again", status=503, headers={"Retry-After": "1"})
+
+
+def _error_of(status: int | None) -> ApiError:
+    """What to say in the place of Serve's own words, by their status; None when there were none."""
+    if status is None or status == 500:
+        return _lost()
+    if status == 404:
+        return ApiError("nothing is served here", status=404, code="unknown_url")
+    if status == 408:
+        return ApiError("the answer took longer than this server allows", status=503, code="timeout")
+    message = "the server is at its limit, or not ready yet; try again shortly"
+    return ApiError(message, status=503, headers={"Retry-After": "1"})

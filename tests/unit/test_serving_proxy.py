@@ -1,0 +1,88 @@
+"""What Serve's proxy leaves unsaid is said: a stream that was cut off, an answer that never began, plain text."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from rayswift.serving import proxy
+
+_SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
+_JSON = [(b"content-type", b"application/json")]
+_PLAIN = [(b"content-type", b"text/plain")]
+
+
+def _start(status: int, headers: Any) -> dict[str, Any]:
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+def _body(content: bytes, more: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": content, "more_body": more}
+
+
+def _sent(messages: Sequence[dict[str, Any]], path: str = "/v1/completions") -> list[Any]:
+    """What a client gets when the proxy sends these."""
+    found: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for message in messages:
+            await send(message)
+
+    async def send(message: Any) -> None:
+        found.append(message)
+
+    [middleware] = proxy.middlewares()
+    asyncio.run(middleware.cls(app)({"type": "http", "path": path}, None, send))  # type: ignore[arg-type]
+    return found
+
+
+def test_what_is_whole_passes_as_it_is() -> None:
+    for reply in (
+        [_start(200, _SSE), _body(b"data: 1\n\n", True), _body(b"", False)],
+        [_start(200, _JSON), _body(b"{}", False)],
+        [_start(429, _JSON), _body(b'{"error": {}}', False)],
+    ):
+        assert _sent(reply) == reply
+    own = [_start(500, _PLAIN), _body(b"unhealthy", False)]
+    assert _sent(own, "/-/healthz") == own
+
+
+def test_a_stream_that_is_cut_off_ends_with_an_error_event() -> None:
+    *begun, last = _sent([_start(200, _SSE), _body(b"data: 1\n\n", True)])
+    assert begun == [_start(200, _SSE), _body(b"data: 1\n\n", True)]
+    assert last["more_body"] is False
+    assert last["body"].startswith(b"data: ")
+    error = json.loads(last["body"][6:])["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "server_error"
+
+
+def test_an_answer_of_a_told_length_is_left_broken() -> None:
+    cut = [_start(200, _JSON), _body(b"{", True)]
+    assert _sent(cut) == cut
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ([], 503),
+        ([_start(500, _PLAIN), _body(b"Traceback (most recent call last)", False)], 503),
+        ([_start(503, _PLAIN), _body(b"Request dropped due to backpressure", False)], 503),
+        ([_start(404, _PLAIN), _body(b"Path not found. Ping /-/routes", False)], 404),
+        ([_start(408, _PLAIN), _body(b"Request 7f timed out", False)], 503),
+    ],
+)
+def test_other_failures_are_openai_errors_that_tell_nothing(said: Any, status: int) -> None:
+    start, body = _sent(said)
+    headers = {name.decode(): value.decode() for name, value in start["headers"]}
+    assert start["status"] == status
+    assert headers["content-type"] == "application/json"
+    assert int(headers["content-length"]) == len(body["body"])
+    assert set(json.loads(body["body"])["error"]) == {"message", "type", "param", "code"}
+    assert not said or said[1]["body"] not in body["body"]
+    if status == 503 and (not said or said[0]["status"] != 408):
+        assert headers["retry-after"] == "1"
