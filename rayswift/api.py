@@ -66,15 +66,23 @@ def audit(run_dir: str) -> AuditReport:
 
 
 def export(
-    source: str, output: str, *, dtype: str | None = None, force: bool = False, quantize: QuantizeSpec | None = None
+    source: str,
+    output: str,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+    quantize: QuantizeSpec | None = None,
+    engine: str = "none",
 ) -> ExportManifest:
     """The manifest of a verified Hugging Face folder made from a run, a checkpoint or a model folder.
+
+    `engine` is the serving engine that has to answer from it too: vllm, auto or none.
 
     Raises ExportError (exit 5) when it does not verify; then nothing is left at `output`.
     """
     from rayswift.export.pipeline import export as export_folder
 
-    return export_folder(source, output, dtype=dtype, force=force, quantize=quantize)
+    return export_folder(source, output, dtype=dtype, force=force, quantize=quantize, engine=engine)
 
 
 def evaluate(

@@ -76,6 +76,9 @@ def export(
     min_agreement: Annotated[
         float | None, typer.Option(help="Least part of positions whose most likely token stays the same.")
     ] = None,
+    engine: Annotated[str, typer.Option(help="Serving engine that is to answer from it too: auto, vllm or none.")] = (
+        "auto"
+    ),
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -96,7 +99,7 @@ def export(
         num_calibration=calibration_rows,
         num_held_out=held_out_rows,
     )  # fmt: skip
-    manifest = api.export(source, output, dtype=dtype, force=force, quantize=quantize)
+    manifest = api.export(source, output, dtype=dtype, force=force, quantize=quantize, engine=engine)
     text = f"{output}: {len(manifest.files)} files, verified; manifest {os.path.join(output, 'rayswift.json')}"
     if manifest.quantization and manifest.verify and manifest.verify.held_out:
         size = sum(entry.size for name, entry in manifest.files.items() if name.endswith(".safetensors"))
@@ -104,6 +107,12 @@ def export(
             f"\n{quantizer}: {format_bytes(manifest.quantization.bytes_before)} -> {format_bytes(size)}, perplexity "
             f"x{manifest.verify.held_out.perplexity_ratio:.4f} on {manifest.verify.held_out.rows.num_rows} held-out "
             f"rows, the same most likely token at {manifest.verify.held_out.top1_agreement:.1%} of their places"
+        )
+    if manifest.verify and (served := manifest.verify.served):
+        text += (
+            f"\n{served.engine} {served.version} answers from it: log-probabilities differ by {served.mean_abs:.2g} on "
+            f"average from transformers', {served.greedy_agreement:.0%} of greedy tokens are the unquantized model's, "
+            f"{served.tokens_per_second:.0f} tokens/s at concurrency 8"
         )
     if manifest.checkpoint_step is not None:
         state = "finished" if manifest.run_finished else "not finished"

@@ -123,6 +123,11 @@ def _proved(verify: VerifyResult | None) -> Iterator[str]:
         "tokenizer": "gives the ids that were trained on" if verify.tokenizer_equal else "differs",
         "chat template": "renders what was trained on" if verify.chat_template_equal else "differs",
     }
+    if served := verify.served:
+        rows[f"{served.engine} {served.version}"] = (
+            f"differs from transformers by {served.mean_abs:.2g} on average, {served.max_abs:.2g} at most; greedy "
+            f"answers agree with the unquantized model's for {served.greedy_agreement:.0%} of their tokens"
+        )
     yield from _table("## Verification", rows)
 
 

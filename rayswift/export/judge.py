@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rayswift.export.rows import Rows
     from rayswift.export.verify import Bounds
 
-_MAX_PROMPT_TOKENS, _GREEDY_TOKENS = 128, 16
+MAX_PROMPT_TOKENS, GREEDY_TOKENS = 128, 16
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ def said_of(model: torch.nn.Module, examples: Sequence[Example]) -> Said:
 
 
 def greedy_of(model: torch.nn.Module, prompts: Sequence[list[int]]) -> tuple[list[int], ...]:
-    """The `_GREEDY_TOKENS` most likely tokens behind each prompt, one after the other, without a cache."""
+    """The `GREEDY_TOKENS` most likely tokens behind each prompt, one after the other, without a cache."""
     import torch
 
     answers = []
     for prompt in prompts:
-        ids = list(prompt[:_MAX_PROMPT_TOKENS])
+        ids = list(prompt[:MAX_PROMPT_TOKENS])
         start = len(ids)
-        for _ in range(_GREEDY_TOKENS):
+        for _ in range(GREEDY_TOKENS):
             with torch.no_grad():
                 ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         answers.append(ids[start:])

@@ -105,6 +105,25 @@ class Quantization(Record):
     versions: dict[str, str]
 
 
+class Served(Record):
+    """What a serving engine said from the written folder, beside transformers reading the same folder in float32."""
+
+    engine: str
+    version: str
+    num_positions: int
+    mean_abs: float
+    """Of the differences of log-probabilities of the prompts' own tokens."""
+    max_abs: float
+    bound_mean_abs: float
+    greedy_agreement: float
+    """The fraction of greedy tokens before the first that differs from the unquantized model's."""
+    template_equal: bool
+    """Whether the server makes the ids of a chat that training made."""
+    load_s: float
+    tokens_per_second: float
+    """Of eight answers at a time, on the machine of the export."""
+
+
 class VerifyResult(Record):
     """What was proved by reading the written folder back."""
 
@@ -119,6 +138,8 @@ class VerifyResult(Record):
     """The fraction of greedy tokens before the first that differs; null for an export that is not quantized."""
     held_out: HeldOut | None = None
     """Null for an export that is not quantized: the bounds on log-probabilities are narrower."""
+    served: Served | None = None
+    """Null where no serving engine was asked."""
     tokenizer_equal: bool
     chat_template_equal: bool
     processor_equal: bool = True

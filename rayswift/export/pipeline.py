@@ -23,6 +23,7 @@ from rayswift.export.merge import build
 from rayswift.export.quantize import QuantizeSpec, load_quantizer, write_ignored
 from rayswift.export.quantize import quantize as quantize_model
 from rayswift.export.rows import Rows, read_rows_of
+from rayswift.export.served import prover
 from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source, resolve
 from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, Bounds, compare, encode, probe
@@ -53,13 +54,15 @@ def export(
     bounds: Bounds | None = None,
     prompts: Sequence[str] = PROMPTS,
     quantize: QuantizeSpec | None = None,
+    engine: str = "none",
 ) -> ExportManifest:
     """The manifest of the folder written to `output` from a run, a checkpoint, an adapter folder or a model.
 
     `dtype` is that of the weights written, or of what a quantizer leaves; None keeps the base's. `bounds` default to
-    `DEFAULT_BOUNDS` of that dtype, or the quantizer's. An existing `output` is replaced only with `force`. Raises
-    ConfigError for a bad source or output, CheckpointError for a checkpoint that cannot be trusted, ExportError when
-    the result cannot be written or does not verify; `output` is then as it was before.
+    `DEFAULT_BOUNDS` of that dtype, or the quantizer's. `engine` is the serving engine that has to answer from the
+    folder too: vllm, auto (where its environment is there) or none. An existing `output` is replaced only with `force`.
+    Raises ConfigError for a bad source or output, CheckpointError for a checkpoint that cannot be trusted, ExportError
+    when the result cannot be written or does not verify; `output` is then as it was before.
     """
     import torch
 
@@ -72,11 +75,14 @@ def export(
     _check_output(output, keep=(source, str(base)), force=force)
     base_sha256 = _check_base(what, base)
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
+    by, note = prover(engine, base, dtype)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
     tokenizer = load_tokenizer(str(base))
     calibration, held_out = _rows(what, tokenizer, quantize, needs_rows=quantizer is not None and quantizer.needs_rows)
     encoder = encoder_of(base)
     merged = build(what, [*(encode(tokenizer, text) for text in prompts), *shown(encoder).values()])
-    reference = probe(merged.model, tokenizer, prompts, encoder, held_out) if verify else None
+    reference = probe(merged.model, tokenizer, prompts, encoder, held_out, greedy=by is not None) if verify else None
     with _disk_errors(output), staged_folder(output, replace=force) as stage:
         torch.nn.Module.to(merged.model, getattr(torch, dtype))
         done = None
@@ -86,7 +92,7 @@ def export(
         _write_model(merged.model, base, stage)
         if done:
             write_ignored(stage, done)
-        result = compare(reference, stage, bounds or DEFAULT_BOUNDS[dtype]) if reference else None
+        result = compare(reference, stage, bounds or DEFAULT_BOUNDS[dtype], by) if reference else None
         manifest = ExportManifest(
             base=what.base,
             base_sha256=base_sha256,

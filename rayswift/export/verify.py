@@ -18,8 +18,10 @@ from rayswift.data.media.features import model_inputs
 from rayswift.data.templates import chat_text
 from rayswift.data.types import Example
 from rayswift.errors import ExportError
+from rayswift.export import served
 from rayswift.export.judge import Said, agreement, demands, greedy_of, judged, said_of
 from rayswift.export.manifest import Difference, VerifyResult
+from rayswift.export.served import Prover, prove
 from rayswift.export.shown import encoder_of, same_shown, shown
 from rayswift.models.adapters import load_base
 from rayswift.models.loading import load_tokenizer
@@ -89,18 +91,21 @@ def probe(
     prompts: Sequence[str] = PROMPTS,
     encoder: MediaEncoder | None = None,
     held_out: Rows | None = None,
+    *,
+    greedy: bool = False,
 ) -> Probe:
     """What `model` and `tokenizer` say to the prompts and, where there is a template, to a rendered conversation.
 
-    With an `encoder` also to prompts with an image or a sound; with `held_out` rows also their loss and greedy answers.
+    With an `encoder` also to prompts with an image or a sound; with `held_out` rows also their loss and, as with
+    `greedy`, greedy answers.
     """
     chats, media = render_chats(tokenizer), shown(encoder)
     texts = (*prompts, *(chat for chat in chats[:1] if chat))
     ids = tuple(encode(tokenizer, text) for text in texts)
     found = Probe(texts, ids, logprobs_of(model, (*ids, *media.values())), chats, media)
-    if held_out is None:
-        return found
-    return replace(found, held_out=held_out, said=said_of(model, held_out.examples), greedy=greedy_of(model, ids))
+    if greedy or held_out:
+        found = replace(found, greedy=greedy_of(model, ids))
+    return found if held_out is None else replace(found, held_out=held_out, said=said_of(model, held_out.examples))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -171,8 +176,11 @@ def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], bound
     )
 
 
-def compare(reference: Probe, folder: str | Path, bounds: Bounds) -> VerifyResult:
-    """What a folder, read back from disk, has in common with the reference. Raises ExportError when it differs."""
+def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | None = None) -> VerifyResult:
+    """What a folder, read back from disk, has in common with the reference. Raises ExportError when it differs.
+
+    `by` is the serving engine that has to say the same; the reference then needs greedy answers.
+    """
     import torch
 
     tokenizer = load_tokenizer(str(folder))
@@ -194,12 +202,23 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds) -> VerifyResul
         held_out=judged(reference.said, reference.held_out, model, bounds)
         if reference.said and reference.held_out
         else None,
+        served=prove(
+            by, folder, reference.ids, _asked(reference, tokenizer), logprobs[: len(reference.ids)], reference.greedy
+        )
+        if by
+        else None,
         tokenizer_equal=ids == reference.ids,
         chat_template_equal=render_chats(tokenizer) == reference.chats,
         processor_equal=same_shown(shown(encoder), reference.media),
     )
     _demand(result, folder)
     return result
+
+
+def _asked(reference: Probe, tokenizer: PreTrainedTokenizerBase) -> tuple[Sequence[dict[str, str]], list[int]] | None:
+    """The conversation that a server is asked with, and the ids it has in training; None without a chat template."""
+    rendered = reference.chats[1]
+    return None if rendered is None else (CONVERSATION[:1], encode(tokenizer, rendered))
 
 
 def _demand(result: VerifyResult, folder: str | Path) -> None:
@@ -218,6 +237,7 @@ def _demand(result: VerifyResult, folder: str | Path) -> None:
                 found.within,
             ),
             *demands(held_out),
+            *served.demands(result.served),
         )
         if not good
     ]

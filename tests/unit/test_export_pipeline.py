@@ -308,7 +308,7 @@ def test_a_damaged_newer_checkpoint_is_passed_over_aloud(
     shard.write_bytes(shard.read_bytes()[:-1])
     (run / checkpoint.folder_name(100)).mkdir()
     with pytest.raises(SystemExit):
-        cli.main(["export", str(run), str(tmp_path / "out")])
+        cli.main(["export", str(run), str(tmp_path / "out"), "--engine", "none"])
     out, err = capsys.readouterr()
     assert "from step 7; the run was finished" in out
     warnings_told = [line for line in err.splitlines() if line.startswith("warning: passed over a newer checkpoint: ")]
@@ -318,7 +318,7 @@ def test_a_damaged_newer_checkpoint_is_passed_over_aloud(
     record = json.loads((run / checkpoint.folder_name(7) / checkpoint.MANIFEST).read_text())
     (run / checkpoint.folder_name(7) / checkpoint.MANIFEST).write_text(json.dumps(record | {"finished": False}))
     with pytest.raises(SystemExit):
-        cli.main(["export", str(run), str(tmp_path / "again")])
+        cli.main(["export", str(run), str(tmp_path / "again"), "--engine", "none"])
     assert "from step 7; the run was not finished" in capsys.readouterr().out
 
 

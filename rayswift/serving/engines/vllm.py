@@ -7,7 +7,7 @@ Knows how a request becomes vLLM's and vLLM's outputs become deltas. Runs in the
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rayswift.errors import ConfigError, ServeError
@@ -137,6 +137,26 @@ class Vllm:
             raise ServeError(_reason(error), path="engine", value="vllm", fix="restart the replica") from error
         finally:
             await outputs.aclose()  # which aborts what still runs
+
+    async def score(self, ids: Sequence[int]) -> list[float]:
+        """The log-probability of each token of a prompt but its first, given those before it."""
+        from vllm.sampling_params import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        found: Any = None
+        async for output in self._started().generate({"prompt_token_ids": list(ids)}, params, f"score-{id(ids)}"):
+            found = output.prompt_logprobs or found
+        return [at[token].logprob for at, token in zip(found[1:], ids[1:], strict=True)]
+
+    async def greedy(self, ids: Sequence[int], num_tokens: int) -> list[int]:
+        """The `num_tokens` likeliest tokens behind a prompt, one after the other, ends of turns among them."""
+        from vllm.sampling_params import SamplingParams
+
+        params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True, detokenize=False)
+        found: list[int] = []
+        async for output in self._started().generate({"prompt_token_ids": list(ids)}, params, f"greedy-{id(ids)}"):
+            found = list(output.outputs[0].token_ids)
+        return found
 
     async def _lora(self, request: Request) -> Any:
         """What vLLM is told of the request's adapter; None for the base where no adapter is served beside it."""

@@ -1,0 +1,144 @@
+"""Proves that the serving engine gives the answers of a written folder: vLLM loads it and is asked what we asked.
+
+Runs vLLM in a process of the serving environment. Knows what is compared; how vLLM is asked is known by
+`serving/vllm/probe.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayswift.errors import ConfigError, ExportError
+from rayswift.export.judge import GREEDY_TOKENS, MAX_PROMPT_TOKENS, agreement
+from rayswift.export.manifest import Served
+from rayswift.models.processor import has_processor
+from rayswift.serving.environment import interpreter_of
+
+if TYPE_CHECKING:
+    import torch
+
+ENGINE_BOUNDS = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
+"""Mean difference of log-probabilities between vLLM and transformers in float32, from the same files, per dtype of what
+vLLM computes in."""
+_ERROR = re.compile(
+    r"^(\((?:EngineCore|Worker)[^)]*\) ERROR .*\] )?(?:[a-z_.]*\.)?(\w*(?:Error|Exception): .+)$", re.MULTILINE
+)
+_TIMEOUT_S = 900
+_SCORED_TOKENS = MAX_PROMPT_TOKENS
+
+
+@dataclass(frozen=True)
+class Prover:
+    """A serving engine to prove in: its name, and the interpreter of its environment."""
+
+    engine: str
+    python: str
+    dtype: str
+
+
+def prover(asked: str, folder: str | Path, dtype: str) -> tuple[Prover | None, str | None]:
+    """The prover asked for (`auto`: vLLM where it is there; `none`), and for a person why there is none.
+
+    Raises ConfigError for an engine asked for by name that cannot run here.
+    """
+    if asked == "none":
+        return None, None
+    if asked not in ("auto", "vllm"):
+        raise ConfigError("is none of auto, vllm and none", path="--engine", value=asked, fix="use auto")
+    found = interpreter_of("vllm", None)
+    reason = found.problem or ("vLLM is given text alone" if has_processor(str(folder)) else None)
+    if reason is None:
+        return Prover("vllm", found.path, dtype), None
+    if asked != "auto":
+        raise ConfigError(f"cannot prove this export: {reason}", path="--engine", value=asked, fix="use auto or none")
+    return None, f"not proved in vLLM: {reason}"
+
+
+def prove(
+    by: Prover,
+    folder: str | Path,
+    prompts: Sequence[list[int]],
+    chat: tuple[Sequence[dict[str, Any]], list[int]] | None,
+    logprobs: Sequence[torch.Tensor],
+    greedy: Sequence[list[int]],
+) -> Served:
+    """What vLLM says to `prompts`, beside the `logprobs_TV` that transformers gives from the same folder.
+
+    `greedy` are the answers of the unquantized model, `chat` a conversation with the ids that training has for it.
+    Raises ExportError when vLLM cannot load the folder.
+    """
+    import torch
+
+    cut = [list(ids[:_SCORED_TOKENS]) for ids in prompts]
+    said = _ask(by, folder, cut, chat)
+    pairs = zip(said["logprobs"], logprobs, cut, strict=True)
+    gaps = torch.cat([(torch.tensor(theirs) - _chosen(ours, ids)).abs() for theirs, ours, ids in pairs if len(ids) > 1])
+    gaps = gaps.nan_to_num(nan=float("inf"))
+    return Served(
+        engine=by.engine,
+        version=said["version"],
+        num_positions=len(gaps),
+        mean_abs=float(gaps.mean()),
+        max_abs=float(gaps.max()),
+        bound_mean_abs=ENGINE_BOUNDS[by.dtype],
+        greedy_agreement=agreement(greedy, said["greedy"]),
+        template_equal=chat is None or said["chat"] == chat[1],
+        load_s=said["load_s"],
+        tokens_per_second=said["tokens_per_second"],
+    )
+
+
+def demands(served: Served | None) -> tuple[tuple[str, bool], ...]:
+    """What is demanded of the serving engine."""
+    if served is None:
+        return ()
+    return (
+        (
+            f"{served.engine}'s log-probabilities differ by {served.mean_abs:.3g} on average from transformers' "
+            f"(bound {served.bound_mean_abs:g})",
+            served.mean_abs <= served.bound_mean_abs,
+        ),
+        (f"{served.engine}'s server makes other token ids of a chat than training", served.template_equal),
+    )
+
+
+def _chosen(logprobs_TV: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
+    import torch
+
+    return logprobs_TV[: len(ids) - 1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def _ask(
+    by: Prover, folder: str | Path, prompts: Sequence[list[int]], chat: tuple[Sequence[dict[str, Any]], Any] | None
+) -> Any:
+    room = max(map(len, prompts)) + GREEDY_TOKENS + 64
+    questions = {"prompts": prompts, "max_new_tokens": GREEDY_TOKENS, "chat": list(chat[0]) if chat else None,
+                 "max_model_len": room}  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="rayswift-probe-") as place:
+        out = Path(place) / "answers.json"
+        try:
+            done = subprocess.run(
+                [by.python, "-m", "rayswift.serving.vllm.probe", str(folder), str(out)],
+                input=json.dumps(questions), capture_output=True, text=True, timeout=_TIMEOUT_S, cwd=place,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise ExportError(f"{by.engine} did not answer within {_TIMEOUT_S} s", path="export",
+                              fix="see whether it serves, or export with --engine none") from error  # fmt: skip
+        if done.returncode or not out.is_file():
+            raise ExportError(f"{by.engine} cannot serve it: {_last_error(done.stderr)}", path="export",
+                              fix="use another quantizer or dtype, or --engine none") from None  # fmt: skip
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def _last_error(text: str) -> str:
+    """What went wrong first: an error of vLLM's core, which tells its caller only to look there, or else of ours."""
+    found = _ERROR.findall(text)
+    core = [error for place, error in found if place and "see stack trace" not in error.lower()[:60]]
+    return ([*core[:1], *(error for place, error in found if not place)] or ["no reason was given"])[0][:400]

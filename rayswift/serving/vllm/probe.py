@@ -1,0 +1,65 @@
+"""What vLLM makes of a folder: `python -m rayswift.serving.vllm.probe FOLDER OUT`, in the serving environment.
+
+Asks the very engine that replicas run. The questions come as JSON on stdin, the answers go to the file OUT, because
+vLLM writes to stdout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rayswift.models.loading import load_tokenizer
+from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampling
+from rayswift.serving.engines.vllm import Vllm
+from rayswift.serving.prompts import PromptBuilder
+
+_SPEED_CONCURRENCY, _SPEED_TOKENS = 8, 64
+
+
+async def answers_of(folder: str, questions: dict[str, Any]) -> dict[str, Any]:
+    """The `logprobs` of the tokens of each prompt behind its first, the `greedy` tokens behind each, and the ids that
+    a server makes of `chat`; how long loading took, and tokens per second of eight answers at a time."""
+    engine = Vllm(folder, EngineOptions(max_concurrency=_SPEED_CONCURRENCY, max_model_len=questions["max_model_len"]))
+    started = time.perf_counter()
+    try:
+        await engine.start()
+        loaded_s = time.perf_counter() - started
+        prompts, limit = questions["prompts"], questions["max_new_tokens"]
+        tokenizer = load_tokenizer(folder)
+        chat = PromptBuilder(tokenizer).turns(questions["chat"]) if questions["chat"] else None
+        return {
+            "logprobs": [await engine.score(ids) for ids in prompts],
+            "greedy": [await engine.greedy(ids, limit) for ids in prompts],
+            "chat": chat,
+            "version": version("vllm"),
+            "load_s": loaded_s,
+            "tokens_per_second": await _speed(engine, prompts),
+        }
+    finally:
+        await engine.close()
+
+
+async def _speed(engine: Vllm, prompts: Sequence[Sequence[int]]) -> float:
+    """Tokens per second of `_SPEED_CONCURRENCY` greedy answers at a time."""
+
+    async def answer(number: int) -> int:
+        sampling = Sampling(max_new_tokens=_SPEED_TOKENS, temperature=0)
+        request = Request(f"speed-{number}", Prompt(tuple(prompts[number % len(prompts)])), sampling)
+        deltas: list[Delta] = [delta async for delta in engine.generate(request)]
+        return sum(delta.num_tokens for delta in deltas)
+
+    started = time.perf_counter()
+    counts = await asyncio.gather(*(answer(number) for number in range(_SPEED_CONCURRENCY)))
+    return sum(counts) / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    found = asyncio.run(answers_of(sys.argv[1], json.load(sys.stdin)))
+    Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
