@@ -141,4 +141,5 @@ def _last_error(text: str) -> str:
     """What went wrong first: an error of vLLM's core, which tells its caller only to look there, or else of ours."""
     found = _ERROR.findall(text)
     core = [error for place, error in found if place and "see stack trace" not in error.lower()[:60]]
-    return ([*core[:1], *(error for place, error in found if not place)] or ["no reason was given"])[0][:400]
+    reasons: list[str] = [*core[:1], *(error for place, error in found if not place), "no reason was given"]
+    return reasons[0][:400]

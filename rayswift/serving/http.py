@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from rayswift.errors import ServeError
-from rayswift.serving import flow, gate, openai, page, replies
+from rayswift.serving import flow, gate, openai, openapi, page, replies, wishes
 from rayswift.serving.adapter_store import AdapterStore
 from rayswift.serving.admission import Admission, Places
 from rayswift.serving.api_errors import ApiError, model_not_allowed, unknown_model
@@ -67,6 +67,7 @@ def build_asgi(
             Route("/v1/models/{name:path}", endpoint.show_model, methods=["GET"]),
             Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
             Route("/v1/completions", endpoint.complete, methods=["POST"]),
+            openapi.route(spec),
         ],
         middleware=[Middleware(gate.Gate, key_hashes=spec.api_key_sha256, keys=spec.api_keys, now_ns=now_ns)],
         exception_handlers={ApiError: gate.on_api_error, 404: gate.on_http_error, 405: gate.on_http_error},
@@ -168,17 +169,23 @@ class Endpoint:
         self, request: ChatRequest | TextRequest, model: ServedModel, adapter: Adapter | None, deadline: float
     ) -> Work:
         """Prompts and sampling of every choice. Raises ApiError for what this model cannot do."""
+        if request.json_schema is not None and not model.engine.can_constrain:
+            raise ApiError(
+                "response_format is not supported by the engine of this model; only text is",
+                param="response_format",
+                code="unsupported_parameter",
+            )
         prompts = await asyncio.to_thread(_prompts, request, model.prompts)
         unique, requests = uuid.uuid4().hex, list[Request]()
         for prompt in prompts:
-            sampling = openai.sampling(
+            sampling = wishes.sampling(
                 request,
                 num_prompt_tokens=len(prompt.ids),
                 room=model.engine.max_model_len,
                 max_new_tokens=self._spec.max_new_tokens,
             )
             for choice in range(request.n):
-                one = openai.for_choice(sampling, choice)
+                one = wishes.for_choice(sampling, choice)
                 requests.append(Request(f"{unique}-{len(requests)}", prompt, one, adapter))
         return Work(tuple(requests), sum(len(prompt.ids) for prompt in prompts), deadline)
 

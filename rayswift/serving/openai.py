@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 import jiter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from rayswift.serving.api_errors import ApiError, too_long
+from rayswift.serving.api_errors import ApiError
 from rayswift.serving.content import Content, content_of
-from rayswift.serving.engine import Sampling
+from rayswift.serving.formats import ResponseFormat
 
 MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_LOGPROBS = 4, 256, 20
 MAX_MESSAGES, MAX_PROMPTS, MAX_NAME_CHARS = 4096, 2048, 64
@@ -29,9 +28,9 @@ DEFAULT_TEXT_TOKENS = 16
 """What /v1/completions generates when the client names no number; the API's own default."""
 
 # Labels for the client's own bookkeeping: they change nothing in an answer.
-_LABELS = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user"})
+LABELS = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user"})
 # Options this server lacks, with the values that ask for nothing. Anything else is refused.
-_ABSENT_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+ABSENT_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
@@ -44,7 +43,6 @@ _ABSENT_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -53,7 +51,7 @@ _ABSENT_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 # What the official client sends back with an answer it was given; empty, it says nothing.
-_MESSAGE_EXTRAS = frozenset({"refusal", "audio", "annotations", "function_call", "tool_calls"})
+MESSAGE_EXTRAS = frozenset({"refusal", "audio", "annotations", "function_call", "tool_calls"})
 
 
 def _stop_list(value: Any) -> Any:
@@ -103,7 +101,7 @@ class Message(_Strict):
 
 def _says_nothing(key: str, value: Any) -> bool:
     """Whether a key of a message may as well be absent. A null content is not: it is told as a wrong value."""
-    return (value is None and key != "content") or (key in _MESSAGE_EXTRAS and value == [])
+    return (value is None and key != "content") or (key in MESSAGE_EXTRAS and value == [])
 
 
 class StreamOptions(_Strict):
@@ -147,6 +145,7 @@ class ChatRequest(_CommonRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
@@ -176,6 +175,11 @@ class ChatRequest(_CommonRequest):
         """Alternatives per token to report; None reports no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def json_schema(self) -> str | None:
+        """The schema that answers keep to, as JSON text; None for free text."""
+        return None if self.response_format is None else self.response_format.schema_text
+
 
 class TextRequest(_CommonRequest):
     """The body of /v1/completions."""
@@ -198,6 +202,11 @@ class TextRequest(_CommonRequest):
         """Alternatives per token to report; None reports no log-probabilities."""
         return self.logprobs
 
+    @property
+    def json_schema(self) -> str | None:
+        """None: text completions are free text."""
+        return None
+
 
 AnyRequest = TypeVar("AnyRequest", ChatRequest, TextRequest)
 
@@ -217,50 +226,18 @@ def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
         raise _first_problem(error) from None
 
 
-def sampling(request: ChatRequest | TextRequest, *, num_prompt_tokens: int, room: int, max_new_tokens: int) -> Sampling:
-    """How one prompt is answered; `room` is the model's length. Raises ApiError for what does not fit.
-
-    Without a wish of the client's the answer may take what room is left, up to the server's `max_new_tokens`.
-    """
-    wanted, left = request.wanted_tokens, room - num_prompt_tokens
-    if left < 1:
-        raise too_long(f"the prompt has {num_prompt_tokens} tokens, which leaves no room for an answer", room)
-    explicit = request.max_tokens or getattr(request, "max_completion_tokens", None)
-    if explicit is not None and explicit > max_new_tokens:
-        raise ApiError(
-            f"max_tokens: {explicit} is more than this server generates, {max_new_tokens}",
-            param="max_tokens",
-            code="invalid_value",
-        )
-    if explicit is not None and explicit > left:
-        raise too_long(f"the prompt has {num_prompt_tokens} tokens and the answer may have {explicit}", room)
-    return Sampling(
-        max_new_tokens=min(wanted or max_new_tokens, max_new_tokens, left),
-        temperature=request.temperature,
-        top_p=request.top_p,
-        stop=tuple(request.stop),
-        seed=request.seed,
-        logprobs=request.num_logprobs,
-    )
-
-
-def for_choice(sampling: Sampling, choice: int) -> Sampling:
-    """The sampling of one of a prompt's `n` answers: a seed is counted up, so that the answers differ."""
-    return sampling if sampling.seed is None or choice == 0 else replace(sampling, seed=sampling.seed + choice)
-
-
 def _known_fields(kind: type[BaseModel], raw: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the request without nulls, labels and options that ask for nothing. ApiError for the others."""
-    given = {key: value for key, value in raw.items() if value is not None and key not in _LABELS}
+    given = {key: value for key, value in raw.items() if value is not None and key not in LABELS}
     for key, value in list(given.items()):
         if key in kind.model_fields:
             continue
-        if key not in _ABSENT_OPTIONS:
+        if key not in ABSENT_OPTIONS:
             shown = _short(key)
             close = difflib.get_close_matches(shown, list(kind.model_fields), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ApiError(f"Unrecognized request argument: {shown}{hint}", param=shown, code="unknown_parameter")
-        if not any(value == neutral and type(value) in _kin(neutral) for neutral in _ABSENT_OPTIONS[key]):
+        if not any(value == neutral and type(value) in _kin(neutral) for neutral in ABSENT_OPTIONS[key]):
             raise ApiError(f"{key} is not supported by this server", param=key, code="unsupported_parameter")
         del given[key]
     return given

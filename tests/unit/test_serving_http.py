@@ -190,7 +190,6 @@ _BAD: list[tuple[str, str, dict[str, Any], int, str]] = [
     ("DELETE", "/v1/models", {}, 405, "method_not_allowed"),
     ("POST", "/v1/embeddings", {"json": {}}, 404, "unknown_url"),
     ("GET", "/docs", {}, 404, "unknown_url"),
-    ("GET", "/openapi.json", {}, 404, "unknown_url"),
 ]
 
 
@@ -391,3 +390,49 @@ def test_what_an_engine_refuses_is_a_bad_request(make: Callable[..., _Server]) -
 
     reply = make(Refusing()).text()
     assert (reply.status_code, reply.json()["error"]["message"]) == (400, "the adapter x does not fit this model")
+
+
+_SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "schema"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": _SCHEMA}}, _SCHEMA),
+    ],
+)
+def test_a_response_format_reaches_an_engine_that_can_keep_to_it(
+    make: Callable[..., _Server], given: dict[str, Any], schema: Any
+) -> None:
+    server = make(FakeEngine(can_constrain=True))
+    assert server.chat(response_format=given).status_code == 200
+    reached = server.engine.seen[-1].sampling.json_schema
+    assert (None if reached is None else json.loads(reached)) == schema
+    plain = make().chat(response_format=given)
+    assert (plain.status_code == 200) == (schema is None)
+    if schema is not None:
+        assert plain.json()["error"]["param"] == "response_format"
+
+
+def _deep(levels: int) -> dict[str, Any]:
+    return {"a": _deep(levels - 1)} if levels else {}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "json_schema"},
+        {"type": "json_object", "json_schema": {"name": "x", "schema": {}}},
+        {"type": "grammar"},
+        {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, "more": 1}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": _deep(40)}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["y" * 40_000]}}},
+    ],
+)
+def test_a_response_format_beyond_its_bounds_is_refused(make: Callable[..., _Server], given: dict[str, Any]) -> None:
+    reply = make(FakeEngine(can_constrain=True), max_body_bytes=100_000).chat(response_format=given)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"].startswith("response_format")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rayswift.serving import openai
+from rayswift.serving import wishes
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.content import Content
 from rayswift.serving.openai import ChatRequest, TextRequest, parse
@@ -52,7 +52,6 @@ _BAD_CHAT: list[tuple[dict[str, Any], str | None, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
     ({"logprobs": 3}, "logprobs", "invalid_value"),
     ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
     ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
     ({"frequency_penalty": False}, "frequency_penalty", "unsupported_parameter"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
@@ -110,7 +109,7 @@ def test_a_misspelled_field_gets_a_suggestion() -> None:
 def test_options_that_ask_for_nothing_are_accepted() -> None:
     harmless = {
         "user": "me", "metadata": {"a": "b"}, "tools": [], "tool_choice": "none", "frequency_penalty": 0.0,
-        "presence_penalty": 0, "logit_bias": {}, "response_format": {"type": "text"}, "store": False, "seed": None,
+        "presence_penalty": 0, "logit_bias": {}, "store": False, "seed": None,
         "stop": None, "max_tokens": None, "parallel_tool_calls": True, "service_tier": "auto",
     }  # fmt: skip
     assert parse(ChatRequest, json.dumps(_CHAT | harmless).encode()) == parse(ChatRequest, json.dumps(_CHAT).encode())
@@ -138,10 +137,10 @@ def _chat(**fields: Any) -> ChatRequest:
 
 
 def test_sampling_of_a_request_without_wishes_takes_the_room_that_is_left() -> None:
-    assert openai.sampling(_chat(), num_prompt_tokens=10, room=64, max_new_tokens=1000).max_new_tokens == 54
-    assert openai.sampling(_chat(), num_prompt_tokens=10, room=64, max_new_tokens=20).max_new_tokens == 20
+    assert wishes.sampling(_chat(), num_prompt_tokens=10, room=64, max_new_tokens=1000).max_new_tokens == 54
+    assert wishes.sampling(_chat(), num_prompt_tokens=10, room=64, max_new_tokens=20).max_new_tokens == 20
     text = parse(TextRequest, json.dumps(_TEXT).encode())
-    assert openai.sampling(text, num_prompt_tokens=10, room=64, max_new_tokens=20).max_new_tokens == 16
+    assert wishes.sampling(text, num_prompt_tokens=10, room=64, max_new_tokens=20).max_new_tokens == 16
 
 
 @pytest.mark.parametrize(
@@ -155,10 +154,10 @@ def test_sampling_of_a_request_without_wishes_takes_the_room_that_is_left() -> N
 )
 def test_what_does_not_fit_is_refused(fields: dict[str, Any], num_prompt_tokens: int, code: str) -> None:
     with pytest.raises(ApiError) as caught:
-        openai.sampling(_chat(**fields), num_prompt_tokens=num_prompt_tokens, room=64, max_new_tokens=1000)
+        wishes.sampling(_chat(**fields), num_prompt_tokens=num_prompt_tokens, room=64, max_new_tokens=1000)
     assert (caught.value.status, caught.value.code) == (400, code)
 
 
 def test_seeds_of_several_answers_are_counted_up() -> None:
-    sampling = openai.sampling(_chat(seed=5, n=3), num_prompt_tokens=1, room=64, max_new_tokens=9)
-    assert [openai.for_choice(sampling, i).seed for i in range(3)] == [5, 6, 7]
+    sampling = wishes.sampling(_chat(seed=5, n=3), num_prompt_tokens=1, room=64, max_new_tokens=9)
+    assert [wishes.for_choice(sampling, i).seed for i in range(3)] == [5, 6, 7]

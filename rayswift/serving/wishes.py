@@ -1,0 +1,42 @@
+"""How an answer is generated: what a request wishes, within what its model and this server can do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rayswift.serving.api_errors import ApiError, too_long
+from rayswift.serving.engine import Sampling
+from rayswift.serving.openai import ChatRequest, TextRequest
+
+
+def sampling(request: ChatRequest | TextRequest, *, num_prompt_tokens: int, room: int, max_new_tokens: int) -> Sampling:
+    """How one prompt is answered; `room` is the model's length. Raises ApiError for what does not fit.
+
+    Without a wish of the client's the answer may take what room is left, up to the server's `max_new_tokens`.
+    """
+    wanted, left = request.wanted_tokens, room - num_prompt_tokens
+    if left < 1:
+        raise too_long(f"the prompt has {num_prompt_tokens} tokens, which leaves no room for an answer", room)
+    explicit = request.max_tokens or getattr(request, "max_completion_tokens", None)
+    if explicit is not None and explicit > max_new_tokens:
+        raise ApiError(
+            f"max_tokens: {explicit} is more than this server generates, {max_new_tokens}",
+            param="max_tokens",
+            code="invalid_value",
+        )
+    if explicit is not None and explicit > left:
+        raise too_long(f"the prompt has {num_prompt_tokens} tokens and the answer may have {explicit}", room)
+    return Sampling(
+        max_new_tokens=min(wanted or max_new_tokens, max_new_tokens, left),
+        temperature=request.temperature,
+        top_p=request.top_p,
+        stop=tuple(request.stop),
+        seed=request.seed,
+        logprobs=request.num_logprobs,
+        json_schema=request.json_schema,
+    )
+
+
+def for_choice(sampling: Sampling, choice: int) -> Sampling:
+    """The sampling of one of a prompt's `n` answers: a seed is counted up, so that the answers differ."""
+    return sampling if sampling.seed is None or choice == 0 else replace(sampling, seed=sampling.seed + choice)
