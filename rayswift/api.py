@@ -73,16 +73,20 @@ def export(
     force: bool = False,
     quantize: QuantizeSpec | None = None,
     engine: str = "none",
+    engine_bound: float | None = None,
 ) -> ExportManifest:
     """The manifest of a verified Hugging Face folder made from a run, a checkpoint or a model folder.
 
-    `engine` is the serving engine that has to answer from it too: vllm, auto or none.
+    `engine` is the serving engine that has to answer from it too: vllm, auto or none; `engine_bound` bounds how far its
+    log-probabilities may be off on average.
 
     Raises ExportError (exit 5) when it does not verify; then nothing is left at `output`.
     """
     from rayswift.export.pipeline import export as export_folder
 
-    return export_folder(source, output, dtype=dtype, force=force, quantize=quantize, engine=engine)
+    return export_folder(
+        source, output, dtype=dtype, force=force, quantize=quantize, engine=engine, engine_bound=engine_bound
+    )
 
 
 def evaluate(

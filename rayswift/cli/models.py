@@ -79,6 +79,9 @@ def export(
     engine: Annotated[str, typer.Option(help="Serving engine that is to answer from it too: auto, vllm or none.")] = (
         "auto"
     ),
+    max_engine_difference: Annotated[
+        float | None, typer.Option(min=0, help="Most that its log-probabilities may be off on average.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -99,7 +102,8 @@ def export(
         num_calibration=calibration_rows,
         num_held_out=held_out_rows,
     )  # fmt: skip
-    manifest = api.export(source, output, dtype=dtype, force=force, quantize=quantize, engine=engine)
+    manifest = api.export(source, output, dtype=dtype, force=force, quantize=quantize, engine=engine,
+                          engine_bound=max_engine_difference)  # fmt: skip
     text = f"{output}: {len(manifest.files)} files, verified; manifest {os.path.join(output, 'rayswift.json')}"
     if manifest.quantization and manifest.verify and manifest.verify.held_out:
         size = sum(entry.size for name, entry in manifest.files.items() if name.endswith(".safetensors"))

@@ -23,7 +23,7 @@ from rayswift.export.merge import build
 from rayswift.export.quantize import QuantizeSpec, load_quantizer, write_ignored
 from rayswift.export.quantize import quantize as quantize_model
 from rayswift.export.rows import Rows, read_rows_of
-from rayswift.export.served import prover
+from rayswift.export.served import ENGINE_BOUNDS, prover
 from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source, resolve
 from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, Bounds, compare, encode, probe
@@ -55,14 +55,16 @@ def export(
     prompts: Sequence[str] = PROMPTS,
     quantize: QuantizeSpec | None = None,
     engine: str = "none",
+    engine_bound: float | None = None,
 ) -> ExportManifest:
     """The manifest of the folder written to `output` from a run, a checkpoint, an adapter folder or a model.
 
     `dtype` is that of the weights written, or of what a quantizer leaves; None keeps the base's. `bounds` default to
     `DEFAULT_BOUNDS` of that dtype, or the quantizer's. `engine` is the serving engine that has to answer from the
-    folder too: vllm, auto (where its environment is there) or none. An existing `output` is replaced only with `force`.
-    Raises ConfigError for a bad source or output, CheckpointError for a checkpoint that cannot be trusted, ExportError
-    when the result cannot be written or does not verify; `output` is then as it was before.
+    folder too: vllm, auto (where its environment is there) or none; `engine_bound` is for the mean difference of its
+    log-probabilities from transformers'. An existing `output` is replaced only with `force`. Raises ConfigError for a
+    bad source or output, CheckpointError for a checkpoint that cannot be trusted, ExportError when the result cannot
+    be written or does not verify; `output` is then as it was before.
     """
     import torch
 
@@ -75,7 +77,8 @@ def export(
     _check_output(output, keep=(source, str(base)), force=force)
     base_sha256 = _check_base(what, base)
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
-    by, note = prover(engine, base, dtype)
+    own_bound = quantizer.bounds.engine if quantizer else None
+    by, note = prover(engine, base, engine_bound or own_bound or ENGINE_BOUNDS[dtype])
     if note:
         print(f"note: {note}", file=sys.stderr)
     tokenizer = load_tokenizer(str(base))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ENGINE_BOUNDS = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 """Mean difference of log-probabilities between vLLM and transformers in float32, from the same files, per dtype of what
-vLLM computes in."""
+vLLM computes in. Quantizers that round activations too have a bound of their own."""
 _ERROR = re.compile(
     r"^(\((?:EngineCore|Worker)[^)]*\) ERROR .*\] )?(?:[a-z_.]*\.)?(\w*(?:Error|Exception): .+)$", re.MULTILINE
 )
@@ -36,14 +36,15 @@ _SCORED_TOKENS = MAX_PROMPT_TOKENS
 
 @dataclass(frozen=True)
 class Prover:
-    """A serving engine to prove in: its name, and the interpreter of its environment."""
+    """A serving engine to prove in: its name, the interpreter of its environment, and its bound."""
 
     engine: str
     python: str
-    dtype: str
+    bound: float
+    """Most by which its log-probabilities may be off transformers' on average."""
 
 
-def prover(asked: str, folder: str | Path, dtype: str) -> tuple[Prover | None, str | None]:
+def prover(asked: str, folder: str | Path, bound: float) -> tuple[Prover | None, str | None]:
     """The prover asked for (`auto`: vLLM where it is there; `none`), and for a person why there is none.
 
     Raises ConfigError for an engine asked for by name that cannot run here.
@@ -55,7 +56,7 @@ def prover(asked: str, folder: str | Path, dtype: str) -> tuple[Prover | None, s
     found = interpreter_of("vllm", None)
     reason = found.problem or ("vLLM is given text alone" if has_processor(str(folder)) else None)
     if reason is None:
-        return Prover("vllm", found.path, dtype), None
+        return Prover("vllm", found.path, bound), None
     if asked != "auto":
         raise ConfigError(f"cannot prove this export: {reason}", path="--engine", value=asked, fix="use auto or none")
     return None, f"not proved in vLLM: {reason}"
@@ -87,7 +88,7 @@ def prove(
         num_positions=len(gaps),
         mean_abs=float(gaps.mean()),
         max_abs=float(gaps.max()),
-        bound_mean_abs=ENGINE_BOUNDS[by.dtype],
+        bound_mean_abs=by.bound,
         greedy_agreement=agreement(greedy, said["greedy"]),
         template_equal=chat is None or said["chat"] == chat[1],
         load_s=said["load_s"],

@@ -44,13 +44,18 @@ _MAX_PROMPT_TOKENS = 128
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far log-probabilities may lie apart, at most and on average; `top1` is the least fraction of positions whose
-    most likely token is the same, `perplexity` the most that it may grow on held-out rows, as a ratio."""
+    """How far log-probabilities may lie apart, at most and on average.
+
+    `top1` is the least fraction of positions whose most likely token is the same, `perplexity` the most that it may
+    grow on held-out rows, as a ratio. `engine` is how far a serving engine may be off transformers on average, from the
+    same files; None takes the dtype's bound.
+    """
 
     max_abs: float | None
     mean_abs: float
     top1: float = 0.0
     perplexity: float = 1.0
+    engine: float | None = None
 
 
 DEFAULT_BOUNDS = {

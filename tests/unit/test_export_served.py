@@ -18,7 +18,7 @@ echo "(EngineCore pid=7) ERROR 11-25 17:44:06 [core.py:1512] RuntimeError: Worke
 echo "rayswift.errors.ServeError: engine=vllm look into the log" >&2
 exit 1
 """
-_BY = Prover("vllm", sys.executable, "float32")
+_BY = Prover("vllm", sys.executable, 1e-3)
 
 
 def _ask(by: Prover, folder: str, prompts: list[list[int]], chat: Any, off: dict[str, Any]) -> dict[str, Any]:
@@ -86,18 +86,18 @@ def test_an_engine_that_dies_is_told_by_what_its_core_said(tmp_path: Path) -> No
     python.write_text(_DYING)
     python.chmod(0o755)
     with pytest.raises(ExportError, match="vllm cannot serve it: RuntimeError: Worker failed: no such kernel"):
-        served.prove(Prover("vllm", str(python), "float32"), tmp_path, [[1, 2]], None, [], [])
+        served.prove(Prover("vllm", str(python), 1e-3), tmp_path, [[1, 2]], None, [], [])
 
 
 def test_where_no_engine_is_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayswift.serving.environment._PLACE", tmp_path / "absent")
     monkeypatch.delenv("RAYSWIFT_SERVE_PYTHON", raising=False)
-    found, note = served.prover("auto", tmp_path, "float32")
+    found, note = served.prover("auto", tmp_path, 1e-3)
     assert found is None
     assert note is not None
     assert "make serve-env" in note
-    assert served.prover("none", tmp_path, "float32") == (None, None)
+    assert served.prover("none", tmp_path, 1e-3) == (None, None)
     with pytest.raises(ConfigError, match="cannot prove this export"):
-        served.prover("vllm", tmp_path, "float32")
+        served.prover("vllm", tmp_path, 1e-3)
     with pytest.raises(ConfigError, match="none of auto"):
-        served.prover("sglang", tmp_path, "float32")
+        served.prover("sglang", tmp_path, 1e-3)

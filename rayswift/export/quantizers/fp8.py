@@ -19,7 +19,7 @@ class Fp8(Quantizer):
     @property
     def bounds(self) -> Bounds:
         """As the base says."""
-        return Bounds(None, 0.2, top1=0.9, perplexity=1.02)
+        return Bounds(None, 0.2, top1=0.9, perplexity=1.02, engine=0.25)
 
     def modifiers(self, layers: Layers) -> list[Any]:
         """As the base says."""
