@@ -81,7 +81,7 @@ def _operation(
     summary: str, answer: str, errors: tuple[str, ...], *, body: str | None = None, is_open: bool = False
 ) -> dict[str, Any]:
     whole = {"application/json": {"schema": _ref(answer)}}
-    streamed = {"text/event-stream": {"schema": {"type": "string"}}} if body else {}
+    streamed = {"text/event-stream": {"schema": _ref("Event")}} if body else {}
     responses: dict[str, Any] = {"200": {"description": summary, "content": whole | streamed}}
     for status in errors:
         responses[status] = {
@@ -181,6 +181,10 @@ def _reply(kind: str, scores: dict[str, Any], said: dict[str, Any]) -> dict[str,
 
 _ANSWERS = {
     "Error": _object({"error": _object({"message": _TEXT, "type": _TEXT, "param": _MAYBE_TEXT, "code": _MAYBE_TEXT})}),
+    "Event": {
+        **_object({"data": {"type": "string", "contentMediaType": "application/json"}}),
+        "description": "One event of a stream: a chunk, an error as in Error, or [DONE] at the end",
+    },
     "Health": _object({"status": {"const": "ok"}}),
     "Model": _MODEL,
     "ModelList": _object({"object": {"const": "list"}, "data": _list(_MODEL)}),
