@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup serve-env quickstart quickstart-vision test test-long test-serve test-unit parity check format bench clean \
-        deepspeed-ops
+        deepspeed-ops browser
 
 PY := .venv/bin/python
 STAMP := .venv/.rayswift-stamp
@@ -44,6 +44,9 @@ $(OPS_STAMP): $(STAMP)
 
 test: $(STAMP) $(OPS_STAMP)  ## every suite but the long tests, with the slowest listed
 	@$(PY) -m pytest -m "not long and not vllm" --durations=25
+
+browser:  ## install Debian's Chromium, which the test of the chat page needs (it is skipped without)
+	@bash .ci/browser
 
 test-long: $(STAMP) $(OPS_STAMP)  ## the tests that take minutes each
 	@$(PY) -m pytest -m long --durations=25

@@ -41,7 +41,7 @@ function show({ locked, notice }) {
   $("forget").hidden = !key.get();
   if (locked === undefined) return;
   $("locked").hidden = !locked;
-  $("columns").hidden = $("composer").hidden = locked;
+  for (const part of [$("columns"), $("composer"), $("compare").parentElement, $("new")]) part.hidden = locked;
 }
 
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
@@ -87,6 +87,7 @@ function arrange() {
   if (both) columns[1].copy(columns[0]); // so that both go on from the same conversation
   $("columns").replaceChildren(...shown().map((column) => column.root));
   $("columns").classList.toggle("both", both);
+  for (const column of shown()) column.showEnd();
 }
 
 $("composer").addEventListener("submit", (event) => {

@@ -51,21 +51,22 @@ export class Column {
     const answer = new Answer(this.#add("assistant", nameOf(choice)));
     const asked = [...this.turns, { role: "user", content: question }];
     this.log.setAttribute("aria-busy", "true"); // read out when it is whole, not word by word
-    this.#follow(true);
+    this.showEnd();
     let failure = null;
     try {
       const sent = system ? [{ role: "system", content: system }, ...asked] : asked;
       for await (const chunk of chunks(choice, sent, settings, signal)) {
         const atEnd = this.#atEnd;
         answer.take(chunk);
-        this.#follow(atEnd);
+        if (atEnd) this.showEnd();
       }
     } catch (error) {
       if (error.name === "AbortError") answer.reason = "stopped";
       else failure = error;
     }
+    const atEnd = this.#atEnd;
     answer.finish(failure);
-    this.#follow(true);
+    if (atEnd) this.showEnd();
     this.log.setAttribute("aria-busy", "false");
     if (answer.text.data) this.turns = [...asked, { role: "assistant", content: answer.text.data }];
     return answer.text.data ? null : failure;
@@ -82,8 +83,8 @@ export class Column {
     return this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 48;
   }
 
-  #follow(wanted) {
-    if (wanted) this.log.scrollTop = this.log.scrollHeight;
+  showEnd() {
+    this.log.scrollTop = this.log.scrollHeight;
   }
 
   #showLineage() {
