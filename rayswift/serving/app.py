@@ -38,7 +38,6 @@ from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.spec import ServeSpec
 
 APP_NAME = "rayswift"
-_PROXY_HOOK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 _SPARE_REQUESTS = 128
 """Requests Serve lets in beyond the engine's places, so that refusals are answered by us and at once."""
 _MAX_WAITING_REQUESTS = 256
@@ -207,6 +206,7 @@ def _serving(spec: ServeSpec) -> Iterator[None]:
             "Ray Serve already runs on this cluster with an address of its own",
             fix="deploy beside it with `serve run serve.app:app`, or stop it with `serve shutdown`",
         )
+    variables = proxy.environment(spec.max_body_bytes + 2 * spec.max_media_bytes)  # media come in base64
     # Serve tells the driver's terminal about its inner life at INFO; warnings still get through.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
@@ -218,7 +218,7 @@ def _serving(spec: ServeSpec) -> Iterator[None]:
                 # Ends what our own deadline cannot: a client that stopped reading.
                 request_timeout_s=spec.request_timeout_s + 30,
             ),
-            controller_options={"runtime_env": {"env_vars": {_PROXY_HOOK: proxy.IMPORT_PATH}}},
+            controller_options={"runtime_env": {"env_vars": variables}},
         )
         yield
     finally:

@@ -1,45 +1,68 @@
 """What stands in Ray Serve's HTTP proxy, before every replica: what a replica could not finish ends in words.
 
 Serve's proxy just closes the connection when a replica dies within an answer, and answers 500 when it dies before one;
-what it refuses itself is plain text. Knows ASGI; knows nothing of requests, models or keys.
+what it refuses itself is plain text. It takes in all that a client sends, before a replica has looked at the key: what
+is too large is cut off here. Knows ASGI; knows nothing of requests, models or keys.
 """
 
 from __future__ import annotations
 
 import json
+import os
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rayswift.serving import replies
+from rayswift.serving import flow, replies
 from rayswift.serving.api_errors import ApiError
 
-IMPORT_PATH = "rayswift.serving.proxy.middlewares"
-"""What Serve's proxy is told to call when it starts (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH)."""
+_HOOK, _MAX_BYTES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "RAYSWIFT_PROXY_MAX_BODY_BYTES"
 _OWN_PATHS = "/-/"  # the proxy's own pages for load balancers
+
+
+def environment(max_body_bytes: int) -> dict[str, str]:
+    """The variables that make Serve's proxy call `middlewares` when it starts, if Serve is started with them."""
+    return {_HOOK: f"{__name__}.{middlewares.__name__}", _MAX_BYTES: str(max_body_bytes)}
 
 
 def middlewares() -> list[Middleware]:
     """What Serve's proxy wraps itself in."""
-    return [Middleware(InWords)]
+    given = os.environ.get(_MAX_BYTES)
+    return [Middleware(InWords, max_body_bytes=int(given) if given else None)]
 
 
 class InWords:
     """ASGI middleware: a stream that stops without an end gets an error event, any other failure an OpenAI body.
 
-    An answer whose length was told cannot be mended: its connection is closed, which clients notice.
+    An answer whose length was told cannot be mended: its connection is closed, which clients notice. A body of more
+    than `max_body_bytes` is 413, and no more of it is kept.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, max_body_bytes: int | None = None) -> None:
+        self._app, self._max_body_bytes = app, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith(_OWN_PATHS):
             await self._app(scope, receive, send)
             return
-        reply = _Sent(send)
-        await self._app(scope, receive, reply.send)
-        await reply.finish()
+        reply, body = _Sent(send), _Body(receive, self._max_body_bytes)
+        await self._app(scope, body.receive, reply.send)
+        await reply.finish(flow.too_large(self._max_body_bytes) if body.is_over and self._max_body_bytes else None)
+
+
+class _Body:
+    """One request's body on its way in. Once it is too large it looks as if the client had gone."""
+
+    def __init__(self, receive: Receive, max_bytes: int | None) -> None:
+        self._receive, self._left, self.is_over = receive, max_bytes, False
+
+    async def receive(self) -> Message:
+        """The next message."""
+        message = await self._receive()
+        if self._left is not None and message["type"] == "http.request":
+            self._left -= len(message.get("body", b""))
+            self.is_over = self.is_over or self._left < 0
+        return {"type": "http.disconnect"} if self.is_over else message
 
 
 class _Sent:
@@ -61,12 +84,12 @@ class _Sent:
         if not self._is_replaced:
             await self._send(message)
 
-    async def finish(self) -> None:
-        """Say what is missing, if anything is. To a client that has gone this says nothing."""
+    async def finish(self, reason: ApiError | None) -> None:
+        """Say what is missing, if anything is, and why if that is known. A client that has gone hears nothing of it."""
         if self._has_ended:
             return
         if self._status is None or self._is_replaced:
-            await self._answer(_error_of(self._status))
+            await self._answer(reason or _error_of(self._status))
         elif self._is_stream:
             event = replies.event(_lost().body())
             await self._send({"type": "http.response.body", "body": event, "more_body": False})

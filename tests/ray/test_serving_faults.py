@@ -157,15 +157,14 @@ def test_a_killed_replica_costs_its_own_streams_and_the_endpoint_heals(
         assert type(stream.error) is openai.APIError
         assert "the replica that answered has ended" in str(stream.error)
         assert kept[0].text.startswith(stream.text)
-    _until(lambda: _num_running() == _NUM_REPLICAS, "it heals")
-    assert victim.pid not in {replica.pid for replica in _replicas()}
+    _until(lambda: _are_all_running() and victim.pid not in {replica.pid for replica in _replicas()}, "it heals")
     _until(lambda: _all_answered(endpoint), "it answers")
 
 
-def _num_running() -> int:
-    """Replicas that Serve sends requests to."""
+def _are_all_running() -> bool:
+    """Whether there are as many replicas as there should be, alive, and in Serve's eyes nothing is left to do."""
     states = serve.status().applications[APP_NAME].deployments["endpoint"].replica_states
-    return 0 if set(states) - {"RUNNING"} else int(states.get("RUNNING", 0))
+    return states == {"RUNNING": _NUM_REPLICAS} and len(_replicas()) == _NUM_REPLICAS
 
 
 def _all_answered(endpoint: RunningEndpoint, count: int = 8) -> bool:
@@ -195,8 +194,7 @@ def test_an_update_under_load_loses_nothing(endpoint: RunningEndpoint, client: o
         [serve.RunTarget(build_app(changed), name=APP_NAME, route_prefix="/")], wait_for_applications_running=False
     )
     try:
-        _until(lambda: not before & (now := {r.pid for r in _replicas()}) and len(now) == _NUM_REPLICAS, "an update")
-        _until(lambda: _num_running() == _NUM_REPLICAS, "the update ends")
+        _until(lambda: _are_all_running() and not before & {replica.pid for replica in _replicas()}, "an update")
     finally:
         stop.set()
         for thread in threads:

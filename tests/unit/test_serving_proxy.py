@@ -36,7 +36,8 @@ def _sent(messages: Sequence[dict[str, Any]], path: str = "/v1/completions") -> 
         found.append(message)
 
     [middleware] = proxy.middlewares()
-    asyncio.run(middleware.cls(app)({"type": "http", "path": path}, None, send))  # type: ignore[arg-type]
+    made = middleware.cls(app, *middleware.args, **middleware.kwargs)
+    asyncio.run(made({"type": "http", "path": path}, None, send))  # type: ignore[arg-type]
     return found
 
 
@@ -59,6 +60,41 @@ def test_a_stream_that_is_cut_off_ends_with_an_error_event() -> None:
     error = json.loads(last["body"][6:])["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "server_error"
+
+
+def test_no_more_of_a_body_is_taken_in_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = proxy.environment(2500)
+    assert "rayswift.serving.proxy.middlewares" in variables.values()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    [middleware] = proxy.middlewares()
+    taken, found = list[Any](), list[Any]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] == "http.request" and message["more_body"]:
+            taken.append(message)
+        if message["type"] == "http.request":
+            await send(_start(200, _JSON))
+            await send(_body(b"{}", False))
+
+    async def send(message: Any) -> None:
+        found.append(message)
+
+    async def ask(num_pieces: int) -> Any:
+        pieces = iter([{"type": "http.request", "body": b"x" * 1000, "more_body": True}] * num_pieces)
+        taken.clear()
+        found.clear()
+
+        async def receive() -> Any:
+            return next(pieces, {"type": "http.request", "body": b"", "more_body": False})
+
+        made = middleware.cls(app, *middleware.args, **middleware.kwargs)
+        await made({"type": "http", "path": "/"}, receive, send)  # type: ignore[arg-type]
+        return found[0]["status"], len(taken)
+
+    assert asyncio.run(ask(2)) == (200, 2)
+    assert asyncio.run(ask(10**6)) == (413, 2)
+    assert json.loads(found[1]["body"])["error"]["code"] == "request_too_large"
 
 
 def test_an_answer_of_a_told_length_is_left_broken() -> None:
