@@ -34,7 +34,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def ready_text(spec: ServeSpec) -> str:
-    """What is printed when the endpoint answers: its URL, and a question in curl and in Python.
+    """What is printed when the endpoint answers: its URL and its page, and a question in curl and in Python.
 
     With a key both take it from RAYSWIFT_API_KEY; where that is not what the endpoint was started with, a line before
     them says how to set it.
@@ -44,7 +44,7 @@ def ready_text(spec: ServeSpec) -> str:
     key = f'os.environ["{auth.VARIABLE}"]' if keyed else '"none"'
     question = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     return f"""\
-Serving {", ".join(spec.models)} at {spec.url}  (Ctrl-C stops)
+Serving {", ".join(spec.models)} at {spec.url}, with a chat page at {spec.url.removesuffix("v1")}  (Ctrl-C stops)
 
 {_key_line(spec)}  curl {spec.url}/chat/completions{header} \\
     -H "Content-Type: application/json" \\

@@ -140,6 +140,7 @@ def test_what_is_printed_when_ready_shows_no_key(monkeypatch: pytest.MonkeyPatch
     assert "$RAYSWIFT_API_KEY" in text
     assert _KEY not in text
     assert "http://127.0.0.1:8000/v1/chat/completions" in text
+    assert "a chat page at http://127.0.0.1:8000/  (" in text
     assert "export" not in text
 
 
