@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +18,9 @@ from rayswift.serving import flow, replies
 from rayswift.serving.api_errors import ApiError
 
 _HOOK, _MAX_BYTES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "RAYSWIFT_PROXY_MAX_BODY_BYTES"
+# Headers by which a client would set Serve's timeout, have it go on when the client has gone, or choose a replica.
+_NOT_FOR_CLIENTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id")
+_IDS = (b"x-request-id", b"x-session-id")  # Serve stops at one that is not UTF-8
 _OWN_PATHS = "/-/"  # the proxy's own pages for load balancers
 
 
@@ -46,8 +50,15 @@ class InWords:
             await self._app(scope, receive, send)
             return
         reply, body = _Sent(send), _Body(receive, self._max_body_bytes)
-        await self._app(scope, body.receive, reply.send)
+        headers = [(name, value) for name, value in scope["headers"] if _is_for_us(name, value)]
+        await self._app({**scope, "headers": headers}, body.receive, reply.send)
         await reply.finish(flow.too_large(self._max_body_bytes) if body.is_over and self._max_body_bytes else None)
+
+
+def _is_for_us(name: bytes, value: bytes) -> bool:
+    """Whether a client may send a header; Serve takes `-` and `_` in a name as the same."""
+    known = name.lower().replace(b"_", b"-")
+    return known not in _NOT_FOR_CLIENTS and (known not in _IDS or re.fullmatch(rb"[!-~]{1,128}", value) is not None)
 
 
 class _Body:

@@ -235,6 +235,16 @@ def test_a_flood_is_answered_or_told_to_come_back(endpoint: RunningEndpoint) -> 
     assert _all_answered(endpoint)
 
 
+def test_no_header_of_a_client_reaches_into_serve(endpoint: RunningEndpoint) -> None:
+    """Serve itself would cut this answer off after a millisecond, or stop at what is not UTF-8 with a bare 500."""
+    headers = {
+        "x-request-timeout-seconds": b"0.001", "x-request-disconnect-disabled": b"\xff", "x-request-id": b"\xff",
+        "serve-multiplexed-model-id": b"\xfe", "x-session-id": b"\xfd",
+    }  # fmt: skip
+    response = httpx.post(f"{endpoint.url}/completions", json=_SHORT, headers=headers, timeout=60)
+    assert response.status_code == 200
+
+
 def test_closing_gives_answers_a_moment_and_then_ends_them(
     endpoint: RunningEndpoint, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

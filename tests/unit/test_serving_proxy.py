@@ -37,7 +37,7 @@ def _sent(messages: Sequence[dict[str, Any]], path: str = "/v1/completions") -> 
 
     [middleware] = proxy.middlewares()
     made = middleware.cls(app, *middleware.args, **middleware.kwargs)
-    asyncio.run(made({"type": "http", "path": path}, None, send))  # type: ignore[arg-type]
+    asyncio.run(made({"type": "http", "path": path, "headers": []}, None, send))  # type: ignore[arg-type]
     return found
 
 
@@ -60,6 +60,28 @@ def test_a_stream_that_is_cut_off_ends_with_an_error_event() -> None:
     error = json.loads(last["body"][6:])["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "server_error"
+
+
+def test_headers_for_serve_itself_are_not_for_clients() -> None:
+    sent = [
+        (b"authorization", b"Bearer x"), (b"x-request-id", b"a1-b2"), (b"x-session-id", b"s"),
+        (b"x-request-timeout-seconds", b"0"), (b"X-Request-Timeout-Seconds", b"9"), (b"x_request_id", b"\xff"),
+        (b"x-request-disconnect-disabled", b"?1"), (b"serve_multiplexed_model_id", b"m"), (b"x-request-id", b"\xff"),
+        (b"x-request-id", b"a\nb"), (b"x-session-id", b"s" * 129), (b"serve-multiplexed-model-id", b"\xff"),
+    ]  # fmt: skip
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend(scope["headers"])
+        await send(_start(200, _JSON))
+        await send(_body(b"{}", False))
+
+    async def send(_: Any) -> None:
+        return None
+
+    made = proxy.InWords(app)
+    asyncio.run(made({"type": "http", "path": "/", "headers": sent}, None, send))  # type: ignore[arg-type]
+    assert seen == sent[:3]
 
 
 def test_no_more_of_a_body_is_taken_in_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +111,7 @@ def test_no_more_of_a_body_is_taken_in_than_there_may_be(monkeypatch: pytest.Mon
             return next(pieces, {"type": "http.request", "body": b"", "more_body": False})
 
         made = middleware.cls(app, *middleware.args, **middleware.kwargs)
-        await made({"type": "http", "path": "/"}, receive, send)  # type: ignore[arg-type]
+        await made({"type": "http", "path": "/", "headers": []}, receive, send)  # type: ignore[arg-type]
         return found[0]["status"], len(taken)
 
     assert asyncio.run(ask(2)) == (200, 2)
