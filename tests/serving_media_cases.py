@@ -20,7 +20,7 @@ from rayswift.serving.admission import Admission
 from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampling
 from rayswift.serving.engines.local import Local
 from rayswift.serving.http import ServedModel, build_asgi
-from rayswift.serving.openai import Message
+from rayswift.serving.messages import Message
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.spec import ServeSpec
 from tests.multimodal_models import make

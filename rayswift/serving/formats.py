@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH = 32 * 1024, 32
+_SHOWN_CHARS = 200
 _ANY_OBJECT = {"type": "object"}
 
 
@@ -38,17 +39,34 @@ def bounded_schema(schema: dict[str, Any]) -> dict[str, Any]:
         raise PydanticCustomError("schema_depth", f"must be at most {MAX_SCHEMA_DEPTH} levels deep")
     if len(json.dumps(schema)) > MAX_SCHEMA_BYTES:
         raise PydanticCustomError("schema_size", f"must be at most {MAX_SCHEMA_BYTES} bytes")
+    try:
+        validator(schema)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:_SHOWN_CHARS]
+        raise PydanticCustomError("schema", "is no JSON Schema: {reason}", {"reason": reason}) from None
     return schema
+
+
+def validator(schema: dict[str, Any]) -> Any:
+    """What validates a document against a schema. Raises ValueError for what is none.
+
+    It fetches nothing, and its patterns take time in proportion to the text: both schema and text come from outside.
+    """
+    import jsonschema_rs
+
+    return jsonschema_rs.validator_for(schema, pattern_options=jsonschema_rs.RegexOptions(), offline=True)
 
 
 Schema = Annotated[dict[str, Any], AfterValidator(bounded_schema)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Base of what clients send: no unknown keys, no other types than JSON's own."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
     """A named JSON Schema. It is kept to whether or not `strict` asks for it."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -57,7 +75,7 @@ class JsonSchema(_Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """`response_format` of a chat completion."""
 
     type: Literal["text", "json_object", "json_schema"]

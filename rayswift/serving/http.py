@@ -9,23 +9,22 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from rayswift.errors import ServeError
-from rayswift.serving import flow, gate, openai, openapi, page, replies, wishes
+from rayswift.serving import flow, gate, openai, openapi, page, replies, streams, wishes
 from rayswift.serving.adapter_store import AdapterStore
 from rayswift.serving.admission import Admission, Places
 from rayswift.serving.api_errors import ApiError, model_not_allowed, unknown_model
-from rayswift.serving.engine import Adapter, Delta, Engine, Prompt, Refused, Request
+from rayswift.serving.engine import Adapter, Engine, Prompt, Refused, Request
 from rayswift.serving.lineage import lineage_of
 from rayswift.serving.openai import AnyRequest, ChatRequest, TextRequest
 from rayswift.serving.prompts import PromptBuilder
@@ -70,7 +69,12 @@ def build_asgi(
             openapi.route(spec),
         ],
         middleware=[Middleware(gate.Gate, key_hashes=spec.api_key_sha256, keys=spec.api_keys, now_ns=now_ns)],
-        exception_handlers={ApiError: gate.on_api_error, 404: gate.on_http_error, 405: gate.on_http_error},
+        exception_handlers={
+            ApiError: gate.on_api_error,
+            Refused: _on_refused,
+            404: gate.on_http_error,
+            405: gate.on_http_error,
+        },
     )
 
 
@@ -127,11 +131,11 @@ class Endpoint:
         except ApiError:
             raise
         except Exception as error:
-            raise _told(error) from error
+            raise streams.told(error) from error
 
     async def _answer(self, http: HttpRequest, kind: type[AnyRequest]) -> Response:
         deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
-        body = await flow.read_json(http, self._max_body_bytes(kind))
+        body = await flow.read_json(http, self._max_body_bytes(kind), deadline)
         request = openai.parse(kind, body)
         if isinstance(request, ChatRequest) and request.num_chars > self._spec.max_body_bytes:
             raise flow.too_large(self._spec.max_body_bytes)
@@ -155,24 +159,25 @@ class Endpoint:
         """The answer whole, or the stream of it, which then holds the places."""
         reply = Reply(request.model, chat=isinstance(request, ChatRequest))
         deltas = flow.choice_deltas(model.engine, work.requests, work.deadline)
-        answers = [Answer(index) for index in range(len(work.requests))]
+        answers = [Answer(index, calling=request.calling) for index in range(len(work.requests))]
         if not request.stream:
             with places:
-                await flow.unless_gone(http, _collect(deltas, answers))
+                await flow.unless_gone(http, streams.collect(deltas, answers))
             return JSONResponse(reply.body(answers, replies.usage(answers, work.num_prompt_tokens)))
-        events = _events(deltas, answers, reply, work.num_prompt_tokens if request.include_usage else None)
+        events = streams.events(deltas, answers, reply, work.num_prompt_tokens if request.include_usage else None)
         # The first event is awaited here, so that what fails before it still gets an HTTP status of its own.
         first = await flow.unless_gone(http, anext(events))
-        return _EventStream(first, events, places)
+        return streams.EventStream(first, events, places)
 
     async def _plan(
         self, request: ChatRequest | TextRequest, model: ServedModel, adapter: Adapter | None, deadline: float
     ) -> Work:
         """Prompts and sampling of every choice. Raises ApiError for what this model cannot do."""
         if request.json_schema is not None and not model.engine.can_constrain:
+            asked = "response_format" if request.calling is None else "tool_choice"
             raise ApiError(
-                "response_format is not supported by the engine of this model; only text is",
-                param="response_format",
+                f"{asked} is not supported by the engine of this model, which holds answers to no schema",
+                param=asked,
                 code="unsupported_parameter",
             )
         prompts = await asyncio.to_thread(_prompts, request, model.prompts)
@@ -217,75 +222,9 @@ class Endpoint:
 
 def _prompts(request: ChatRequest | TextRequest, prompts: PromptBuilder) -> list[Prompt]:
     if isinstance(request, ChatRequest):
-        return [prompts.chat(request.messages)]
+        return [prompts.chat(request.messages, request.calling)]
     return [prompts.text(prompt) for prompt in request.prompt]
 
 
-async def _collect(deltas: AsyncGenerator[tuple[int, Delta], None], answers: Sequence[Answer]) -> None:
-    try:
-        async for index, delta in deltas:
-            answers[index].add(delta)
-    finally:
-        await deltas.aclose()
-
-
-async def _events(
-    deltas: AsyncGenerator[tuple[int, Delta], None],
-    answers: Sequence[Answer],
-    reply: Reply,
-    usage_tokens: int | None,
-) -> AsyncGenerator[bytes, None]:
-    """The stream as server-sent events. An error after the first one becomes an error event, as in OpenAI's API."""
-    opened: set[int] = set()
-    try:
-        async for index, delta in deltas:
-            answer = answers[index]
-            answer.add(delta)
-            if not delta.text and delta.finish_reason is None and not delta.logprobs:
-                continue
-            parts = [] if index in opened else [reply.opening(index)]
-            parts.append(reply.chunk(answer, delta))
-            opened.add(index)
-            yield b"".join(replies.event(part) for part in parts if part is not None)
-        if usage_tokens is not None:
-            yield replies.event(reply.closing(replies.usage(answers, usage_tokens)))
-        yield replies.DONE
-    except Exception as error:
-        if not opened:
-            raise
-        yield replies.event(_told(error).body())
-    finally:
-        await deltas.aclose()
-
-
-def _told(error: Exception) -> ApiError:
-    """What a client is told of an error: its own text where it was meant for clients, else a bare 500 or 503."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, Refused):
-        return ApiError(str(error), code="invalid_value")
-    if isinstance(error, ServeError):
-        gate.internal_error(error)
-        return ApiError("the model could not finish this answer", status=503, headers={"Retry-After": "1"})
-    return gate.internal_error(error)
-
-
-class _EventStream(StreamingResponse):
-    """A stream of events whose first one is known. Closes its source and frees its places however sending ends."""
-
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], places: Places) -> None:
-        super().__init__(_chain(first, rest), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._source, self._places = rest, places
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._places:
-            try:
-                await super().__call__(scope, receive, send)
-            finally:
-                await self._source.aclose()
-
-
-async def _chain(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    yield first
-    async for event in rest:
-        yield event
+async def _on_refused(_: HttpRequest, error: Exception) -> Response:
+    return gate.error_response(streams.told(error))

@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import jiter
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from rayswift.serving.api_errors import ApiError
-from rayswift.serving.content import Content, content_of
-from rayswift.serving.formats import ResponseFormat
+from rayswift.serving.formats import ResponseFormat, Strict
+from rayswift.serving.messages import Message
+from rayswift.serving.tools import MAX_TOOLS, Calling, NamedChoice, Tool, calling_of
 
 MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_LOGPROBS = 4, 256, 20
-MAX_MESSAGES, MAX_PROMPTS, MAX_NAME_CHARS = 4096, 2048, 64
+MAX_MESSAGES, MAX_PROMPTS = 4096, 2048
 MAX_COUNT = 2**31 - 1
 """Of what no server has more. A larger number would be repeated in a refusal, digit by digit."""
-_MAX_MESSAGE_KEYS = 16
 _SHOWN_CHARS = 80  # of a name that a client sent
 DEFAULT_TEXT_TOKENS = 16
 """What /v1/completions generates when the client names no number; the API's own default."""
@@ -39,19 +39,15 @@ ABSENT_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "modalities": (["text"],),
     "audio": (),
-    "parallel_tool_calls": (True, False),
+    "parallel_tool_calls": (True,),
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": (),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
-# What the official client sends back with an answer it was given; empty, it says nothing.
-MESSAGE_EXTRAS = frozenset({"refusal", "audio", "annotations", "function_call", "tool_calls"})
 
 
 def _stop_list(value: Any) -> Any:
@@ -78,40 +74,14 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Message(_Strict):
-    """One turn of a conversation. `developer` is the API's newer word for `system`."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[InstanceOf[Content], BeforeValidator(content_of)]
-    name: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty_extras(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        if len(raw) > _MAX_MESSAGE_KEYS:  # each would become an error of its own
-            raise PydanticCustomError("message", f"has more than {_MAX_MESSAGE_KEYS} keys")
-        return {key: value for key, value in raw.items() if not _says_nothing(key, value)}
-
-
-def _says_nothing(key: str, value: Any) -> bool:
-    """Whether a key of a message may as well be absent. A null content is not: it is told as a wrong value."""
-    return (value is None and key != "content") or (key in MESSAGE_EXTRAS and value == [])
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """`include_usage` asks for a last chunk with the token counts."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class _CommonRequest(_Strict):
+class _CommonRequest(Strict):
     model: Annotated[str, Field(min_length=1, max_length=200)]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
@@ -121,7 +91,7 @@ class _CommonRequest(_Strict):
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
         Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
         BeforeValidator(_stop_list),
-    ] = []
+    ] = Field(default_factory=list)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -146,6 +116,8 @@ class ChatRequest(_CommonRequest):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
@@ -153,7 +125,15 @@ class ChatRequest(_CommonRequest):
             raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs to be true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise PydanticCustomError("max_tokens", "max_tokens and max_completion_tokens differ; give only one")
+        calling = calling_of(self.tools, self.tool_choice)
+        if calling is not None and self.response_format is not None and self.response_format.type != "text":
+            raise PydanticCustomError("tools", "tools and a response_format of JSON exclude each other")
         return self
+
+    @property
+    def calling(self) -> Calling | None:
+        """The tools that an answer may call; None where there are none."""
+        return calling_of(self.tools, self.tool_choice)
 
     @property
     def num_choices(self) -> int:
@@ -178,6 +158,8 @@ class ChatRequest(_CommonRequest):
     @property
     def json_schema(self) -> str | None:
         """The schema that answers keep to, as JSON text; None for free text."""
+        if (calling := self.calling) is not None:
+            return calling.schema_text
         return None if self.response_format is None else self.response_format.schema_text
 
 
@@ -205,6 +187,11 @@ class TextRequest(_CommonRequest):
     @property
     def json_schema(self) -> str | None:
         """None: text completions are free text."""
+        return None
+
+    @property
+    def calling(self) -> Calling | None:
+        """None: text completions call nothing."""
         return None
 
 

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from rayswift import __version__
 from rayswift.serving import openai
+from rayswift.serving.messages import MESSAGE_EXTRAS
 from rayswift.serving.openai import ChatRequest, TextRequest
 from rayswift.serving.spec import ServeSpec
 
@@ -111,7 +112,7 @@ def _requests() -> dict[str, Any]:
         found |= made.pop("$defs", {}) | {kind.__name__: _as_sent(made)}
     turn = found["Message"]["properties"]
     turn["content"] = _CONTENT
-    for name in openai.MESSAGE_EXTRAS:
+    for name in MESSAGE_EXTRAS:
         turn.setdefault(name, {"enum": [None, []], "description": "as the client got it with an answer"})
     return {name: schema for name, schema in found.items() if name not in ("Content", "Medium")}
 

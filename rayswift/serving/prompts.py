@@ -14,7 +14,8 @@ from rayswift.data.templates import chat_text
 from rayswift.data.types import Medium
 from rayswift.serving.api_errors import ApiError, too_long
 from rayswift.serving.engine import Prompt
-from rayswift.serving.openai import Message
+from rayswift.serving.messages import Message
+from rayswift.serving.tools import OPEN, Calling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,18 +49,34 @@ class PromptBuilder:
         """Whether there may be more than text in a conversation."""
         return self._encoder is not None and self._max_media > 0
 
-    def chat(self, messages: Sequence[Message]) -> Prompt:
-        """The conversation that the model is to continue. Raises ApiError when template or processor refuse it."""
+    def chat(self, messages: Sequence[Message], calling: Calling | None = None) -> Prompt:
+        """The conversation that the model is to continue, told of the tools it may call.
+
+        Raises ApiError when template or processor refuse it.
+        """
         if not self._tokenizer.chat_template:
             raise ApiError(
                 "this model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
             )
-        turns = [{"role": _template_role(m.role), "content": m.content.text} | _named(m) for m in messages]
+        self._check_tools(calling)
+        turns = [{"role": _template_role(m.role), "content": m.content.text} | _extras(m) for m in messages]
         found = [(f"messages[{i}].content", one) for i, m in enumerate(messages) for one in m.content.media]
         if found and len(found) > self._max_media:
             raise _refusal(found[self._max_media][0], f"more than {self._max_media} images or sounds in one request")
         encoded = [self._encoded(place, medium) for place, medium in found]
-        return self.conversation(turns, (), [medium for _, medium in found], encoded)
+        return self.conversation(
+            turns, calling.for_template() if calling else (), [medium for _, medium in found], encoded
+        )
+
+    def _check_tools(self, calling: Calling | None) -> None:
+        """Raises ApiError for tools that the template would drop without a word, or whose calls nobody could read."""
+        template = str(self._tokenizer.chat_template)
+        if calling is not None and "tools" not in template:
+            raise _refusal("tools", "this model's chat template knows no tools")
+        if calling is not None and calling.demanded is None and OPEN not in template:
+            raise _refusal(
+                "tool_choice", "this model writes calls in a way that this server cannot read; demand a call"
+            )
 
     def turns(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """The ids of a conversation in the words that chat templates take, tool calls and tools included."""
@@ -161,5 +178,8 @@ def _template_role(role: str) -> str:
     return "system" if role == "developer" else role
 
 
-def _named(message: Message) -> dict[str, str]:
-    return {} if message.name is None else {"name": message.name}
+def _extras(message: Message) -> dict[str, Any]:
+    """What a message has beside role and content."""
+    calls = [call.for_template() for call in message.tool_calls]
+    found = {"name": message.name, "tool_calls": calls or None, "tool_call_id": message.tool_call_id}
+    return {key: value for key, value in found.items() if value is not None}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayswift.serving.engine import Delta, TokenLogprob
+from rayswift.serving.tools import Call, Calling, CallReader
 
 DONE = b"data: [DONE]\n\n"
 
@@ -23,10 +24,29 @@ class Answer:
 
     index: int
     delta: Delta = field(default_factory=lambda: Delta("", 0))
+    calling: Calling | None = None
+    said: str = ""
+    """The text without the calls in it."""
+    calls: list[Call] = field(default_factory=list)
+    news: tuple[str, list[Call]] = ("", [])
+    """What the last delta added to `said` and to `calls`."""
+
+    def __post_init__(self) -> None:
+        self._reader = None if self.calling is None else CallReader(self.calling)
 
     def add(self, delta: Delta) -> None:
         """Take in what was generated next."""
         self.delta = self.delta + delta
+        self.news = (delta.text, [])
+        if self._reader is not None:
+            self.news = self._reader.feed(delta.text, is_last=delta.finish_reason is not None)
+        self.said += self.news[0]
+        self.calls += self.news[1]
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ended, as the API says it."""
+        return "tool_calls" if self.calls and self.delta.finish_reason == "stop" else self.delta.finish_reason
 
 
 @dataclass(frozen=True)
@@ -54,14 +74,19 @@ class Reply:
             self._chunk([_chat_choice(index, {"role": "assistant", "content": ""}, None, None)]) if self.chat else None
         )
 
-    def chunk(self, answer: Answer, delta: Delta) -> dict[str, Any]:
-        """The chunk for what `answer` has just got, `delta` being counted in already."""
+    def chunk(self, answer: Answer, delta: Delta) -> dict[str, Any] | None:
+        """The chunk for what `answer` has just got, `delta` being counted in already; None while it is held back."""
         if not self.chat:
             offset = len(answer.delta.text) - len(delta.text)
             return self._chunk([_text_choice(answer.index, delta, offset)])
-        return self._chunk(
-            [_chat_choice(answer.index, {"content": delta.text}, delta.finish_reason, _chat_logprobs(delta))]
-        )
+        said, made = answer.news
+        if not (said or made or delta.finish_reason or delta.logprobs):
+            return None
+        told: dict[str, Any] = {"content": said} if said or not made else {}
+        if made:
+            first = len(answer.calls) - len(made)
+            told["tool_calls"] = [{"index": first + number, **call.body()} for number, call in enumerate(made)]
+        return self._chunk([_chat_choice(answer.index, told, answer.finish_reason, _chat_logprobs(delta))])
 
     def closing(self, usage: dict[str, int]) -> dict[str, Any]:
         """The last chunk, with the token counts and no choice."""
@@ -71,8 +96,10 @@ class Reply:
         delta = answer.delta
         if not self.chat:
             return _text_choice(answer.index, delta, 0)
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
-        choice = _chat_choice(answer.index, {}, delta.finish_reason, _chat_logprobs(delta))
+        message: dict[str, Any] = {"role": "assistant", "content": answer.said, "refusal": None}
+        if answer.calls:
+            message |= {"content": answer.said or None, "tool_calls": [call.body() for call in answer.calls]}
+        choice = _chat_choice(answer.index, {}, answer.finish_reason, _chat_logprobs(delta))
         del choice["delta"]
         return {**choice, "message": message}
 

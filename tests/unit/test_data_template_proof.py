@@ -22,7 +22,8 @@ from rayswift.data.rendering import _call, _chat
 from rayswift.data.templates import chat_text
 from rayswift.data.tokenize import encode
 from rayswift.data.types import Example, Message, Sample
-from rayswift.serving import openai
+from rayswift.serving import messages as messages_of_api
+from rayswift.serving.api_errors import ApiError
 from rayswift.serving.prompts import PromptBuilder
 from tests.template_cases import FAMILIES, FOLDER, Family, arguments_of, tokenizer_of
 
@@ -92,7 +93,7 @@ def decoded(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 
 def served(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """The prompt of a conversation that a client sends; what was thought before is not among what clients send."""
-    request = [openai.Message(role=m.role, content=m.content) for m in messages]  # type: ignore[arg-type]
+    request = [messages_of_api.Message(role=m.role, content=m.content) for m in messages]  # type: ignore[arg-type]
     return list(PromptBuilder(tokenizer).chat(request).ids)
 
 
@@ -114,7 +115,7 @@ def test_what_is_trained_is_what_is_served(name: str, kind: str, turns: str) -> 
     if kind == "system" and not family.system:
         (refused,) = encode([Sample(messages)], tokenizer, max_length=4096, rendering="chat")
         assert "is refused by the chat template" in str(refused)
-        with pytest.raises(openai.ApiError, match="chat template refuses this conversation"):
+        with pytest.raises(ApiError, match="chat template refuses this conversation"):
             served(messages[:2], tokenizer)
         return
     wanted = answers(family, messages, tokenizer)

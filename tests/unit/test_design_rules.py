@@ -43,7 +43,7 @@ THIRD_PARTY: dict[int, set[str]] = {
     },
     4: {"deepspeed", "torchao"},
     5: {"matplotlib", "tensorboard", "tensorboardX", "wandb", "mlflow", "trackio", "vllm", "starlette", "openai",
-        "jiter", "llmcompressor", "compressed_tensors"},
+        "jiter", "llmcompressor", "compressed_tensors", "jsonschema_rs"},
     6: {"ray", "fastapi"},
     7: {"typer", "sklearn"},
 }  # fmt: skip

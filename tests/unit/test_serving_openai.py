@@ -27,7 +27,11 @@ _BAD_CHAT: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_value"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "invalid_value"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content", "invalid_value"),
-    ({"messages": [_USER | {"tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls", "unsupported_parameter"),
+    (
+        {"messages": [_USER | {"tool_calls": [{"id": "1"}]}]},
+        "messages[0].tool_calls[0].function",
+        "missing_required_parameter",
+    ),
     ({"messages": [_USER | {"refusal": "no"}]}, "messages[0].refusal", "unsupported_parameter"),
     ({"messages": [_USER | {"nmae": []}]}, "messages[0].nmae", "unsupported_parameter"),
     ({"temperature": -1}, "temperature", "invalid_value"),
@@ -51,7 +55,7 @@ _BAD_CHAT: list[tuple[dict[str, Any], str | None, str]] = [
     ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
     ({"logprobs": 3}, "logprobs", "invalid_value"),
-    ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
     ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
     ({"frequency_penalty": False}, "frequency_penalty", "unsupported_parameter"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
@@ -108,7 +112,7 @@ def test_a_misspelled_field_gets_a_suggestion() -> None:
 
 def test_options_that_ask_for_nothing_are_accepted() -> None:
     harmless = {
-        "user": "me", "metadata": {"a": "b"}, "tools": [], "tool_choice": "none", "frequency_penalty": 0.0,
+        "user": "me", "metadata": {"a": "b"}, "tools": [], "frequency_penalty": 0.0,
         "presence_penalty": 0, "logit_bias": {}, "store": False, "seed": None,
         "stop": None, "max_tokens": None, "parallel_tool_calls": True, "service_tier": "auto",
     }  # fmt: skip
