@@ -19,6 +19,7 @@ from rayswift.serving.versions import version_of
 from tests.page_cases import Page, export_of, page_of
 
 pytest.importorskip("selenium", reason="selenium is not installed; make setup")
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -61,7 +62,8 @@ class Browser:
         return [found.get_property("textContent") for found in self.all(css)]
 
     def until(self, condition: Callable[[], Any]) -> Any:
-        return WebDriverWait(self.driver, 20, poll_frequency=0.02).until(lambda _: condition())
+        gone = (StaleElementReferenceException,)  # replaced while it was looked at
+        return WebDriverWait(self.driver, 20, poll_frequency=0.02, ignored_exceptions=gone).until(lambda _: condition())
 
     def until_texts(self, css: str, expected: list[str]) -> None:
         self.until(lambda: self.texts(css) == expected)
