@@ -169,7 +169,18 @@ _TEXT_SCORES = _object(
         "text_offset": _list(_COUNT),
     }
 )
-_MODEL = _object({"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT})
+_MODEL = _object(
+    {
+        "id": _TEXT,
+        "object": {"const": "model"},
+        "created": _COUNT,
+        "owned_by": _TEXT,
+        "rayswift": {
+            "anyOf": [_object({"version": _TEXT}), {"type": "null"}],
+            "description": "The version of an export and what it was made of; null for a folder that is none.",
+        },
+    }
+)
 
 
 def _reply(kind: str, scores: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
