@@ -59,7 +59,7 @@ class _Server:
 
     def _model(self, folder: Path) -> ServedModel:
         encoder = load_encoder(str(folder), self.spec.media) if folder.name == "llava" else None
-        engine = FakeEngine(media_encoder=encoder)
+        engine = FakeEngine(media_encoder=encoder, can_constrain=True)
         prompts = PromptBuilder(load_tokenizer(str(folder)), encoder, self.spec.max_media, engine.max_model_len)
         return ServedModel(engine, prompts, Admission(self.spec.max_concurrency, self.spec.max_queued))
 
@@ -152,6 +152,30 @@ def _text(prompt: Any, **fields: Any) -> dict[str, Any]:
     return {"model": "m", "prompt": prompt} | fields
 
 
+def _schema(schema: Any, name: str = "s") -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
+
+
+def _nots(depth: int) -> dict[str, Any]:
+    return {"not": _nots(depth - 1)} if depth > 1 else {}
+
+
+def _tool(name: str = "f", **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+def _choice(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def _called(arguments: str, num_calls: int = 1) -> dict[str, Any]:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call] * num_calls}
+    return _with(
+        messages=[{"role": "user", "content": "hi"}, turn, {"role": "user", "content": "so?"}], tools=[_tool()]
+    )
+
+
 def _image(url: Any) -> dict[str, Any]:
     return _says([{"type": "image_url", "image_url": {"url": url}}], "see")
 
@@ -188,6 +212,16 @@ _CASES = [
     _case("deep objects", lambda: _OBJECT.encode() * (_FULL // 5), 400, _DEEP),
     _case("deep and closed", lambda: _raw(f'"metadata": {_nested(500_000)}'), 400, _DEEP),
     _case("deep objects, closed", lambda: _raw(f'"metadata": {_nested(200_000, _OBJECT, "}")}'), 400, _DEEP),
+    _case("a schema of 33 levels", lambda: _with(response_format=_schema(_nots(33))), 400, "32 levels"),
+    _case("a schema of 180 levels", lambda: _with(response_format=_schema(_nots(180))), 400, "32 levels"),
+    _case("a schema of 40 kB", lambda: _with(response_format=_schema({"enum": ["x" * 40_000]})), 400, "bytes"),
+    _case("a schema of 2 MB", lambda: _with(response_format=_schema({"enum": ["x" * 2_000_000]})), 400, "bytes"),
+    _case("no schema", lambda: _with(response_format=_schema({"type": "martian"})), 400, "no JSON Schema"),
+    _case("a schema elsewhere", lambda: _with(response_format=_schema({"$ref": "https://example.org/s"})), 400),
+    _case("a schema of a file", lambda: _with(response_format=_schema({"$ref": "file:///etc/passwd"})), 400),
+    _case("a schema of a bad pattern", lambda: _with(response_format=_schema({"pattern": "("})), 400, "no JSON Schema"),
+    _case("a schema's long name", lambda: _with(response_format=_schema({}, name="n" * 65)), 400, "name"),
+    _case("another format", lambda: _with(response_format={"type": "xml"}), 400, "response_format"),
     _case("deep schema", lambda: _raw(f'"response_format": {_nested(10_000)}'), 400, _DEEP),
     _case("deep message", lambda: f'{{"model": "m", "messages": {_nested(10_000)}}}'.encode(), 400, _DEEP),
     _case("duplicate keys", lambda: _raw('"n": 1, "n": 2'), 400, "duplicate key"),
@@ -258,6 +292,25 @@ _CASES = [
     _case("a seed over 64 bits", lambda: _with(seed=2**63), 400, "seed"),
     _case("stream options alone", lambda: _with(stream_options={"include_usage": True}), 400, "stream_options"),
     _case("an unknown stream option", lambda: _with(stream=True, stream_options={"x": 1}), 400, "stream_options.x"),
+    # tools
+    _case("65 tools", lambda: _with(tools=[_tool(f"f{i}") for i in range(65)]), 400, "tools"),
+    _case("10,000 tools", lambda: _with(tools=[_tool()] * 10_000), 400, "tools"),
+    _case("a tool of another type", lambda: _with(tools=[_tool() | {"type": "retrieval"}]), 400, "tools[0].type"),
+    _case("a tool's long name", lambda: _with(tools=[_tool("f" * 65)]), 400, "function.name"),
+    _case("a tool of 33 levels", lambda: _with(tools=[_tool(parameters=_nots(33))]), 400, "32 levels"),
+    _case("a tool of 40 kB", lambda: _with(tools=[_tool(parameters={"enum": ["x" * 40_000]})]), 400, "bytes"),
+    _case("a tool's long story", lambda: _with(tools=[_tool(description="x" * 4097)]), 400, "description"),
+    _case("a choice without tools", lambda: _with(tool_choice="required"), 400, "tool"),
+    _case("a choice of no tool", lambda: _with(tools=[_tool()], tool_choice=_choice("g")), 400, "tool"),
+    _case("a call of no JSON", lambda: _called("{"), 400, "tool call"),
+    _case("a call of a list", lambda: _called("[]"), 400, "tool call"),
+    _case("a call with half a pair", lambda: _called('{"a": "\\ud800"}'), 400, "tool call"),
+    _case("a call with NaN", lambda: _called('{"a": NaN}'), 400, "tool call"),
+    _case("a call of 900 levels", lambda: _called('{"a": ' * 900 + "1" + "}" * 900), 400, "tool call"),
+    _case("a call of 40,000 levels", lambda: _called('{"a":' * 40_000 + "1" + "}" * 40_000), 400, "tool call"),
+    _case("a call of 2 MB", lambda: _called('{"a": "' + "x" * 1_900_000 + '"}'), 400, "arguments"),
+    _case("65 calls", lambda: _called("{}", 65), 400, "tool_calls"),
+    _case("a result of no call", lambda: _says("x", role="tool"), 400),
     # messages
     _case("no message", lambda: _with(messages=[]), 400, "messages"),
     _case("messages as text", lambda: _with(messages="hi"), 400, "messages"),
@@ -371,8 +424,12 @@ def test_the_names_are_all_different() -> None:
 _HEAD = f"POST {_CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
 
 
-def test_a_body_that_trickles_in_is_given_up(server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flow, "BODY_TIMEOUT_S", 0.3)
+@pytest.mark.parametrize("by", ["body timeout", "request timeout"])
+def test_a_body_that_trickles_in_is_given_up(server: _Server, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    if by == "body timeout":
+        monkeypatch.setattr(flow, "BODY_TIMEOUT_S", 0.3)
+    else:
+        monkeypatch.setitem(server.spec.__dict__, "request_timeout_s", 0.3)
     with closing(server.connect()) as connection:
         connection.sendall(_HEAD.encode())
         stop = threading.Event()
@@ -412,6 +469,8 @@ _GARBAGE: dict[str, bytes] = {
     "a line of nothing": b"hello\r\n\r\n",
     "a negative length": b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
     "a length that is none": b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1e3\r\n\r\n",
+    "a length of 5000 digits": b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %b\r\n\r\n"
+    % (b"9" * 5000),
     "two lengths": b"POST /v1/models HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
     "a chunk of no size": b"POST /v1/models HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     "a header without end": b"GET /health HTTP/1.1\r\nX: " + b"a" * 2**20,
