@@ -6,6 +6,7 @@ import socket
 import subprocess
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -187,3 +188,48 @@ def test_the_module_for_serve_run(root: Path, tiny_model_dir: Path, monkeypatch:
         monkeypatch.setenv("RAYSWIFT_SERVE", value) if value else monkeypatch.delenv("RAYSWIFT_SERVE")
         with pytest.raises(SystemExit, match=r"set it|is not a folder|check the path"):
             runpy.run_path(str(root / "serve" / "app.py"))
+
+
+def test_the_config_for_serve_deploy_is_one() -> None:
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    root = Path(__file__).resolve().parents[2]
+    made = ServeDeploySchema.model_validate(yaml.safe_load((root / "serve/config.yaml").read_text()))
+    (application,) = made.applications
+    assert application.import_path == "serve.app:app"
+    assert set(application.runtime_env["env_vars"]) == {"RAYSWIFT_SERVE", "RAYSWIFT_API_KEY"}
+    assert made.http_options.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"adapters": {"b": "x"}}, "adapters names b"),
+        ({"num_replicas": 3, "max_replicas": 2}, "max_replicas=2 is less"),
+        ({"tensor_parallel": 4, "gpus_per_replica": 2}, "gpus_per_replica=2 is less"),
+        ({"max_adapter_rank": 5}, "max_adapter_rank"),
+    ],
+)
+def test_settings_that_do_not_agree_are_refused(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        spec.parse({"models": {"a": "x"}, **fields})
+
+
+def test_processes_get_what_the_spec_asks_for() -> None:
+    from rayswift.serving.placement import actor_options, engine_options, replica_options
+
+    made = ServeSpec(
+        models={"a": "x", "b": "y"}, engine="vllm", engine_python="/opt/my env/python", adapters={"b": "z"},
+        tensor_parallel=4, gpus_per_replica=8, accelerator_type="H100", max_replicas=3, max_concurrency=4,
+    )  # fmt: skip
+    options = actor_options(made)
+    assert (options["num_gpus"], options["accelerator_type"]) == (8, "H100")
+    assert options["runtime_env"]["py_executable"] == "'/opt/my env/python'"
+    assert options["runtime_env"]["env_vars"]["VLLM_NO_USAGE_STATS"] == "1"
+    assert replica_options(made)["autoscaling_config"] == {
+        "min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 6.0,
+    }  # fmt: skip
+    assert [engine_options(made, folder).adapters for folder in ("x", "y")] == [False, True]
+    assert engine_options(made, "x").gpu_memory_fraction == 0.45
+    assert "py_executable" not in actor_options(ServeSpec(models={"a": "x"}, engine="local"))["runtime_env"]
