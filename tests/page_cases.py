@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.datastructures import Headers
 
 from rayswift.export import manifest
 from rayswift.serving.admission import Admission
@@ -28,6 +29,8 @@ class Page:
     url: str
     loop: asyncio.AbstractEventLoop
     engines: Mapping[str, FakeEngine]
+    versions: list[str | None]
+    """The version that each chat has asked for, oldest first."""
 
     def open_gate(self, name: str) -> None:
         gate = self.engines[name].gate
@@ -42,8 +45,14 @@ def page_of(
     """An endpoint that answers with these engines until the context ends."""
     paths = {name: str((folders or {}).get(name, "unused")) for name in engines}
     models = {name: ServedModel(engine, prompts, Admission(4, 4)) for name, engine in engines.items()}
-    app = build_asgi(ServeSpec(models=paths, **spec), models)
-    config = uvicorn.Config(app, port=0, ws="none", lifespan="off", log_level="error", timeout_graceful_shutdown=2)
+    app, versions = build_asgi(ServeSpec(models=paths, **spec), models), list[str | None]()
+
+    async def noting(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/v1/chat/completions":
+            versions.append(Headers(scope=scope).get("x-rayswift-version"))
+        await app(scope, receive, send)
+
+    config = uvicorn.Config(noting, port=0, ws="none", lifespan="off", log_level="error", timeout_graceful_shutdown=2)
     server, loop = uvicorn.Server(config), asyncio.new_event_loop()
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve()))
     thread.start()
@@ -54,7 +63,7 @@ def page_of(
             assert time.monotonic() < deadline
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Page(f"http://127.0.0.1:{port}/", loop, engines)
+        yield Page(f"http://127.0.0.1:{port}/", loop, engines, versions)
     finally:
         server.should_exit = True
         thread.join(30)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rayswift.models.loading import load_tokenizer
-from rayswift.serving import auth
+from rayswift.serving import auth, http
 from rayswift.serving.engine import FakeEngine
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.versions import version_of
@@ -215,6 +215,22 @@ def test_two_models_side_by_side(browser: Browser, prompts: PromptBuilder, token
         browser.say("three")
         browser.until_texts(".assistant .text", ["A1", "A1", "A1", "A1", "B2", "C"])
         assert browser.complaints() == []
+
+
+def test_a_version_beside_the_live_one_is_asked_for_by_its_id(
+    browser: Browser, prompts: PromptBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = [{"version": "0123456789ab"}, {"version": "ba9876543210", "base": "older"}]
+    monkeypatch.setattr(http, "lineage_of", lambda _: {**versions[0], "versions": versions})
+    with page_of({"demo": engine("hi")}, prompts) as page:
+        browser.open(page)
+        browser.one("#prompt")
+        browser.one("#compare").click()
+        assert [option.text for option in Select(browser.all("select")[1]).options] == ["demo", "demo · ba9876543210"]
+        assert browser.texts(".lineage summary") == ["Version 0123456789ab", "Version ba9876543210"]
+        browser.say("hello")
+        browser.until(lambda: browser.all("#send") and len(page.versions) == 2)
+        assert set(page.versions) == {None, "ba9876543210"}  # in either order
 
 
 def test_a_key_is_asked_for_and_kept_in_this_tab(browser: Browser, prompts: PromptBuilder) -> None:

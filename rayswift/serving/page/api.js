@@ -16,10 +16,19 @@ export class Refusal extends Error {
   }
 }
 
-/** The models that this key may ask, as choices: {model, rayswift}. Throws Refusal. */
+/** What this key may ask, as {model, version, rayswift}; a version of null is the live one. Throws Refusal. */
 export async function choices() {
   const found = await (await ask("v1/models")).json();
-  return found.data.map((card) => ({ model: card.id, rayswift: card.rayswift ?? null }));
+  return found.data.flatMap(offered);
+}
+
+/** A model as it is live, and the other versions of it that are served, as `rayswift.versions` lists them. */
+function offered({ id, rayswift = null }) {
+  const others = (rayswift?.versions ?? []).filter((one) => one.version !== rayswift.version);
+  return [
+    { model: id, version: null, rayswift },
+    ...others.map((one) => ({ model: id, version: one.version, rayswift: one })),
+  ];
 }
 
 /** The chunks of a streamed chat completion, in order. Throws Refusal; aborting `signal` ends it with an AbortError. */
@@ -27,7 +36,10 @@ export async function* chunks(choice, messages, settings, signal) {
   const body = { model: choice.model, messages, ...settings, stream: true, stream_options: { include_usage: true } };
   const response = await ask("v1/chat/completions", {
     method: "POST",
-    headers: { "Content-Type": "application/json" },
+    headers: {
+      "Content-Type": "application/json",
+      ...(choice.version ? { "X-RaySwift-Version": choice.version } : {}),
+    },
     body: JSON.stringify(body),
     signal,
   });

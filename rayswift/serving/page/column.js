@@ -155,7 +155,7 @@ class Answer {
 const REASONS = { stop: "finished (stop)", length: "cut off (length)", stopped: "stopped by you" };
 
 function nameOf(choice) {
-  return choice.model;
+  return choice.version ? `${choice.model} · ${choice.version}` : choice.model;
 }
 
 /** What is shown of a lineage, as [name, value]; what is not known is left out. */
