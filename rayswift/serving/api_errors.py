@@ -46,6 +46,12 @@ def unknown_model(name: str) -> ApiError:
     return ApiError(message, status=404, param="model", code="model_not_found")
 
 
+def unknown_version() -> ApiError:
+    """The 404 for a version of a model that is not served now."""
+    message = "This version of the model is not served; leave X-RaySwift-Version out for the one that is"
+    return ApiError(message, status=404, param="X-RaySwift-Version", code="version_not_found")
+
+
 def model_not_allowed(name: str) -> ApiError:
     """The 403 for a model that a key may not ask, whether it is served here or not: the key's owner is not told."""
     message = f"This API key may not use the model `{_shown(name)}`; GET /v1/models lists those it may"

@@ -36,6 +36,7 @@ from rayswift.serving.http import ServedModel, build_asgi
 from rayswift.serving.placement import actor_options, engine_options, replica_options
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.spec import ServeSpec
+from rayswift.serving.versions import version_of
 
 APP_NAME = "rayswift"
 _SPARE_REQUESTS = 128
@@ -76,7 +77,7 @@ async def open_model(spec: ServeSpec, folder: str) -> ServedModel:
     engine: Engine = plugins.load("serving.engines", spec.engine, path="engine")(folder, engine_options(spec, folder))
     await engine.start()
     prompts = PromptBuilder(load_tokenizer(folder), engine.media_encoder, spec.max_media, engine.max_model_len)
-    return ServedModel(engine, prompts, Admission(spec.max_concurrency, spec.max_queued))
+    return ServedModel(engine, prompts, Admission(spec.max_concurrency, spec.max_queued), version_of(folder))
 
 
 def build_app(spec: ServeSpec) -> serve.Application:

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -23,13 +23,14 @@ from rayswift.errors import ServeError
 from rayswift.serving import flow, gate, openai, openapi, page, replies, streams, wishes
 from rayswift.serving.adapter_store import AdapterStore
 from rayswift.serving.admission import Admission, Places
-from rayswift.serving.api_errors import ApiError, model_not_allowed, unknown_model
+from rayswift.serving.api_errors import ApiError, model_not_allowed, unknown_model, unknown_version
 from rayswift.serving.engine import Adapter, Engine, Prompt, Refused, Request
 from rayswift.serving.lineage import lineage_of
 from rayswift.serving.openai import AnyRequest, ChatRequest, TextRequest
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.replies import Answer, Reply
 from rayswift.serving.spec import ServeSpec
+from rayswift.serving.versions import VERSION_HEADER
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,37 @@ class ServedModel:
     engine: Engine
     prompts: PromptBuilder
     admission: Admission
+    version: str | None = None
+    """Of the export that it was started from; None for any other folder."""
+
+    @property
+    def takes_media(self) -> bool:
+        """Whether there may be more than text in a conversation."""
+        return self.prompts.takes_media
+
+    def pick(self, version: str | None) -> ServedModel:
+        """The version that answers a request which asks for this one, or for none. Raises ApiError (404)."""
+        if version not in (None, self.version):
+            raise unknown_version()
+        return self
+
+    def check(self) -> None:
+        """Raises ServeError when it cannot answer any more."""
+        self.engine.check()
+
+
+class Served(Protocol):
+    """What is behind a model's name: one started engine, or several versions of which each request is given one."""
+
+    @property
+    def takes_media(self) -> bool:
+        """Whether there may be more than text in a conversation."""
+
+    def pick(self, version: str | None) -> ServedModel:
+        """The version that answers a request which asks for this one, or for none. Raises ApiError (404)."""
+
+    def check(self) -> None:
+        """Raises ServeError when it cannot answer any more."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +83,7 @@ class Work:
 
 
 def build_asgi(
-    spec: ServeSpec, models: Mapping[str, ServedModel], now_ns: Callable[[], int] = time.monotonic_ns
+    spec: ServeSpec, models: Mapping[str, Served], now_ns: Callable[[], int] = time.monotonic_ns
 ) -> Starlette:
     """The ASGI app that answers for these models. No CORS, no documentation pages, no route besides these.
 
@@ -81,8 +113,8 @@ def build_asgi(
 class Endpoint:
     """The routes. One method per route; what they share lies below them as functions."""
 
-    def __init__(self, spec: ServeSpec, models: Mapping[str, ServedModel]) -> None:
-        self._spec, self._models, self._created = spec, dict(models), int(time.time())
+    def __init__(self, spec: ServeSpec, models: Mapping[str, Served]) -> None:
+        self._spec, self._models, self._created = spec, models, int(time.time())
         self._lineage = {name: lineage_of(folder) for name, folder in spec.models.items()}
         self._adapters = {base: AdapterStore(root) for base, root in spec.adapters.items()}
 
@@ -90,7 +122,7 @@ class Endpoint:
         """200 while every engine can answer, 503 otherwise."""
         try:
             for model in self._models.values():
-                model.engine.check()
+                model.check()
         except ServeError:
             raise ApiError("an engine has failed", status=503, headers={"Retry-After": "10"}) from None
         return JSONResponse({"status": "ok"})
@@ -157,17 +189,18 @@ class Endpoint:
         self, http: HttpRequest, request: ChatRequest | TextRequest, work: Work, model: ServedModel, places: Places
     ) -> Response:
         """The answer whole, or the stream of it, which then holds the places."""
-        reply = Reply(request.model, chat=isinstance(request, ChatRequest))
+        reply = Reply(request.model, chat=isinstance(request, ChatRequest), version=model.version)
+        headers = {VERSION_HEADER: model.version} if model.version else {}
         deltas = flow.choice_deltas(model.engine, work.requests, work.deadline)
         answers = [Answer(index, calling=request.calling) for index in range(len(work.requests))]
         if not request.stream:
             with places:
                 await flow.unless_gone(http, streams.collect(deltas, answers))
-            return JSONResponse(reply.body(answers, replies.usage(answers, work.num_prompt_tokens)))
+            return JSONResponse(reply.body(answers, replies.usage(answers, work.num_prompt_tokens)), headers=headers)
         events = streams.events(deltas, answers, reply, work.num_prompt_tokens if request.include_usage else None)
         # The first event is awaited here, so that what fails before it still gets an HTTP status of its own.
         first = await flow.unless_gone(http, anext(events))
-        return streams.EventStream(first, events, places)
+        return streams.EventStream(first, events, places, headers)
 
     async def _plan(
         self, request: ChatRequest | TextRequest, model: ServedModel, adapter: Adapter | None, deadline: float
@@ -196,7 +229,7 @@ class Endpoint:
 
     def _max_body_bytes(self, kind: type[AnyRequest]) -> int:
         """Bytes of a body before it is read: with room for media, in base64, where a model takes them."""
-        takes_media = kind is ChatRequest and any(model.prompts.takes_media for model in self._models.values())
+        takes_media = kind is ChatRequest and any(model.takes_media for model in self._models.values())
         return self._spec.max_body_bytes + takes_media * (self._spec.max_media_bytes * 4 // 3 + 1024)
 
     def _find(self, http: HttpRequest, name: str) -> ServedModel:
@@ -205,7 +238,7 @@ class Endpoint:
             raise model_not_allowed(name)
         if base not in self._models:
             raise unknown_model(name)
-        return self._models[base]
+        return self._models[base].pick(http.headers.get(VERSION_HEADER))
 
     def _base(self, name: str) -> str:
         """The model of `MODEL:ADAPTER`; any other name is a model's own."""

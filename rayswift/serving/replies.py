@@ -57,6 +57,8 @@ class Reply:
     chat: bool
     created: int = field(default_factory=lambda: int(time.time()))
     unique: str = field(default_factory=lambda: uuid.uuid4().hex)
+    version: str | None = None
+    """Of the export that answers: what OpenAI calls the system's fingerprint."""
 
     @property
     def id(self) -> str:
@@ -107,7 +109,8 @@ class Reply:
         return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": choices}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        named = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**named, "system_fingerprint": self.version}
 
 
 def usage(answers: Sequence[Answer], num_prompt_tokens: int) -> dict[str, int]:

@@ -5,7 +5,7 @@ Knows Starlette's streaming response and how answers are written; knows no route
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -72,8 +72,11 @@ def told(error: Exception) -> ApiError:
 class EventStream(StreamingResponse):
     """A stream of events whose first one is known. Closes its source and frees its places however sending ends."""
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], places: Places) -> None:
-        super().__init__(_chain(first, rest), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    def __init__(
+        self, first: bytes, rest: AsyncGenerator[bytes, None], places: Places, headers: Mapping[str, str]
+    ) -> None:
+        kept = {"Cache-Control": "no-store", **headers}
+        super().__init__(_chain(first, rest), media_type="text/event-stream", headers=kept)
         self._source, self._places = rest, places
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 VERSION_CHARS = 12
+VERSION_HEADER = "X-RaySwift-Version"
+"""Of a reply: which version has answered. Of a request: which one is to answer."""
 _MANIFEST = "rayswift.json"
 
 

@@ -436,3 +436,25 @@ def test_a_response_format_beyond_its_bounds_is_refused(make: Callable[..., _Ser
     reply = make(FakeEngine(can_constrain=True), max_body_bytes=100_000).chat(response_format=given)
     assert reply.status_code == 400
     assert reply.json()["error"]["param"].startswith("response_format")
+
+
+def test_every_reply_names_the_version_that_answered(prompts: PromptBuilder) -> None:
+    server = _Server(prompts)
+    model = ServedModel(FakeEngine(), prompts, Admission(4, 4), version="0123456789ab")
+    server.app = build_asgi(server.spec, {"m": model})
+    asked = {"X-RaySwift-Version": "0123456789ab"}
+    by_name = server.ask("POST", "/v1/chat/completions", json=_CHAT, headers=asked)
+    for reply in (server.chat(), server.text(), by_name):
+        assert reply.headers["X-RaySwift-Version"] == "0123456789ab"
+        assert reply.json()["system_fingerprint"] == "0123456789ab"
+    streamed = server.chat(stream=True)
+    assert streamed.headers["X-RaySwift-Version"] == "0123456789ab"
+    assert {chunk["system_fingerprint"] for chunk in _events(streamed)[:-1]} == {"0123456789ab"}
+    other = server.ask("POST", "/v1/chat/completions", json=_CHAT, headers={"X-RaySwift-Version": "ffff"})
+    assert (other.status_code, other.json()["error"]["code"]) == (404, "version_not_found")
+
+
+def test_a_folder_that_is_no_export_has_no_version(make: Callable[..., _Server]) -> None:
+    reply = make().chat()
+    assert reply.json()["system_fingerprint"] is None
+    assert "X-RaySwift-Version" not in reply.headers
