@@ -51,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path:
         train_tokenizer_files=[str(tiny_text)], seed=0,
     )  # fmt: skip
     tokenizer = load_tokenizer(str(folder))
-    tokenizer.chat_template = "{{ tools }}" + str(tokenizer.chat_template)
+    tokenizer.chat_template = "{{ tools }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
     tokenizer.save_pretrained(folder)
     return folder
 
