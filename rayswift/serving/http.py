@@ -42,6 +42,8 @@ class ServedModel:
     admission: Admission
     version: str | None = None
     """Of the export that it was started from; None for any other folder."""
+    fallback: ServedModel | None = None
+    """What answers a request of which this one could not begin the answer."""
 
     @property
     def takes_media(self) -> bool:
@@ -178,6 +180,22 @@ class Endpoint:
                 param="n",
                 code="invalid_value",
             )
+        try:
+            return await self._run(http, request, model, adapter, deadline)
+        except ServeError as error:
+            if model.fallback is None or isinstance(error, ApiError | Refused):
+                raise
+            gate.internal_error(error)
+        return await self._run(http, request, model.fallback, adapter, deadline)
+
+    async def _run(
+        self,
+        http: HttpRequest,
+        request: ChatRequest | TextRequest,
+        model: ServedModel,
+        adapter: Adapter | None,
+        deadline: float,
+    ) -> Response:
         places = model.admission.enter(request.num_choices)  # before the prompt: images cost time
         try:
             return await self._reply(http, request, await self._plan(request, model, adapter, deadline), model, places)

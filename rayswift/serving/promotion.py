@@ -1,0 +1,138 @@
+"""When a new version of a model may take more of the traffic, and when it has to give it back: pure decisions.
+
+Knows counts and answers. Who shifts the traffic, and how, is known by `serving/rollout.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rayswift.errors import ConfigError
+from rayswift.serving.traffic import Tally, quantile_s
+
+_FLOOR_S = 0.05
+"""Latencies that differ by less than this are the same."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What was seen since a step began: of the candidate in it, of the live version since the promotion began."""
+
+    elapsed_s: float
+    candidate: Tally
+    live: Tally
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Nothing is known yet. `needs_requests`: time alone will not tell, for there is too little traffic."""
+
+    needs_requests: bool = False
+
+
+@dataclass(frozen=True)
+class Advance:
+    """The step has passed."""
+
+
+@dataclass(frozen=True)
+class RollBack:
+    """The candidate is worse than allowed."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a candidate has to keep to in every step of a promotion."""
+
+    steps: tuple[float, ...] = (0.05, 0.25, 0.5, 1.0)
+    """Its share of the traffic, step by step; the last is 1."""
+    step_s: float = 60.0
+    min_requests: int = 20
+    """Answers of the candidate without which no step passes."""
+    max_error_rate: float = 0.01
+    max_latency_ratio: float = 1.5
+    """Of its 50th and 95th percentiles, to the first token and to the last, to those of the live version."""
+    max_answer_loss: float = 0.02
+    """How much lower its fraction of right answers may be than the live version's."""
+    min_agreement: float = 0.0
+    """Least fraction of the live version's greedy answers that it has to give too."""
+
+    def __post_init__(self) -> None:
+        rising = all(0 < step <= 1 for step in self.steps) and list(self.steps) == sorted(set(self.steps))
+        if not self.steps or not rising or self.steps[-1] != 1:
+            raise ConfigError(
+                "are not growing shares of which the last is 1", path="steps", value=",".join(map(str, self.steps)),
+                fix="write --steps 0.05,0.25,0.5,1",
+            )  # fmt: skip
+        for name, value, least in (
+            ("step_seconds", self.step_s, 0), ("min_requests", self.min_requests, 1),
+            ("max_error_rate", self.max_error_rate, 0), ("max_latency_ratio", self.max_latency_ratio, 1),
+        ):  # fmt: skip
+            if not value >= least:
+                raise ConfigError("is too small", path=name, value=value, fix=f"write at least {least}")
+
+    def decide(self, window: Window) -> Hold | Advance | RollBack:
+        """What to do now. Errors are acted on at once, latencies as soon as there are enough of both versions."""
+        candidate, live = window.candidate, window.live
+        if candidate.failed > self.max_error_rate * max(candidate.ended, self.min_requests):
+            return RollBack(f"{candidate.failed} of its {candidate.ended} answers failed")
+        enough = candidate.ended >= self.min_requests
+        if enough and live.ended >= self.min_requests:
+            slow = self._slower(candidate, live)
+            if slow is not None:
+                return slow
+        if window.elapsed_s < self.step_s:
+            return Hold()
+        return Advance() if enough else Hold(needs_requests=True)
+
+    def _slower(self, candidate: Tally, live: Tally) -> RollBack | None:
+        pairs = (("first token", candidate.first, live.first), ("whole answer", candidate.whole, live.whole))
+        for what, mine, theirs in pairs:
+            for fraction in (0.5, 0.95):
+                new, old = quantile_s(mine, fraction), quantile_s(theirs, fraction)
+                if new is None or old is None or new - old < _FLOOR_S:
+                    continue
+                if new > self.max_latency_ratio * old:
+                    return RollBack(f"p{fraction * 100:.0f} to the {what} is {new:.2f} s beside {old:.2f} s")
+        return None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How both versions answered the verification prompts; None for an answer that failed."""
+
+    live: Sequence[str | None]
+    candidate: Sequence[str | None]
+    expected: Sequence[str] | None = None
+
+    @property
+    def agreement(self) -> float:
+        """The fraction of the live version's answers that the candidate gives too."""
+        given = [(a, b) for a, b in zip(self.live, self.candidate, strict=True) if a is not None]
+        return sum(a == b for a, b in given) / len(given) if given else 1.0
+
+    def right(self, said: Sequence[str | None]) -> float:
+        """The fraction of answers that are as expected, white space around them not counted."""
+        assert self.expected
+        pairs = zip(said, self.expected, strict=True)
+        return sum(text is not None and text.strip() == wanted.strip() for text, wanted in pairs) / len(self.expected)
+
+
+def judged(answers: Answers, policy: Policy) -> RollBack | None:
+    """Why the candidate may not answer anybody; None where it may."""
+    failed = sum(text is None for text in answers.candidate)
+    if failed:
+        return RollBack(f"{failed} of {len(answers.candidate)} verification prompts were not answered")
+    empty = sum(not new and bool(old) for new, old in zip(answers.candidate, answers.live, strict=True))
+    if empty:
+        return RollBack(f"{empty} verification prompts got an empty answer, where the live version has one")
+    if answers.agreement < policy.min_agreement:
+        return RollBack(f"{answers.agreement:.0%} of its greedy answers are the live version's")
+    if answers.expected:
+        new, old = answers.right(answers.candidate), answers.right(answers.live)
+        if new < old - policy.max_answer_loss:
+            return RollBack(f"{new:.1%} of its answers are right, beside {old:.1%} of the live version's")
+    return None

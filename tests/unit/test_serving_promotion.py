@@ -1,0 +1,85 @@
+"""The decisions of a promotion: when a step passes, when it is held, and every reason to go back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayswift.errors import ConfigError
+from rayswift.serving.promotion import Advance, Answers, Hold, Policy, RollBack, Window, judged
+from rayswift.serving.traffic import Tally, counted
+
+_POLICY = Policy(step_s=60, min_requests=20)
+
+
+def _tally(answered: int, failed: int = 0, seconds: float = 0.2) -> Tally:
+    first, whole = Tally().first, Tally().whole
+    for _ in range(answered):
+        first, whole = counted(first, seconds), counted(whole, 4 * seconds)
+    return Tally(answered + failed, answered, failed, 0, first, whole)
+
+
+def test_a_step_takes_its_time_and_its_requests() -> None:
+    good = _tally(100)
+    assert _POLICY.decide(Window(59, good, good)) == Hold()
+    assert _POLICY.decide(Window(60, good, good)) == Advance()
+    assert _POLICY.decide(Window(60, _tally(19), good)) == Hold(needs_requests=True)
+
+
+def test_one_error_is_too_many_among_few_and_allowed_among_many() -> None:
+    found = _POLICY.decide(Window(1, _tally(3, failed=1), _tally(50)))
+    assert found == RollBack("1 of its 4 answers failed")
+    assert _POLICY.decide(Window(60, _tally(299, failed=1), _tally(50))) == Advance()
+
+
+def test_a_slow_version_goes_back_before_the_step_ends() -> None:
+    found = _POLICY.decide(Window(5, _tally(20, seconds=0.5), _tally(20, seconds=0.2)))
+    assert isinstance(found, RollBack)
+    assert "p50 to the first token" in found.reason
+    # With too few of the live version there is nothing to compare with, and milliseconds are no difference.
+    assert _POLICY.decide(Window(60, _tally(20, seconds=0.5), _tally(19))) == Advance()
+    assert _POLICY.decide(Window(60, _tally(20, seconds=0.009), _tally(20, seconds=0.003))) == Advance()
+
+
+@given(st.integers(0, 60), st.integers(0, 5), st.integers(0, 60), st.floats(0, 200), st.floats(0.01, 3))
+def test_no_step_passes_early_or_with_more_errors_than_allowed(
+    answered: int, failed: int, live: int, elapsed_s: float, seconds: float
+) -> None:
+    window = Window(elapsed_s, _tally(answered, failed, seconds), _tally(live))
+    decision = _POLICY.decide(window)
+    if isinstance(decision, Advance):
+        assert elapsed_s >= _POLICY.step_s
+        assert answered + failed >= _POLICY.min_requests
+        assert failed <= _POLICY.max_error_rate * (answered + failed)
+    if isinstance(decision, RollBack):
+        worse = replace(window, candidate=window.candidate + Tally(1, 0, 1))
+        assert isinstance(_POLICY.decide(worse), RollBack)  # another failure makes nothing better
+
+
+@pytest.mark.parametrize("steps", [(), (0.5,), (0.5, 0.2, 1.0), (0.0, 1.0), (0.5, 1.5), (0.5, 0.5, 1.0)])
+def test_steps_grow_to_all_of_the_traffic(steps: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="growing shares"):
+        Policy(steps=steps)
+
+
+@pytest.mark.parametrize("field", ["step_s", "min_requests", "max_error_rate", "max_latency_ratio"])
+def test_bounds_below_sense_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match="is too small"):
+        replace(_POLICY, **{field: -1})
+
+
+def test_answers_are_judged() -> None:
+    assert judged(Answers(["a", "b"], ["a", "c"]), _POLICY) is None
+    for answers, policy, reason in [
+        (Answers(["a", "b"], ["a", None]), _POLICY, "1 of 2 verification prompts were not answered"),
+        (Answers(["a", "b"], ["a", ""]), _POLICY, "empty answer"),
+        (Answers(["a", "b"], ["a", "c"]), replace(_POLICY, min_agreement=0.9), "50% of its greedy answers"),
+        (Answers(["a", "b"], ["a", "c"], ["a", "b"]), _POLICY, "50.0% of its answers are right, beside 100.0%"),
+    ]:
+        found = judged(answers, policy)
+        assert found is not None
+        assert reason in found.reason
+    assert judged(Answers(["x", "b"], ["a ", "b"], ["a", "b"]), _POLICY) is None

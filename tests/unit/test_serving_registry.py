@@ -1,0 +1,71 @@
+"""The registry of versions: states and history, what a hand may write into it, and one writer at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from rayswift.errors import ConfigError
+from rayswift.serving import registry
+from rayswift.serving.registry import FILE, EndpointRecord
+
+_A, _B = "a" * 12, "b" * 12
+
+
+def test_a_promotion_and_a_rollback_are_written_down(tmp_path: Path) -> None:
+    assert registry.read(tmp_path).models == {}
+    registry.record(tmp_path, "m", _A, tmp_path / "v1", "live")
+    registry.record(tmp_path, "m", _B, tmp_path / "v2", "candidate")
+    found = registry.record(tmp_path, "m", _B, tmp_path / "v2", "live")
+    assert (found.live, found.previous) == (_B, _A)
+    assert [(one.id, one.folder, one.state) for one in found.versions] == [(_A, "v1", "retired"), (_B, "v2", "live")]
+    found = registry.record(tmp_path, "m", _A, tmp_path / "v1", "live", "rollback by hand")
+    assert (found.live, found.previous) == (_A, _B)
+    found = registry.record(tmp_path, "m", _B, tmp_path / "v2", "rolled-back", "1 of its 4 answers failed")
+    assert [event.what for event in found.history] == [
+        "live", "candidate", "live", "live: rollback by hand", "rolled-back: 1 of its 4 answers failed",
+    ]  # fmt: skip
+    assert registry.read(tmp_path).models == {"m": found}
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_what_a_hand_wrote_wrongly_is_told(tmp_path: Path) -> None:
+    registry.record(tmp_path, "m", _A, tmp_path / "v1", "live")
+    good = json.loads((tmp_path / FILE).read_text())
+    for change, told in [
+        ({"lives": _A}, "lives"),
+        ({"live": _B}, f"live={_B} is not among its versions"),
+        ({"versions": [{**good["models"]["m"]["versions"][0], "state": "gone"}]}, "gone is not one of live"),
+        ({"live": None}, "make it retired"),
+        ({"versions": good["models"]["m"]["versions"] * 2}, "one version twice"),
+    ]:
+        (tmp_path / FILE).write_text(json.dumps({"models": {"m": {**good["models"]["m"], **change}}}))
+        with pytest.raises(ConfigError, match=told):
+            registry.read(tmp_path)
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(ConfigError, match=FILE):
+        registry.read(tmp_path)
+
+
+def test_only_one_changes_it_at_a_time(tmp_path: Path) -> None:
+    refused = pytest.raises(ConfigError, match="another promotion or rollback")
+    with registry.locked(tmp_path), refused, registry.locked(tmp_path):
+        pass
+    with registry.locked(tmp_path):
+        pass
+    with pytest.raises(ConfigError, match="cannot be written"), registry.locked(tmp_path / "absent"):
+        pass
+
+
+def test_the_record_of_the_endpoint_is_for_its_user_and_taken_back_by_who_wrote_it(tmp_path: Path) -> None:
+    assert registry.read_endpoint(tmp_path) is None
+    record = EndpointRecord(address="127.0.0.1:1", namespace="n", url="http://127.0.0.1:8000/v1", pid=os.getpid())
+    registry.write_endpoint(tmp_path, record)
+    assert (tmp_path / registry.ENDPOINT_FILE).stat().st_mode & 0o777 == 0o600
+    registry.forget_endpoint(tmp_path, os.getpid() + 1)
+    assert registry.read_endpoint(tmp_path) == record
+    registry.forget_endpoint(tmp_path, os.getpid())
+    assert registry.read_endpoint(tmp_path) is None
