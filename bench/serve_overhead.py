@@ -1,0 +1,193 @@
+"""RaySwift's endpoint in front of vLLM against bare `vllm serve`: throughput and time to the first token, as ratios.
+
+Both servers run at the same time over the same model with the same flags and are asked in turn, so that both see the
+same machine. Streams of greedy completions from prompts of token ids; needs `make serve-env`.
+
+    python bench/serve_overhead.py [--rounds 3] [--hidden 512] [--layers 8] [--haproxy]
+
+With --haproxy Ray Serve puts HAProxy before the replicas instead of a proxy of its own in Python.
+
+Claim: throughput at least 0.95 of bare vLLM, median time to the first token at most +5 ms or 1.10x.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import httpx
+
+_PROMPT_TOKENS, _NEW_TOKENS, _MAX_MODEL_LEN, _KV_BYTES = 64, 64, 512, 2**29
+_CONCURRENCY = (1, 8, 32)
+_REQUESTS_PER_WORKER = 4
+_START_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One server at one concurrency: generated tokens per second, and the median seconds to the first token."""
+
+    tokens_per_second: float
+    first_token_s: float
+
+
+def make_model(folder: Path, hidden: int, layers: int) -> None:
+    from rayswift.models.init import init_model
+
+    text = folder.parent / "text.txt"
+    text.write_text("\n".join(topics[name] for name in sorted(topics)))
+    init_model(
+        str(folder), arch="qwen3", layers=layers, hidden_size=hidden, heads=hidden // 64, kv_heads=hidden // 128,
+        vocab_size=4096, train_tokenizer_files=[str(text)], seed=0,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(command: list[str], port: int, log: Path, variables: dict[str, str]) -> Iterator[str]:
+    """The base URL of a server that answers, ended by SIGTERM in the end."""
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | variables, start_new_session=True)
+    try:
+        deadline, url = time.monotonic() + _START_TIMEOUT_S, f"http://127.0.0.1:{port}"
+        while True:
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(log.read_text()[-3000:])
+            try:
+                if httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.3)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def servers(
+    model: Path, place: Path, python: str, *, haproxy: bool
+) -> tuple[tuple[str, list[str], int, dict[str, str]], ...]:
+    """(name, command, port, variables) of RaySwift's endpoint and of bare vLLM."""
+    ours, bare = free_port(), free_port()
+    spec = place / "serve.yaml"
+    spec.write_text(json.dumps({
+        "models": {"m": str(model)}, "port": ours, "engine": "vllm", "max_concurrency": 32, "max_queued": 64,
+        "max_model_len": _MAX_MODEL_LEN, "kv_cache_bytes": _KV_BYTES,
+    }))  # fmt: skip
+    flags = ["--max-model-len", str(_MAX_MODEL_LEN), "--max-num-seqs", "32", "--enforce-eager", "--dtype", "float32",
+             "--kv-cache-memory-bytes", str(_KV_BYTES), "--disable-log-stats", "--served-model-name", "m",
+             "--disable-uvicorn-access-log"]  # fmt: skip
+    variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+                 "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    vllm = str(Path(python).parent / "vllm")
+    # HAProxy's threads would take the cores of the model on a small machine; its files are the run's own.
+    proxy = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(place / "haproxy.cfg"),
+             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(place / "admin.sock"),
+             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(place),
+             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(place / "server-state")} if haproxy else {}  # fmt: skip
+    return (
+        ("rayswift", [sys.executable, "-m", "rayswift.cli", "serve", str(spec)], ours, proxy),
+        (
+            "vllm serve",
+            [vllm, "serve", str(model), "--host", "127.0.0.1", "--port", str(bare), *flags],
+            bare,
+            variables,
+        ),
+    )
+
+
+async def ask(client: httpx.AsyncClient, url: str, prompt: list[int]) -> tuple[int, float]:
+    """(generated tokens, seconds to the first chunk with text) of one streamed completion."""
+    body = {"model": "m", "prompt": prompt, "max_tokens": _NEW_TOKENS, "temperature": 0, "stream": True,
+            "stream_options": {"include_usage": True}}  # fmt: skip
+    started, first, tokens = time.perf_counter(), None, 0
+    async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter() - started
+                if usage := json.loads(line[6:]).get("usage"):
+                    tokens = usage["completion_tokens"]
+    assert first is not None, "a stream without a chunk"
+    return tokens, first
+
+
+async def measure(url: str, concurrency: int, seed: int) -> Measured:
+    draw = random.Random(seed)
+    prompts = [
+        [draw.randrange(300, 4000) for _ in range(_PROMPT_TOKENS)] for _ in range(concurrency * _REQUESTS_PER_WORKER)
+    ]
+    queue = iter(prompts)
+
+    async def work(client: httpx.AsyncClient) -> list[tuple[int, float]]:
+        return [await ask(client, url, prompt) for prompt in queue]
+
+    limits = httpx.Limits(max_connections=concurrency)
+    async with httpx.AsyncClient(timeout=300, trust_env=False, limits=limits) as client:
+        await ask(client, url, prompts[0][::-1])
+        started = time.perf_counter()
+        done = [one for many in await asyncio.gather(*(work(client) for _ in range(concurrency))) for one in many]
+        wall = time.perf_counter() - started
+    return Measured(sum(tokens for tokens, _ in done) / wall, statistics.median(first for _, first in done))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--haproxy", action="store_true")
+    args = parser.parse_args()
+    from rayswift.serving.environment import interpreter_of
+
+    found = interpreter_of("vllm", None)
+    if found.problem:
+        sys.exit(found.problem)
+    with tempfile.TemporaryDirectory(prefix="rayswift-bench-") as place, ExitStack() as stack:
+        model = Path(place) / "model"
+        make_model(model, args.hidden, args.layers)
+        urls = {
+            name: stack.enter_context(running(command, port, Path(place) / f"{port}.log", variables))
+            for name, command, port, variables in servers(model, Path(place), found.path, haproxy=args.haproxy)
+        }
+        print("concurrency  server       tokens/s   first token   (medians of", args.rounds, "rounds, asked in turn)")
+        for concurrency in _CONCURRENCY:
+            results: dict[str, list[Measured]] = {name: [] for name in urls}
+            for number in range(args.rounds):
+                for name in list(urls)[:: 1 if number % 2 else -1]:
+                    results[name].append(asyncio.run(measure(urls[name], concurrency, number)))
+            for name, found_ in results.items():
+                speed = statistics.median(one.tokens_per_second for one in found_)
+                first = statistics.median(one.first_token_s for one in found_)
+                print(f"{concurrency:11}  {name:11}  {speed:8.1f}   {first * 1000:8.1f} ms")
+            pairs = list(zip(results["rayswift"], results["vllm serve"], strict=True))
+            speeds = [a.tokens_per_second / b.tokens_per_second for a, b in pairs]
+            firsts = [(a.first_token_s / b.first_token_s, (a.first_token_s - b.first_token_s) * 1000) for a, b in pairs]
+            print(f"{'':11}  throughput x{statistics.median(speeds):.3f} ({' '.join(f'{one:.3f}' for one in speeds)}), "
+                  f"first token x{statistics.median(one for one, _ in firsts):.3f} "
+                  f"({statistics.median(ms for _, ms in firsts):+.1f} ms)", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
