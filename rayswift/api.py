@@ -15,6 +15,7 @@ from rayswift.progress import Progress, Silent
 if TYPE_CHECKING:
     from rayswift.cluster.preflight import Prepared
     from rayswift.evaluation.report import EvalReport
+    from rayswift.export.adapter import AdapterManifest
     from rayswift.export.manifest import ExportManifest
     from rayswift.export.quantize import QuantizeSpec
     from rayswift.planning.planner import Plan
@@ -87,6 +88,16 @@ def export(
     return export_folder(
         source, output, dtype=dtype, force=force, quantize=quantize, engine=engine, engine_bound=engine_bound
     )
+
+
+def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterManifest:
+    """The manifest of a verified peft folder with the LoRA adapter of a run, checkpoint or adapter folder.
+
+    Raises ConfigError for a source without an adapter, ExportError (exit 5) when it does not verify.
+    """
+    from rayswift.export.adapter import export_adapter as write
+
+    return write(source, output, force=force)
 
 
 def evaluate(

@@ -82,6 +82,9 @@ def export(
     max_engine_difference: Annotated[
         float | None, typer.Option(min=0, help="Most that its log-probabilities may be off on average.")
     ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option(help="Write the LoRA adapter alone, for serving beside its base.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -94,6 +97,16 @@ def export(
     from rayswift import api
     from rayswift.export.quantize import asked
 
+    if adapter_only:
+        if quantizer != "none" or dtype is not None:
+            raise ConfigError("goes with neither --quantizer nor --dtype", path="--adapter-only", fix="leave them out")
+        alone = api.export_adapter(source, output, force=force)
+        print_result(
+            alone.model_dump(mode="json"),
+            f"{output}: the adapter of step {alone.checkpoint_step}, verified; it belongs to {alone.base}",
+            as_json,
+        )
+        return
     quantize = asked(
         quantizer,
         {"bits": bits, "group_size": group_size},

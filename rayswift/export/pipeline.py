@@ -75,7 +75,7 @@ def export(
     check_folder(what.base)
     base = local_folder(what.base)
     _check_output(output, keep=(source, str(base)), force=force)
-    base_sha256 = _check_base(what, base)
+    base_sha256 = check_base(what, base)
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
     own_bound = quantizer.bounds.engine if quantizer else None
     by, note = prover(engine, base, engine_bound or own_bound or ENGINE_BOUNDS[dtype])
@@ -86,7 +86,7 @@ def export(
     encoder = encoder_of(base)
     merged = build(what, [*(encode(tokenizer, text) for text in prompts), *shown(encoder).values()])
     reference = probe(merged.model, tokenizer, prompts, encoder, held_out, greedy=by is not None) if verify else None
-    with _disk_errors(output), staged_folder(output, replace=force) as stage:
+    with disk_errors(output), staged_folder(output, replace=force) as stage:
         torch.nn.Module.to(merged.model, getattr(torch, dtype))
         done = None
         if quantize and quantizer and calibration:
@@ -141,7 +141,7 @@ def _contains(folder: str, path: str) -> bool:
     return os.path.exists(path) and Path(os.path.realpath(path)).is_relative_to(folder)
 
 
-def _check_base(what: Source, base: Path) -> str:
+def check_base(what: Source, base: Path) -> str:
     """The identity of the base's weights. Raises ExportError when they are not those it was trained on."""
     found = weights_sha256(base)
     if what.base_sha256 is not None and what.base_sha256 != found:
@@ -223,7 +223,7 @@ def _check_space(model: PreTrainedModel, stage: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(output: str) -> Iterator[None]:
+def disk_errors(output: str) -> Iterator[None]:
     """Turns a full disk, a missing permission and the like into an ExportError."""
     from safetensors import SafetensorError
 

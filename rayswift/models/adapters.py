@@ -95,17 +95,22 @@ def load_adapter_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> N
 
 def save_adapter(model: PeftModel, directory: str | Path, *, base: str) -> None:
     """Write the adapter as a peft folder that also says which base, by name and hash, it belongs to."""
-    from safetensors.torch import save_file
-
     base_sha256 = weights_sha256(local_folder(base))
     with staged_folder(directory) as stage:
-        config = model.peft_config["default"]
-        config.base_model_name_or_path = base
-        config.save_pretrained(str(stage))
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
-        save_file(state, stage / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        binding = json.dumps({"base": base, "base_sha256": base_sha256}, indent=2)
-        (stage / BINDING).write_text(binding + "\n", encoding="utf-8")
+        write_adapter(model, stage, base=base, base_sha256=base_sha256)
+
+
+def write_adapter(model: PeftModel, folder: Path, *, base: str, base_sha256: str) -> None:
+    """As `save_adapter`, into a folder that is there and that nobody trusts yet."""
+    from safetensors.torch import save_file
+
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base
+    config.save_pretrained(str(folder))
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    binding = json.dumps({"base": base, "base_sha256": base_sha256}, indent=2)
+    (folder / BINDING).write_text(binding + "\n", encoding="utf-8")
 
 
 def merge_adapter(base_dir: str, adapter_dir: str) -> PreTrainedModel:

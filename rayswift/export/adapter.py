@@ -1,0 +1,111 @@
+"""An adapter by itself: a run's LoRA as a peft folder that names its base by hash, proved by reading it back.
+
+What serving loads beside a model. Knows the order: resolve, build, probe, write, prove, sign, rename.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rayswift.errors import ConfigError, ExportError
+from rayswift.export import manifest as manifests
+from rayswift.export.manifest import Difference, FileEntry, Lineage, Record
+from rayswift.export.pipeline import check_base, disk_errors
+from rayswift.export.source import Source, resolve
+from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, difference, encode, logprobs_of
+from rayswift.models.adapters import add_lora, attach_adapter, load_adapter_state, load_base, write_adapter
+from rayswift.models.loading import check_folder, load_tokenizer, local_folder
+from rayswift.models.staging import is_empty_folder, staged_folder
+
+RECORD = "rayswift_adapter.json"
+"""Not the name of an export's manifest: what has that one is a model."""
+
+
+class AdapterManifest(Record):
+    """One adapter folder. Invariant: `files` were complete and proved before this was written."""
+
+    base: str
+    base_sha256: str
+    method: str | None
+    settings: dict[str, Any] | None
+    job_hash: str | None
+    checkpoint_step: int | None
+    run_finished: bool | None
+    lineage: Lineage | None
+    versions: dict[str, str]
+    verify: Difference
+    """Base plus adapter, read back from disk, against base plus adapter as trained, both in float32."""
+    files: dict[str, FileEntry]
+
+
+def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterManifest:
+    """The manifest of the adapter folder written to `output` from a LoRA run, one of its checkpoints, or an adapter.
+
+    An existing `output` is replaced only with `force`, and only if it is such a folder. Raises ConfigError for a source
+    without an adapter or an output that is something else, ExportError when the result does not verify; `output` is
+    then as it was before.
+    """
+    what = resolve(source)
+    if what.adapter is None and what.adapter_dir is None:
+        raise ConfigError(
+            "has no adapter: all of the model was trained, or it is a model", path="SOURCE", value=source,
+            fix="export it without --adapter-only",
+        )  # fmt: skip
+    for reason in what.passed_over:
+        print(f"warning: passed over a newer checkpoint: {reason}", file=sys.stderr)
+    check_folder(what.base)
+    _check_output(source, output, force=force)
+    base_sha256 = check_base(what, local_folder(what.base))
+    tokenizer = load_tokenizer(what.base)
+    prompts = [encode(tokenizer, text) for text in PROMPTS]
+    adapted = _adapted(what)
+    before = logprobs_of(adapted, prompts)
+    with disk_errors(output), staged_folder(output, replace=force) as stage:
+        write_adapter(adapted, stage, base=what.base, base_sha256=base_sha256)
+        after = logprobs_of(attach_adapter(load_base(what.base, dtype="float32"), str(stage)), prompts)
+        change = difference(after, before, DEFAULT_BOUNDS["float32"])
+        if not change.within:
+            raise ExportError(
+                f"did not verify: log-probabilities differ by up to {change.max_abs:.3g} when it is read back",
+                path="export", fix="report this with the model's architecture",
+            )  # fmt: skip
+        made = AdapterManifest(
+            base=what.base, base_sha256=base_sha256, method=what.method, settings=what.adapter_settings(),
+            job_hash=what.job_hash, checkpoint_step=what.step, run_finished=what.finished, lineage=what.lineage,
+            versions=manifests.current_versions(), verify=change, files=manifests.describe_files(stage),
+        )  # fmt: skip
+        (stage / RECORD).write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return made
+
+
+def _adapted(what: Source) -> Any:
+    """The base in float32 with the trained adapter on it, not merged."""
+    model = load_base(what.base, dtype="float32")
+    if what.adapter_dir is not None:
+        return attach_adapter(model, what.adapter_dir)
+    assert what.adapter is not None
+    adapted = add_lora(model, what.adapter, seed=0, freeze=what.freeze)
+    load_adapter_state(adapted, what.weights())
+    return adapted
+
+
+def _check_output(source: str, output: str, *, force: bool) -> None:
+    """Raises ConfigError unless `output` is free, or, with `force`, an adapter folder that this wrote earlier."""
+    if os.path.exists(source) and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(output)):
+        raise ConfigError("would overwrite what is exported", path="OUTPUT", value=output, fix="name another folder")
+    if not os.path.lexists(output) or is_empty_folder(output):
+        return
+    if not force:
+        raise ConfigError("exists", path="OUTPUT", value=output, fix="name another folder, or replace it with --force")
+    try:
+        AdapterManifest.model_validate_json((Path(output) / RECORD).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ConfigError(
+            "is not an earlier adapter export, and is not replaced", path="OUTPUT", value=output,
+            fix="name another folder",
+        ) from error  # fmt: skip
