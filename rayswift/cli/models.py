@@ -137,6 +137,26 @@ def export(
     print_result(manifest.model_dump(mode="json"), text, as_json)
 
 
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(help="An export.")],
+    repo: Annotated[str, typer.Argument(help="ORG/NAME on the hub; made if it is not there.")],
+    public: Annotated[bool, typer.Option(help="Make a new repository public.")] = False,
+    branch: Annotated[str, typer.Option(help="Branch to commit to.")] = "main",
+    as_json: Json = False,
+) -> None:
+    """Publishes a verified export on a model hub, in one commit. The hub's token is HF_TOKEN or `hf auth login`'s.
+
+    Example: rayswift push exports/sft-demo my-team/sft-demo
+    """
+    from dataclasses import asdict
+
+    from rayswift.export.push import push as publish
+
+    done = publish(folder, repo, public=public, branch=branch)
+    print_result(asdict(done), f"{done.url}: version {done.version}", as_json)
+
+
 @app.command("eval")
 def evaluate(
     target: Annotated[str, typer.Argument(help="A run, a checkpoint, a model folder, or an endpoint's URL: .../v1.")],
