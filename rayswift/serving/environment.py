@@ -67,6 +67,8 @@ def interpreter_of(engine: str, given: str | None) -> Interpreter:
         return Interpreter(path, f"there is no environment for {engine} ({path} does not exist; {_FIX})")
     try:
         versions = _versions(path, distribution)
+    except subprocess.CalledProcessError as error:
+        return Interpreter(path, f"{path} cannot be run as Python: it ended with {error.returncode}")
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         return Interpreter(path, f"{path} cannot be run: {' '.join(str(error).split())[:200]}")
     return Interpreter(path, _clash(path, versions, distribution))

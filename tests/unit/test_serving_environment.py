@@ -87,7 +87,7 @@ def test_an_interpreter_that_does_not_run_is_told(tmp_path: Path) -> None:
     broken.chmod(0o755)
     _, note = environment.resolved(_spec(engine_python=str(broken)))
     assert note is not None
-    assert "cannot be run" in note
+    assert "cannot be run as Python: it ended with 3" in note
 
 
 def test_local_is_asked_for_by_name_without_a_note() -> None:
