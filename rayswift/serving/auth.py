@@ -33,8 +33,9 @@ def secured(spec: ServeSpec, environ: Mapping[str, str] | None = None) -> ServeS
     limited: tuple[ApiKey, ...] = ()
     if spec.api_key_file:
         plain, limited = _keys_of_file(spec.api_key_file)
-        if spec.num_replicas > 1 and any(key.is_limited for key in limited):
-            _note(f"{spec.api_key_file}: limits hold for each of the {spec.num_replicas} replicas by itself")
+        most = max(spec.num_replicas, spec.max_replicas or 1)
+        if most > 1 and any(key.is_limited for key in limited):
+            _note(f"{spec.api_key_file}: limits hold for each of up to {most} replicas by itself")
     else:  # where there are keys with limits, the variable adds none without
         plain = [] if spec.api_keys else _keys_of_variable(environ)
     hashes = tuple(dict.fromkeys([*spec.api_key_sha256, *map(fingerprint, plain)]))

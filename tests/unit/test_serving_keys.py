@@ -88,7 +88,9 @@ def test_replicas_are_given_hashes_and_limits_and_no_key(file: str, capsys: pyte
     assert spec.parse(made.model_dump(mode="json")) == made
     assert capsys.readouterr().err == ""
     auth.secured(_spec(file, num_replicas=3), {})
-    assert "limits hold for each of the 3 replicas by itself" in capsys.readouterr().err
+    assert "limits hold for each of up to 3 replicas by itself" in capsys.readouterr().err
+    auth.secured(_spec(file, max_replicas=5), {})
+    assert "up to 5 replicas" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o644, 0o660])
