@@ -7,6 +7,7 @@ Runs vLLM in a process of the serving environment. Knows what is compared; how v
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayswift import plugins
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export.judge import GREEDY_TOKENS, MAX_PROMPT_TOKENS, agreement
 from rayswift.export.manifest import Served
@@ -128,6 +130,7 @@ def _ask(
             done = subprocess.run(
                 [by.python, "-m", "rayswift.serving.vllm.probe", str(folder), str(out)],
                 input=json.dumps(questions), capture_output=True, text=True, timeout=_TIMEOUT_S, cwd=place,
+                env=os.environ | _variables(by.engine),
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise ExportError(f"{by.engine} did not answer within {_TIMEOUT_S} s", path="export",
@@ -136,6 +139,15 @@ def _ask(
             raise ExportError(f"{by.engine} cannot serve it: {_last_error(done.stderr)}", path="export",
                               fix="use another quantizer or dtype, or --engine none") from None  # fmt: skip
         return json.loads(out.read_text(encoding="utf-8"))
+
+
+def _variables(engine: str) -> dict[str, str]:
+    """The environment that replicas give the engine too."""
+    import torch
+
+    made = plugins.load("serving.engines", engine)
+    on_cpu = {} if torch.cuda.is_available() else made.environment_on_cpu
+    return {**made.environment, **on_cpu}
 
 
 def _last_error(text: str) -> str:

@@ -39,7 +39,8 @@ def actor_options(spec: ServeSpec) -> dict[str, Any]:
     threads = str(max(1, int(spec.cpus_per_replica)))
     # Our app never blocks its loop, and in a loop of its own every chunk of a stream would cross threads twice.
     serving = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "TOKENIZERS_PARALLELISM": "false"}
-    variables = {**getattr(engine, "environment", {}), **serving, "OMP_NUM_THREADS": threads}
+    on_cpu = {} if spec.gpus_per_replica else getattr(engine, "environment_on_cpu", {})
+    variables = {**getattr(engine, "environment", {}), **on_cpu, **serving, "OMP_NUM_THREADS": threads}
     python = {"py_executable": shlex.quote(spec.engine_python)} if spec.engine_python else {}
     kind = {"accelerator_type": spec.accelerator_type} if spec.accelerator_type else {}
     return {

@@ -39,6 +39,11 @@ class Vllm:
         # Its threads would be bound to cores that other processes use too; OMP_NUM_THREADS says how many there are.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
+    environment_on_cpu: ClassVar[Mapping[str, str]] = {
+        # What vLLM compiles by itself takes a CPU longer than it saves, and its compiler fails in a path with a space.
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+    """Beside `environment`, where there is no accelerator."""
     can_constrain: ClassVar[bool] = True
     media_encoder: ClassVar[MediaEncoder | None] = None
 
