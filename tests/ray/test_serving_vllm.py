@@ -218,6 +218,10 @@ def test_a_demanded_call_keeps_to_the_tools_schema(client: openai.OpenAI) -> Non
             model="base", messages=[{"role": "user", "content": "hi"}], tools=[tool], tool_choice=choice, max_tokens=80,
             seed=1,
         )  # fmt: skip
+        said = (reply.choices[0].message.content or "").replace(" ", "")
+        if choice == "required" and reply.choices[0].finish_reason == "length":  # it has no reason to stop calling
+            assert said.startswith('[{"name":"pick","arguments":{"digit":')
+            continue
         assert reply.choices[0].finish_reason == "tool_calls"
         call: Any = (reply.choices[0].message.tool_calls or [])[0]
         assert call.function.name == "pick"
