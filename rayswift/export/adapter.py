@@ -5,7 +5,6 @@ What serving loads beside a model. Knows the order: resolve, build, probe, write
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from pydantic import ValidationError
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import manifest as manifests
 from rayswift.export.manifest import Difference, FileEntry, Lineage, Record
-from rayswift.export.pipeline import check_base, disk_errors
+from rayswift.export.pipeline import check_base, check_output, disk_errors
 from rayswift.export.source import Source, resolve
 from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, difference, encode, logprobs_of
 from rayswift.models.adapters import add_lora, attach_adapter, load_adapter_state, load_base, write_adapter
 from rayswift.models.loading import check_folder, load_tokenizer, local_folder
-from rayswift.models.staging import is_empty_folder, staged_folder
+from rayswift.models.staging import staged_folder
 
 RECORD = "rayswift_adapter.json"
 """Not the name of an export's manifest: what has that one is a model."""
@@ -59,7 +58,7 @@ def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterM
     for reason in what.passed_over:
         print(f"warning: passed over a newer checkpoint: {reason}", file=sys.stderr)
     check_folder(what.base)
-    _check_output(source, output, force=force)
+    check_output(output, keep=(source,), force=force, read=_read)
     base_sha256 = check_base(what, local_folder(what.base))
     tokenizer = load_tokenizer(what.base)
     prompts = [encode(tokenizer, text) for text in PROMPTS]
@@ -94,18 +93,9 @@ def _adapted(what: Source) -> Any:
     return adapted
 
 
-def _check_output(source: str, output: str, *, force: bool) -> None:
-    """Raises ConfigError unless `output` is free, or, with `force`, an adapter folder that this wrote earlier."""
-    if os.path.exists(source) and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(output)):
-        raise ConfigError("would overwrite what is exported", path="OUTPUT", value=output, fix="name another folder")
-    if not os.path.lexists(output) or is_empty_folder(output):
-        return
-    if not force:
-        raise ConfigError("exists", path="OUTPUT", value=output, fix="name another folder, or replace it with --force")
+def _read(folder: str) -> AdapterManifest:
+    """The record of an adapter folder. Raises ExportError where there is none."""
     try:
-        AdapterManifest.model_validate_json((Path(output) / RECORD).read_bytes())
+        return AdapterManifest.model_validate_json((Path(folder) / RECORD).read_bytes())
     except (OSError, ValidationError) as error:
-        raise ConfigError(
-            "is not an earlier adapter export, and is not replaced", path="OUTPUT", value=output,
-            fix="name another folder",
-        ) from error  # fmt: skip
+        raise ExportError(f"has no {RECORD}", path=folder, fix="export again") from error

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,7 +74,7 @@ def export(
         print(f"warning: passed over a newer checkpoint: {reason}", file=sys.stderr)
     check_folder(what.base)
     base = local_folder(what.base)
-    _check_output(output, keep=(source, str(base)), force=force)
+    check_output(output, keep=(source, str(base)), force=force)
     base_sha256 = check_base(what, base)
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
     own_bound = quantizer.bounds.engine if quantizer else None
@@ -119,8 +119,13 @@ def export(
     return manifest
 
 
-def _check_output(output: str, *, keep: Sequence[str], force: bool) -> None:
-    """Raises ConfigError unless `output` may be written, and, with `force`, is something that exports replace."""
+def check_output(
+    output: str, *, keep: Sequence[str], force: bool, read: Callable[[str], object] = manifests.read
+) -> None:
+    """Raises ConfigError unless `output` may be written, and, with `force`, is something that exports replace.
+
+    `read` raises ExportError for what it is not.
+    """
     place = os.path.realpath(output)
     if any(_contains(place, kept) for kept in keep):
         raise ConfigError("would overwrite what is exported", path="OUTPUT", value=output, fix="name another folder")
@@ -129,7 +134,7 @@ def _check_output(output: str, *, keep: Sequence[str], force: bool) -> None:
     if not force:
         raise ConfigError("exists", path="OUTPUT", value=output, fix="name another folder, or replace it with --force")
     try:
-        manifests.read(output)  # many a folder of other people's has a config.json
+        read(output)  # many a folder of other people's has a config.json
     except ExportError as error:
         raise ConfigError(
             "is not an earlier export, and is not replaced", path="OUTPUT", value=output, fix="name another folder"

@@ -33,7 +33,6 @@ _ERROR = re.compile(
     r"^(\((?:EngineCore|Worker)[^)]*\) ERROR .*\] )?(?:[a-z_.]*\.)?(\w*(?:Error|Exception): .+)$", re.MULTILINE
 )
 _TIMEOUT_S = 900
-_SCORED_TOKENS = MAX_PROMPT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def prove(
     """
     import torch
 
-    cut = [list(ids[:_SCORED_TOKENS]) for ids in prompts]
+    cut = [list(ids[:MAX_PROMPT_TOKENS]) for ids in prompts]
     said = _ask(by, folder, cut, chat)
     pairs = zip(said["logprobs"], logprobs, cut, strict=True)
     gaps = torch.cat([(torch.tensor(theirs) - _chosen(ours, ids)).abs() for theirs, ours, ids in pairs if len(ids) > 1])

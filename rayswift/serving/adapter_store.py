@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ from rayswift.serving.engine import Adapter, Refused
 
 _MAX_LISTED = 1000
 _MAX_BYTES = 4 * 2**30
+LOOK_EVERY_S = 10.0
+"""How often a storage is asked whether an adapter was written again: not with every request."""
 
 
 class AdapterStore:
@@ -29,7 +32,7 @@ class AdapterStore:
 
     def __init__(self, root: str) -> None:
         self._root, self._is_remote = root, "://" in root
-        self._lock, self._copied = threading.Lock(), dict[str, str]()
+        self._lock, self._copied, self._looked = threading.Lock(), dict[str, str](), dict[str, float]()
         self._home = own_folder(self, "rayswift-adapters-") if self._is_remote else None
 
     def find(self, name: str) -> Adapter:
@@ -41,7 +44,9 @@ class AdapterStore:
             return Adapter(name, str(find_adapter(Path(self._root), name)))
         check_adapter_name(name)
         with self._lock:
-            self._fetch(name, self._home)
+            if time.monotonic() - self._looked.get(name, -LOOK_EVERY_S) >= LOOK_EVERY_S:
+                self._fetch(name, self._home)
+                self._looked[name] = time.monotonic()
             return Adapter(name, str(find_adapter(self._home, name)))
 
     def names(self) -> list[str]:

@@ -47,7 +47,9 @@ def _upload(fs: Any, name: str, weights: bytes) -> None:
     fs.pipe(f"/adapters/{name}/adapter_model.safetensors", weights)
 
 
-def test_a_storage_is_copied_from_and_asked_again_for_what_changed(bucket: Any) -> None:
+def test_a_storage_is_copied_from_and_asked_again_for_what_changed(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _upload(bucket, "team/a", b"first")
     store = AdapterStore("memory://adapters")
     weights = Path(store.find("team/a").folder) / "adapter_model.safetensors"
@@ -56,6 +58,9 @@ def test_a_storage_is_copied_from_and_asked_again_for_what_changed(bucket: Any) 
     store.find("team/a")
     assert weights.stat().st_ino == inode  # not fetched again
     _upload(bucket, "team/a", b"second one")
+    store.find("team/a")
+    assert weights.read_bytes() == b"first"  # it was looked at just now
+    monkeypatch.setattr("rayswift.serving.adapter_store.LOOK_EVERY_S", 0.0)
     assert (Path(store.find("team/a").folder) / "adapter_model.safetensors").read_bytes() == b"second one"
     assert store.names() == []
 

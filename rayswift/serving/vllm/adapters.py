@@ -12,12 +12,13 @@ from typing import Any
 
 from rayswift.config.job import ModelSpec
 from rayswift.errors import ConfigError
-from rayswift.models.adapters import ADAPTER_WEIGHTS, file_sha256, linear_modules, read_binding, weights_sha256
+from rayswift.models.adapters import ADAPTER_WEIGHTS, linear_modules, read_binding, weights_sha256
 from rayswift.models.loading import local_folder, shape_model
 from rayswift.serving.adapter_store import own_folder
 from rayswift.serving.engine import Adapter, Refused
 
 _ZERO_RANK = 8
+FileState = tuple[int, int, int]
 
 
 class Adapters:
@@ -30,7 +31,7 @@ class Adapters:
     def __init__(self, folder: str, *, pad_base: bool) -> None:
         self._bases = _bases(folder)
         self._numbers, self._loading = itertools.count(1), asyncio.Lock()
-        self._known: dict[tuple[str, str], Any] = {}
+        self._known: dict[tuple[str, FileState], Any] = {}
         home = own_folder(self, "rayswift-zero-")
         self._zero = self._numbered("base", _write_zeros(folder, home)) if pad_base else None
 
@@ -38,17 +39,21 @@ class Adapters:
         """The LoRARequest of an adapter, loaded into `llm`. Raises Refused for one that does not fit the base."""
         if adapter is None:
             return self._zero
-        async with self._loading:
-            digest = await asyncio.to_thread(_digest, adapter)
-            if (adapter.folder, digest) not in self._known:
-                await asyncio.to_thread(self._check, adapter)
-                made = self._numbered(adapter.name, adapter.folder)
-                try:
-                    await llm.add_lora(made)
-                except Exception as error:  # the core reports whatever its loader raised
-                    raise Refused(f"the adapter {adapter.name} does not fit this model") from error
-                self._known[adapter.folder, digest] = made
-            return self._known[adapter.folder, digest]
+        key = adapter.folder, _state(adapter)
+        if key not in self._known:
+            async with self._loading:
+                if key not in self._known:  # or somebody else has loaded it while this one waited
+                    self._known[key] = await self._loaded(llm, adapter)
+        return self._known[key]
+
+    async def _loaded(self, llm: Any, adapter: Adapter) -> Any:
+        await asyncio.to_thread(self._check, adapter)
+        made = self._numbered(adapter.name, adapter.folder)
+        try:
+            await llm.add_lora(made)
+        except Exception as error:  # the core reports whatever its loader raised
+            raise Refused(f"the adapter {adapter.name} does not fit this model") from error
+        return made
 
     def _check(self, adapter: Adapter) -> None:
         try:
@@ -79,11 +84,13 @@ def _bases(folder: str) -> frozenset[str]:
     return frozenset({own, manifest.base_sha256}) if untrained else frozenset({own})
 
 
-def _digest(adapter: Adapter) -> str:
+def _state(adapter: Adapter) -> FileState:
+    """What changes when the weights are written again. Asked with every request, so they are not read for it."""
     try:
-        return file_sha256(Path(adapter.folder) / ADAPTER_WEIGHTS)
+        found = (Path(adapter.folder) / ADAPTER_WEIGHTS).stat()
     except OSError as error:
         raise Refused(f"the adapter {adapter.name} is not complete") from error
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _write_zeros(folder: str, home: Path) -> str:
