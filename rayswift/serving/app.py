@@ -11,26 +11,22 @@ an actor behind the engine protocol.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.schema import ApplicationStatus
 
 from rayswift import plugins
 from rayswift.cluster.session import session
-from rayswift.errors import ConfigError, ServeError
+from rayswift.errors import ConfigError
 from rayswift.models.loading import check_folder
-from rayswift.serving import auth, environment, process, proxy
+from rayswift.serving import auth, controller, environment, process
 from rayswift.serving.admission import Admission
+from rayswift.serving.controller import APP_NAME
 from rayswift.serving.engine import Engine
 from rayswift.serving.http import ServedModel, build_asgi
 from rayswift.serving.placement import actor_options, engine_options, replica_options
@@ -38,14 +34,12 @@ from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.spec import ServeSpec
 from rayswift.serving.versions import version_of
 
-APP_NAME = "rayswift"
 _SPARE_REQUESTS = 128
 """Requests Serve lets in beyond the engine's places, so that refusals are answered by us and at once."""
 _MAX_WAITING_REQUESTS = 256
 """Requests that may wait in Serve's proxy for one of those; further ones are told 503 and when to come back."""
 _SURGE_PERCENT = 25
 """Replicas that an update starts beyond their number, rounded up, before it stops as many old ones."""
-_POLL_S, _STOP_TIMEOUT_S, _LAST_WORDS_S = 0.1, 30.0, 10.0
 
 
 class EndpointReplica:
@@ -102,7 +96,7 @@ def build_app(spec: ServeSpec) -> serve.Application:
         ray_actor_options=actor_options(spec),
         max_constructor_retry_count=1,  # a model that does not load does not load the second time either
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=spec.request_timeout_s,  # an update lets every answer end; see _stop_serve
+        graceful_shutdown_timeout_s=spec.request_timeout_s,  # an update lets every answer end; see controller
     )(serve.ingress()(EndpointReplica))
     application: serve.Application = deployment.bind(spec)
     return application
@@ -134,11 +128,11 @@ def serve_in_background(spec: ServeSpec, *, address: str | None = None) -> Runni
     application = build_app(spec)
     with ExitStack() as resources:
         resources.enter_context(session(address))
-        resources.enter_context(_serving(spec))
+        resources.enter_context(controller.serving(spec))
         serve.run_many(
             [serve.RunTarget(application, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False
         )
-        _wait_until_ready(spec)
+        controller.wait_until_answering(spec)
         return RunningEndpoint(spec, resources.pop_all())
 
 
@@ -197,100 +191,3 @@ def _check_export(name: str, folder: str) -> None:
         read_valid(folder)
     else:
         print(f"models.{name}={folder} has no {MANIFEST}: it is served as it is, unverified", file=sys.stderr)
-
-
-@contextmanager
-def _serving(spec: ServeSpec) -> Iterator[None]:
-    """Ray Serve with its proxy on the spec's address for the duration. Raises ServeError when it already runs."""
-    if _serve_controller() is not None:
-        raise ServeError(
-            "Ray Serve already runs on this cluster with an address of its own",
-            fix="deploy beside it with `serve run serve.app:app`, or stop it with `serve shutdown`",
-        )
-    variables = proxy.environment(spec.max_body_bytes + 2 * spec.max_media_bytes)  # media come in base64
-    # Serve tells the driver's terminal about its inner life at INFO; warnings still get through.
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    try:
-        serve.start(
-            proxy_location=ProxyLocation.HeadOnly,
-            http_options=HTTPOptions(
-                host=spec.host.strip("[]"),
-                port=spec.port,
-                # Ends what our own deadline cannot: a client that stopped reading.
-                request_timeout_s=spec.request_timeout_s + 30,
-            ),
-            controller_options={"runtime_env": {"env_vars": variables}},
-        )
-        yield
-    finally:
-        _stop_serve()
-
-
-def _stop_serve() -> None:
-    """Take all of Ray Serve down. A controller that does not end in time is told again by Serve's own shutdown.
-
-    Answers that are being generated have _LAST_WORDS_S to end; replicas that still live then are killed.
-    That one waits on the controller inside a call that dies with it, which Ray reports as a failed task on stdout,
-    where a program's answer belongs. So the controller is told without waiting, and watched. (ray 2.60)
-    """
-    if (controller := _serve_controller()) is not None:
-        ray.get(controller.graceful_shutdown.remote(wait=False))
-        _wait_for_stop(_LAST_WORDS_S)
-        if _serve_controller() is not None:
-            for replica in _replicas():
-                ray.kill(replica)
-            _wait_for_stop(_STOP_TIMEOUT_S)
-    serve.shutdown()  # also makes this process forget the controller
-
-
-def _wait_for_stop(timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while _serve_controller() is not None and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-
-
-def _replicas() -> list[Any]:
-    """The handles of the replicas that live."""
-    found = []
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == "serve" and actor["name"].startswith(f"SERVE_REPLICA::{APP_NAME}#"):
-            with suppress(ValueError):  # it has ended since
-                found.append(ray.get_actor(actor["name"], namespace="serve"))
-    return found
-
-
-def _serve_controller() -> Any:
-    """The handle of the cluster's Serve controller, or None where Serve does not run."""
-    try:
-        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    except ValueError:
-        return None
-
-
-def _wait_until_ready(spec: ServeSpec) -> None:
-    """Returns when the endpoint answers over HTTP. Raises ServeError when it failed or took too long."""
-    deadline = time.monotonic() + spec.start_timeout_s
-    while time.monotonic() < deadline:
-        application = serve.status().applications.get(APP_NAME)
-        if application is not None and application.status in (
-            ApplicationStatus.DEPLOY_FAILED,
-            ApplicationStatus.UNHEALTHY,
-        ):
-            raise ServeError(f"the endpoint could not start: {_reason(application)}")
-        if application is not None and application.status == ApplicationStatus.RUNNING and process.answers(spec):
-            return
-        time.sleep(_POLL_S)
-    needs = f"{spec.num_replicas} x {spec.cpus_per_replica:g} CPU, {spec.gpus_per_replica:g} GPU"
-    raise ServeError(
-        f"the endpoint was not ready after {spec.start_timeout_s:g} s",
-        fix=f"check that the cluster has {needs} free, or raise start_timeout_s",
-    )
-
-
-def _reason(application: Any) -> str:
-    """The last line of what Serve reports, which is the exception a replica ended with."""
-    messages = [deployment.message for deployment in application.deployments.values()] + [application.message]
-    text = next((message for message in messages if message.strip()), "no reason was given")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line.split(":")[0]]
-    return (errors or lines)[-1].removeprefix("rayswift.errors.")

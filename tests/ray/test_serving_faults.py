@@ -22,8 +22,9 @@ import ray
 from ray import serve
 
 from rayswift.cluster.session import worker_python
-from rayswift.serving import app
-from rayswift.serving.app import APP_NAME, RunningEndpoint, build_app, serve_in_background
+from rayswift.serving import controller
+from rayswift.serving.app import RunningEndpoint, build_app, serve_in_background
+from rayswift.serving.controller import APP_NAME
 from rayswift.serving.spec import ServeSpec
 
 pytestmark = pytest.mark.ray
@@ -248,7 +249,7 @@ def test_no_header_of_a_client_reaches_into_serve(endpoint: RunningEndpoint) -> 
 def test_closing_gives_answers_a_moment_and_then_ends_them(
     endpoint: RunningEndpoint, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "_LAST_WORDS_S", 1.0)
+    monkeypatch.setattr(controller, "_LAST_WORDS_S", 1.0)
     streams, replicas = _streams_on_both(client)
     begin = time.monotonic()
     endpoint.close()

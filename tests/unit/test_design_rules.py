@@ -22,7 +22,7 @@ LAYERS = {
     "rayswift.errors": 0, "rayswift.units": 0, "rayswift.plugins": 0, "rayswift.progress": 0,
     "rayswift.config": 1,
     "rayswift.planning": 2,
-    "rayswift.data.pipeline": 6, "rayswift.serving.app": 6,
+    "rayswift.data.pipeline": 6, "rayswift.serving.app": 6, "rayswift.serving.controller": 6,
     "rayswift.data": 3, "rayswift.models": 3, "rayswift.methods": 3,
     "rayswift.parallel": 4,
     "rayswift.training": 5, "rayswift.rollout": 5, "rayswift.export": 5, "rayswift.serving": 5,

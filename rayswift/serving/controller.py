@@ -1,0 +1,127 @@
+"""Ray Serve's own processes: started for an endpoint, watched while applications come up, and taken down again.
+
+Knows Ray Serve's controller, proxy and replicas by name; knows nothing of what they answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.schema import ApplicationStatus
+
+from rayswift.errors import ServeError
+from rayswift.serving import process, proxy
+from rayswift.serving.spec import ServeSpec
+
+APP_NAME = "rayswift"
+"""The application that answers HTTP; names of others that belong to it begin with it."""
+_POLL_S, _STOP_TIMEOUT_S, _LAST_WORDS_S = 0.1, 30.0, 10.0
+
+
+@contextmanager
+def serving(spec: ServeSpec) -> Iterator[None]:
+    """Ray Serve with its proxy on the spec's address for the duration. Raises ServeError when it already runs."""
+    if _serve_controller() is not None:
+        raise ServeError(
+            "Ray Serve already runs on this cluster with an address of its own",
+            fix="deploy beside it with `serve run serve.app:app`, or stop it with `serve shutdown`",
+        )
+    variables = proxy.environment(spec.max_body_bytes + 2 * spec.max_media_bytes)  # media come in base64
+    # Serve tells the driver's terminal about its inner life at INFO; warnings still get through.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(
+                host=spec.host.strip("[]"),
+                port=spec.port,
+                # Ends what our own deadline cannot: a client that stopped reading.
+                request_timeout_s=spec.request_timeout_s + 30,
+            ),
+            controller_options={"runtime_env": {"env_vars": variables}},
+        )
+        yield
+    finally:
+        _stop_serve()
+
+
+def _stop_serve() -> None:
+    """Take all of Ray Serve down. A controller that does not end in time is told again by Serve's own shutdown.
+
+    Answers that are being generated have _LAST_WORDS_S to end; replicas that still live then are killed.
+    That one waits on the controller inside a call that dies with it, which Ray reports as a failed task on stdout,
+    where a program's answer belongs. So the controller is told without waiting, and watched. (ray 2.60)
+    """
+    if (controller := _serve_controller()) is not None:
+        ray.get(controller.graceful_shutdown.remote(wait=False))
+        _wait_for_stop(_LAST_WORDS_S)
+        if _serve_controller() is not None:
+            for replica in _replicas():
+                ray.kill(replica)
+            _wait_for_stop(_STOP_TIMEOUT_S)
+    serve.shutdown()  # also makes this process forget the controller
+
+
+def _wait_for_stop(timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while _serve_controller() is not None and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+def _replicas() -> list[Any]:
+    """The handles of the replicas that live."""
+    found = []
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == "serve" and actor["name"].startswith(f"SERVE_REPLICA::{APP_NAME}"):
+            with suppress(ValueError):  # it has ended since
+                found.append(ray.get_actor(actor["name"], namespace="serve"))
+    return found
+
+
+def _serve_controller() -> Any:
+    """The handle of the cluster's Serve controller, or None where Serve does not run."""
+    try:
+        return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return None
+
+
+def wait_until_answering(spec: ServeSpec) -> None:
+    """Returns when the endpoint answers over HTTP. Raises ServeError when it failed or took too long."""
+    wait_until_running(APP_NAME, spec, lambda: process.answers(spec))
+
+
+def wait_until_running(name: str, spec: ServeSpec, is_ready: Callable[[], bool] = lambda: True) -> None:
+    """Returns when an application runs and is ready. Raises ServeError when it failed or took too long."""
+    deadline = time.monotonic() + spec.start_timeout_s
+    while time.monotonic() < deadline:
+        application = serve.status().applications.get(name)
+        if application is not None and application.status in (
+            ApplicationStatus.DEPLOY_FAILED,
+            ApplicationStatus.UNHEALTHY,
+        ):
+            raise ServeError(f"the endpoint could not start: {_reason(application)}")
+        if application is not None and application.status == ApplicationStatus.RUNNING and is_ready():
+            return
+        time.sleep(_POLL_S)
+    needs = f"{spec.num_replicas} x {spec.cpus_per_replica:g} CPU, {spec.gpus_per_replica:g} GPU"
+    raise ServeError(
+        f"the endpoint was not ready after {spec.start_timeout_s:g} s",
+        fix=f"check that the cluster has {needs} free, or raise start_timeout_s",
+    )
+
+
+def _reason(application: Any) -> str:
+    """The last line of what Serve reports, which is the exception a replica ended with."""
+    messages = [deployment.message for deployment in application.deployments.values()] + [application.message]
+    text = next((message for message in messages if message.strip()), "no reason was given")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line.split(":")[0]]
+    return (errors or lines)[-1].removeprefix("rayswift.errors.")
