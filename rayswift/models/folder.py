@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rayswift.errors import ConfigError
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -74,6 +76,16 @@ def weight_files(folder: Path, *, field: str = "model.path") -> list[str]:
     )
 
 
+def stored_dtype(folder: Path, *, field: str = "model.path") -> str | None:
+    """The type, as torch calls it, that most weights are stored in; None where that is none a model computes in."""
+    counts: Counter[str] = Counter()
+    for name in weight_files(folder, field=field):
+        with open(folder / name, "rb") as stream:
+            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+        counts.update(value["dtype"] for key, value in header.items() if key != "__metadata__")
+    return _DTYPES.get(counts.most_common(1)[0][0]) if counts else None
+
+
 def _safe(name: str, folder: Path, field: str) -> str:
     """The name of a file of weights. Raises ConfigError for one that is no safetensors file of the folder."""
     if not name.endswith(".safetensors"):
@@ -104,8 +116,16 @@ def _broken(file: Path) -> str | None:
 
 def read_json(file: Path, *, field: str) -> dict[str, Any]:
     """The object in a JSON file of a model folder. ConfigError when missing or not a JSON object."""
+    value = parsed(file, field=field)
+    if not isinstance(value, dict):
+        raise ConfigError(f"has a {file.name} that is not a JSON object", path=field, value=str(file.parent))
+    return value
+
+
+def parsed(file: Path, *, field: str) -> Any:
+    """What is in a JSON file of a model folder. ConfigError when missing or not JSON."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(
             f"has no {file.name}", path=field, value=str(file.parent), fix="give an ordinary Hugging Face folder"
@@ -114,6 +134,3 @@ def read_json(file: Path, *, field: str) -> dict[str, Any]:
         raise ConfigError(
             f"has a {file.name} that cannot be read: {error}", path=field, value=str(file.parent), fix="copy it again"
         ) from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"has a {file.name} that is not a JSON object", path=field, value=str(file.parent))
-    return value

@@ -140,13 +140,16 @@ def load_tokenizer(path: str, *, field: str = "model.path") -> PreTrainedTokeniz
     return tokenizer
 
 
-def load_model(spec: ModelSpec, *, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+def load_model(
+    spec: ModelSpec, *, dtype: torch.dtype | str | None = None, auto: Any = None, may_lack: tuple[str, ...] = ()
+) -> PreTrainedModel:
     """The language model of `spec`, with its towers if any, on the CPU in `dtype` (None: as stored), without cache.
 
     With a cache the packed documents of a sequence would see each other. `spec.quantization` packs all linear layers
-    but the head into 4 bits. Only safetensors are read and no code of the folder is run. Raises ConfigError when a
-    weight is missing, which transformers alone would make up at random, and when the weights have layers that the
-    config has not, which it would leave out.
+    but the head into 4 bits. Only safetensors are read and no code of the folder is run. `auto` is another auto class
+    to load with. Raises ConfigError when a weight is missing, which transformers alone would make up at random (save
+    one that begins as in `may_lack`), and when the weights have layers that the config has not, which it would leave
+    out.
     """
     from transformers import PreTrainedModel
 
@@ -154,11 +157,11 @@ def load_model(spec: ModelSpec, *, dtype: torch.dtype | str | None = None) -> Pr
     check_weights(folder)
     config = load_config(str(folder))
     with refusals_named(spec.path, "model.path"), quiet_progress():
-        loaded: Any = auto_class(config).from_pretrained(
+        loaded: Any = (auto or auto_class(config)).from_pretrained(
             folder,
             config=config,
             dtype=dtype or "auto",
-            attn_implementation=attention_of(spec.attention, config),
+            attn_implementation=attention_of(spec.attention, config, auto),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -169,7 +172,7 @@ def load_model(spec: ModelSpec, *, dtype: torch.dtype | str | None = None) -> Pr
     model, report = loaded
     _refuse_other_sizes(report["mismatched_keys"], spec.path)
     _refuse_layers_beyond(model, report["unexpected_keys"], spec.path)
-    if missing := sorted(report["missing_keys"]):
+    if missing := sorted(key for key in report["missing_keys"] if not key.startswith(may_lack)):
         raise ConfigError(
             f"lacks {len(missing)} weights of {type(model).__name__}, among them {missing[0]}",
             path="model.path",
@@ -202,13 +205,13 @@ def _without_cache(model: PreTrainedModel) -> None:
         config.use_cache = False
 
 
-def attention_of(asked: str, config: PretrainedConfig) -> str:
+def attention_of(asked: str, config: PretrainedConfig, auto: Any = None) -> str:
     """The attention implementation to load with: `eager` where the default, sdpa, is none of the architecture's.
 
     Any other choice is kept, so that transformers refuses one that cannot be.
     """
     default: str = ModelSpec.model_fields["attention"].default
-    model_class = auto_class(config)._model_mapping.get(type(config), None)
+    model_class = (auto or auto_class(config))._model_mapping.get(type(config), None)
     return "eager" if asked == default and getattr(model_class, "_supports_sdpa", True) is False else asked
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rayswift.errors import ConfigError
-from rayswift.models.folder import read_json
+from rayswift.models.folder import parsed, read_json
 
 _CONFIG = "config.json"
 _CLASS_KEYS = (
@@ -31,7 +31,9 @@ def check_code(folder: Path, *, field: str = "model.path") -> None:
     itself: many models carry one from the time before it did, and transformers' own class is taken.
     """
     for file in sorted(folder.glob(f"*{_CONFIG}")):
-        found = read_json(file, field=field)
+        found = parsed(file, field=field)
+        if not isinstance(found, dict):  # a list of the data sets it was trained on, say; no loader reads it
+            continue
         for key, reason in _requests(found):
             if key == "auto_map" and _is_known(found, folder, field):
                 continue

@@ -14,7 +14,7 @@ class Admission:
     """Places for answers of one model in one replica. Used from one event loop, so it needs no lock."""
 
     def __init__(self, max_concurrency: int, max_queued: int) -> None:
-        self._max_concurrency, self._limit = max_concurrency, max_concurrency + max_queued
+        self.max_concurrency, self._limit = max_concurrency, max_concurrency + max_queued
         self.in_flight = 0
 
     def enter(self, num_answers: int) -> Places:
@@ -28,7 +28,7 @@ class Admission:
 
     def _retry_after_s(self) -> int:
         """A rough wait in whole seconds: a second per batch that is ahead."""
-        return min(_MAX_RETRY_S, 1 + self.in_flight // self._max_concurrency)
+        return min(_MAX_RETRY_S, 1 + self.in_flight // self.max_concurrency)
 
 
 class Places:

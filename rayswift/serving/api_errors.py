@@ -34,10 +34,10 @@ class ApiError(ServeError):
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def too_long(what: str, room: int) -> ApiError:
-    """The 400 for a conversation that does not fit into the model's context."""
+def too_long(what: str, room: int, place: str = "messages") -> ApiError:
+    """The 400 for a conversation or text that does not fit into the model's context."""
     message = f"This model's maximum context length is {room} tokens: {what}"
-    return ApiError(message, param="messages", code="context_length_exceeded")
+    return ApiError(message, param=place, code="context_length_exceeded")
 
 
 def unknown_model(name: str) -> ApiError:

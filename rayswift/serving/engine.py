@@ -1,4 +1,4 @@
-"""What the endpoint asks of an engine: token ids in, a stream of text deltas out. And a fake one for tests.
+"""What the endpoint asks of an engine: token ids in, a stream of text deltas or a vector out. And a fake one for tests.
 
 Knows no model, no HTTP and no Ray. The protocol is that of vLLM's AsyncLLM: `generate` is an async generator per
 answer, closing it aborts the answer, and how many run in one batch is the engine's own business.
@@ -129,6 +129,22 @@ class EngineOptions:
     """Cache of keys and values on a CPU."""
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """What the vectors of an embedding model are like: `num_dims` numbers, or fewer where it is matryoshka."""
+
+    num_dims: int
+    is_matryoshka: bool = False
+    cuts: tuple[int, ...] = ()
+    """The lengths that a vector may be cut to; none named are all up to the whole one's."""
+
+    def admits(self, num_dims: int | None) -> bool:
+        """Whether a request may ask for so many numbers; None asks for all."""
+        if num_dims in (None, self.num_dims):
+            return True
+        return self.is_matryoshka and (num_dims in self.cuts if self.cuts else 0 < (num_dims or 0) < self.num_dims)
+
+
 class Engine(Protocol):
     """One loaded model. Made as `Engine(folder, options)`; nothing is loaded before `start`."""
 
@@ -144,13 +160,23 @@ class Engine(Protocol):
     def can_constrain(self) -> bool:
         """Whether it keeps an answer to a JSON Schema."""
 
+    @property
+    def embedding(self) -> Embedding | None:
+        """What its vectors are like; None for a model that generates. It does one or the other. Valid after `start`."""
+
     async def start(self) -> None:
-        """Load the model and generate one token. Raises ConfigError or ServeError; once it returns, it is ready."""
+        """Load the model and have it answer once. Raises ConfigError or ServeError; once it returns, it is ready."""
 
     def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """The deltas of one answer. Closing the generator frees its place at once.
 
         Raises ServeError on failure, Refused for a request that this model cannot take.
+        """
+
+    async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
+        """The vector [num_dims] of a text in float32; `num_dims` is one that `embedding` admits, None the whole one's.
+
+        Cancelling it frees its place. Raises as `generate` does.
         """
 
     def check(self) -> None:
@@ -162,7 +188,10 @@ class Engine(Protocol):
 
 @dataclass
 class FakeEngine:
-    """Answers every prompt with the same pieces, one token each, and counts who is running. `gate` holds it back."""
+    """Answers every prompt with the same pieces, one token each, and counts who is running. `gate` holds it back.
+
+    With an `embedding` it gives a text the vector of its ids, ones behind them.
+    """
 
     pieces: Sequence[str] = ("Hello", ", ", "wörld", "!")
     max_model_len: int = 64
@@ -170,6 +199,7 @@ class FakeEngine:
     failure: str | None = None
     media_encoder: MediaEncoder | None = None
     can_constrain: bool = False
+    embedding: Embedding | None = None
     running: int = 0
     seen: list[Request] = field(default_factory=list)
 
@@ -189,6 +219,18 @@ class FakeEngine:
                 await asyncio.sleep(0)
                 reason: FinishReason = "length" if len(pieces) < len(self.pieces) else "stop"
                 yield Delta(piece, 1, reason if number == len(pieces) else None, self._logprobs(request, piece))
+        finally:
+            self.running -= 1
+
+    async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
+        assert self.embedding is not None
+        self.running += 1
+        try:
+            await (asyncio.sleep(0) if self.gate is None else self.gate.wait())
+            if self.failure is not None:
+                raise ServeError(self.failure)
+            whole = [*ids, *[1] * self.embedding.num_dims][: num_dims or self.embedding.num_dims]
+            return np.array(whole, dtype=np.float32)
         finally:
             self.running -= 1
 

@@ -79,7 +79,7 @@ async def choice_deltas(
             tasks.append(asyncio.create_task(_pump(index, engine, request, queue)))
         running = len(tasks)
         while running:
-            item = await _before(deadline, queue.get())
+            item = await before(deadline, queue.get())
             if isinstance(item, BaseException):
                 raise item
             if item is None:
@@ -107,7 +107,8 @@ async def _pump(
         await deltas.aclose()
 
 
-async def _before(deadline: float, awaitable: Awaitable[T]) -> T:
+async def before(deadline: float, awaitable: Awaitable[T]) -> T:
+    """The result, given up at the deadline of the event loop's clock. Raises ApiError (503) then."""
     try:
         async with asyncio.timeout_at(deadline):
             return await awaitable

@@ -1,4 +1,4 @@
-"""What a client may ask: the chat and text completion requests of the OpenAI API.
+"""What a client may ask: the chat and text completion requests of the OpenAI API, and those for embeddings.
 
 Pure functions and pydantic models. A field that would change the answer and cannot be honoured is refused, never
 ignored. Knows no model and no HTTP library; how answers are written is known by `serving/replies.py`.
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import jiter
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from rayswift.serving.api_errors import ApiError
@@ -54,20 +54,26 @@ def _stop_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _prompt_list(value: Any) -> Any:
-    """One or several prompts, each a string or a list of token ids, as a list of prompts."""
+def _text_list(value: Any) -> Any:
+    """One or several texts, each a string or a list of token ids, as a list of texts."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value and all(_is_id(item) for item in value):
         return [value]
     if isinstance(value, list) and len(value) > MAX_PROMPTS:
-        raise PydanticCustomError("prompt", f"must be at most {MAX_PROMPTS} prompts")
+        raise PydanticCustomError("prompt", f"must be at most {MAX_PROMPTS} texts")
     kinds = (str, list)
     if not isinstance(value, list) or not value or not all(isinstance(item, kinds) for item in value):
         raise PydanticCustomError("prompt", "must be a string, a list of strings, or token ids")
     if not all(isinstance(item, str) or (item and all(_is_id(token) for token in item)) for item in value):
         raise PydanticCustomError("prompt", "a list of token ids must hold whole numbers from 0 on, and not be empty")
     return value
+
+
+def _none_empty(texts: list[str | list[int]]) -> list[str | list[int]]:
+    if "" in texts:
+        raise PydanticCustomError("input", "must not hold an empty text")
+    return texts
 
 
 def _is_id(value: Any) -> bool:
@@ -166,7 +172,7 @@ class ChatRequest(_CommonRequest):
 class TextRequest(_CommonRequest):
     """The body of /v1/completions."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompt_list)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_text_list)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
@@ -195,7 +201,16 @@ class TextRequest(_CommonRequest):
         return None
 
 
-AnyRequest = TypeVar("AnyRequest", ChatRequest, TextRequest)
+class EmbeddingRequest(Strict):
+    """The body of /v1/embeddings."""
+
+    model: Annotated[str, Field(min_length=1, max_length=200)]
+    input: Annotated[list[str | list[int]], BeforeValidator(_text_list), AfterValidator(_none_empty)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+
+
+AnyRequest = TypeVar("AnyRequest", ChatRequest, TextRequest, EmbeddingRequest)
 
 
 def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from rayswift import __version__
 from rayswift.serving import openai
 from rayswift.serving.messages import MESSAGE_EXTRAS
-from rayswift.serving.openai import ChatRequest, TextRequest
+from rayswift.serving.openai import ChatRequest, EmbeddingRequest, TextRequest
 from rayswift.serving.spec import ServeSpec
 
 PATH = "/openapi.json"
@@ -55,6 +55,9 @@ def document(spec: ServeSpec) -> dict[str, Any]:
             "post": _operation("Answer a conversation", "ChatCompletion", asking, body="ChatRequest")
         },
         "/v1/completions": {"post": _operation("Continue a text", "TextCompletion", asking, body="TextRequest")},
+        "/v1/embeddings": {
+            "post": _operation("The vectors of texts", "Embeddings", asking, body="EmbeddingRequest", streams=False)
+        },
         PATH: {"get": _operation("This document", "OpenAPI", ("401", "403", "429"))},
     }
     return {
@@ -71,7 +74,8 @@ def document(spec: ServeSpec) -> dict[str, Any]:
 
 def _limits(spec: ServeSpec) -> str:
     return (
-        f"At most {spec.max_choices} answers and {spec.max_body_bytes} bytes of text per request, "
+        f"At most {spec.max_choices} answers, or vectors of {openai.MAX_PROMPTS} texts, and {spec.max_body_bytes} "
+        f"bytes of text per request, "
         f"{spec.max_new_tokens} tokens per answer, {spec.max_media} images and sounds of {spec.max_media_bytes} bytes, "
         f"{spec.max_media_pixels} pixels per image, {spec.max_media_seconds:g} s per sound, and "
         f"{spec.request_timeout_s:g} s per request. No URL is fetched."
@@ -79,10 +83,16 @@ def _limits(spec: ServeSpec) -> str:
 
 
 def _operation(
-    summary: str, answer: str, errors: tuple[str, ...], *, body: str | None = None, is_open: bool = False
+    summary: str,
+    answer: str,
+    errors: tuple[str, ...],
+    *,
+    body: str | None = None,
+    streams: bool = True,
+    is_open: bool = False,
 ) -> dict[str, Any]:
     whole = {"application/json": {"schema": _ref(answer)}}
-    streamed = {"text/event-stream": {"schema": _ref("Event")}} if body else {}
+    streamed = {"text/event-stream": {"schema": _ref("Event")}} if body and streams else {}
     responses: dict[str, Any] = {"200": {"description": summary, "content": whole | streamed}}
     for status in errors:
         responses[status] = {
@@ -105,9 +115,9 @@ def _ref(name: str) -> dict[str, str]:
 
 
 def _requests() -> dict[str, Any]:
-    """The schemas of the two bodies and of what is in them, as clients may write them."""
+    """The schemas of the bodies and of what is in them, as clients may write them."""
     found: dict[str, Any] = {}
-    for kind in (ChatRequest, TextRequest):
+    for kind in (ChatRequest, TextRequest, EmbeddingRequest):
         made = kind.model_json_schema(ref_template=_REFS)
         found |= made.pop("$defs", {}) | {kind.__name__: _as_sent(made)}
     turn = found["Message"]["properties"]
@@ -120,9 +130,12 @@ def _requests() -> dict[str, Any]:
 def _as_sent(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema with what is accepted beside its fields: nulls, labels, and options that ask for nothing."""
     fields = schema["properties"]
-    fields["stop"] = {"anyOf": [fields["stop"]["items"], fields["stop"]]}
+    if "stop" in fields:
+        fields["stop"] = {"anyOf": [fields["stop"]["items"], fields["stop"]]}
     if "prompt" in fields:
-        fields["prompt"] = _PROMPT
+        fields["prompt"] = _texts(_TEXT)
+    if "input" in fields:
+        fields["input"] = _texts(_SOME_TEXT)
     for name in set(fields) - set(schema["required"]):
         fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
     for name, values in openai.ABSENT_OPTIONS.items():
@@ -144,7 +157,14 @@ def _list(items: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
 
+def _texts(text: dict[str, Any]) -> dict[str, Any]:
+    """One text or several, each as a string or as token ids; `text` is what a string among several may be."""
+    several = {**_list({"anyOf": [text, _IDS]}), "minItems": 1, "maxItems": openai.MAX_PROMPTS}
+    return {"anyOf": [_SOME_TEXT, _IDS, several]}
+
+
 _TEXT, _COUNT, _NUMBER = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "number"}
+_SOME_TEXT = {"type": "string", "minLength": 1}
 _MAYBE_TEXT = {"type": ["string", "null"]}
 _URL = {**_object({"url": {"type": "string", "pattern": "^data:"}}), "additionalProperties": False}
 _URL["properties"]["detail"] = {"enum": ["auto", None]}
@@ -156,8 +176,6 @@ _CONTENT = {
     ]
 }
 _IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
-_PROMPTS = {**_list({"anyOf": [_TEXT, _IDS]}), "minItems": 1, "maxItems": openai.MAX_PROMPTS}
-_PROMPT = {"anyOf": [{"type": "string", "minLength": 1}, _IDS, _PROMPTS]}
 _USAGE = _object({"prompt_tokens": _COUNT, "completion_tokens": _COUNT, "total_tokens": _COUNT})
 _SCORED = {"token": _TEXT, "logprob": _NUMBER, "bytes": {"type": ["array", "null"], "items": _COUNT}}
 _SCORES = _object({"content": _list(_object({**_SCORED, "top_logprobs": _list(_object(_SCORED))}))})
@@ -175,6 +193,7 @@ _MODEL = _object(
         "object": {"const": "model"},
         "created": _COUNT,
         "owned_by": _TEXT,
+        "task": {"enum": ["generate", "embed"], "description": "Whether it answers, or makes vectors."},
         "rayswift": {
             "anyOf": [_object({"version": _TEXT}), {"type": "null"}],
             "description": "The version of an export and what it was made of; null for a folder that is none.",
@@ -206,5 +225,24 @@ _ANSWERS = {
         {"message": _object({"role": {"const": "assistant"}, "content": _MAYBE_TEXT, "refusal": _MAYBE_TEXT})},
     ),
     "TextCompletion": _reply("text_completion", _TEXT_SCORES, {"text": _TEXT}),
+    "Embeddings": _object(
+        {
+            "object": {"const": "list"},
+            "data": _list(
+                _object(
+                    {
+                        "object": {"const": "embedding"},
+                        "index": _COUNT,
+                        "embedding": {
+                            "anyOf": [_list(_NUMBER), {"type": "string", "contentEncoding": "base64"}],
+                            "description": "Numbers, or for encoding_format base64 the bytes of float32, little endian",
+                        },
+                    }
+                )
+            ),
+            "model": _TEXT,
+            "usage": _object({"prompt_tokens": _COUNT, "total_tokens": _COUNT}),
+        }
+    ),
     "OpenAPI": _object({"openapi": _TEXT, "info": {"type": "object"}, "paths": {"type": "object"}}),
 }

@@ -119,28 +119,31 @@ class PromptBuilder:
 
     def _filled(self, text: str, media: Sequence[Medium], encoded: Sequence[Encoded]) -> Prompt:
         if self._encoder is None:
-            return Prompt(tuple(self._encode(text, add_special_tokens=False)))
-        self._check_length(text)
+            return Prompt(tuple(self._encode(text, "messages", add_special_tokens=False)))
+        self._check_length(text, "messages")
         found = self._encoder.prompt(text, media, encoded)
         return Prompt(tuple(found.input_ids), found.media, found.rope_AT)
 
-    def text(self, prompt: str | list[int]) -> Prompt:
-        """A plain prompt, begun as the tokenizer begins a text. Ids are checked and taken as they are."""
+    def text(self, prompt: str | list[int], place: str = "prompt") -> Prompt:
+        """A plain prompt, begun as the tokenizer begins a text. Ids are checked and taken as they are.
+
+        `place` is what the client calls it, in a refusal.
+        """
         if isinstance(prompt, str):
             with self._lock:
-                ids = self._encode(prompt, add_special_tokens=True)
+                ids = self._encode(prompt, place, add_special_tokens=True)
         else:
             ids = prompt
         if not ids:
-            raise _refusal("prompt", "must not be empty")
+            raise _refusal(place, "must not be empty")
         if max(ids) >= len(self._tokenizer):
-            raise _refusal("prompt", f"token ids must be below {len(self._tokenizer)}")
+            raise _refusal(place, f"token ids must be below {len(self._tokenizer)}")
         kept = {} if self._encoder is None else {number: token for token, number in self._encoder.placeholders.items()}
         if found := kept.keys() & set(ids):
-            raise _refusal("prompt", f"has {kept[min(found)]}, which stands for a medium; use /v1/chat/completions")
+            raise _refusal(place, f"has {kept[min(found)]}, which stands for a medium; use /v1/chat/completions")
         return Prompt(tuple(ids))
 
-    def _check_length(self, text: str) -> None:
+    def _check_length(self, text: str, place: str) -> None:
         """Raises ApiError for a text that is far too long, after about as much work as the longest that fits takes.
 
         Tokenizing all of it would cost seconds, in which nobody else gets a prompt. A cut between pieces makes a token
@@ -152,10 +155,10 @@ class PromptBuilder:
         for start in range(0, len(text), _PIECE_CHARS):
             count += len(self._tokens(text[start : start + _PIECE_CHARS], add_special_tokens=False))
             if count > self._max_tokens * 5 // 4 + 64:
-                raise too_long(f"the prompt has more than {self._max_tokens} tokens", self._max_tokens)
+                raise too_long(f"the prompt has more than {self._max_tokens} tokens", self._max_tokens, place)
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        self._check_length(text)
+    def _encode(self, text: str, place: str, *, add_special_tokens: bool) -> list[int]:
+        self._check_length(text, place)
         return self._tokens(text, add_special_tokens=add_special_tokens)
 
     def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:

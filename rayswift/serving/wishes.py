@@ -37,6 +37,13 @@ def sampling(request: ChatRequest | TextRequest, *, num_prompt_tokens: int, room
     )
 
 
+def check_choices(request: ChatRequest | TextRequest, most: int) -> None:
+    """Raises ApiError for more answers than one request may ask for."""
+    if request.num_choices > most:
+        message = f"n: {request.num_choices} answers in one request are more than {most}"
+        raise ApiError(message, param="n", code="invalid_value")
+
+
 def for_choice(sampling: Sampling, choice: int) -> Sampling:
     """The sampling of one of a prompt's `n` answers: a seed is counted up, so that the answers differ."""
     return sampling if sampling.seed is None or choice == 0 else replace(sampling, seed=sampling.seed + choice)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from rayswift.config.job import MediaSpec, ModelSpec
 from rayswift.errors import ConfigError, RaySwiftError, ServeError
 from rayswift.models.loading import load_model, load_tokenizer
+from rayswift.models.pooling import Pooling, read_pooling
 from rayswift.models.processor import has_processor
-from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampling
+from rayswift.serving.engine import Delta, Embedding, EngineOptions, Prompt, Request, Sampling
 from rayswift.serving.stopping import stop_ids
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rayswift.data.media.encoder import MediaEncoder
+    from rayswift.serving.local.embedding import Passes
     from rayswift.serving.local.loop import DecodeLoop, Vocabulary
 
 _log = logging.getLogger("rayswift.serving")
@@ -46,6 +49,7 @@ class Local:
             )  # fmt: skip
         self._folder, self._options = folder, options
         self._loop: DecodeLoop | None = None
+        self._passes: Passes | None = None
         self._max_model_len = 0
         self._media_encoder: MediaEncoder | None = None
 
@@ -57,8 +61,15 @@ class Local:
     def max_model_len(self) -> int:
         return self._max_model_len
 
+    @property
+    def embedding(self) -> Embedding | None:
+        return None if self._passes is None else self._passes.encoder.embedding
+
     async def start(self) -> None:
         await asyncio.to_thread(self._load)
+        if self._passes is not None:  # proved while it was loaded
+            _log.info("engine local is ready to embed: %s, %d tokens", self._folder, self._max_model_len)
+            return
         warm_up = Request("warm-up", Prompt((0,)), Sampling(max_new_tokens=1, temperature=0))
         async for _ in self.generate(warm_up):
             pass
@@ -82,16 +93,23 @@ class Local:
         finally:
             decode_loop.abort(ticket)
 
+    async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
+        if self._passes is None:
+            raise ServeError("the engine has no embedding model", path="engine", value="local")
+        return await self._passes.vector(ids, num_dims)
+
     def check(self) -> None:
-        decode_loop, fix = self._started(), "restart the replica"
-        if not decode_loop.is_alive:
+        works, fix = self._passes or self._started(), "restart the replica"
+        if not works.is_alive:
             raise ServeError("the decode thread has ended", path="engine", value="local", fix=fix)
-        if (failed := decode_loop.num_failures) >= _MAX_FAILURES:
+        if (failed := works.num_failures) >= _MAX_FAILURES:
             raise ServeError(f"failed {failed} times in a row", path="engine", value="local", fix=fix)
 
     async def close(self) -> None:
         if self._loop is not None:
             await asyncio.to_thread(self._loop.close)
+        if self._passes is not None:
+            await self._passes.close()
 
     def _started(self) -> DecodeLoop:
         if self._loop is None:
@@ -102,9 +120,19 @@ class Local:
         import torch
 
         dtype = None if self._options.dtype == "auto" else getattr(torch, self._options.dtype)
+        if (pooling := read_pooling(self._folder)) is not None:
+            self._open_encoder(pooling, dtype)
+            return
         opened = open_loop(load_model(ModelSpec(path=self._folder), dtype=dtype), self._folder, self._options)
         self._loop, self._max_model_len, self._media_encoder = opened.loop, opened.max_model_len, opened.media_encoder
         self._loop.start()
+
+    def _open_encoder(self, pooling: Pooling, dtype: torch.dtype | None) -> None:
+        from rayswift.serving.local.embedding import Passes, open_encoder
+
+        device, wanted = _device(self._options.device), self._options.max_model_len
+        encoder = open_encoder(self._folder, pooling, dtype, device, wanted)
+        self._passes, self._max_model_len = Passes(encoder, self._options.max_concurrency), encoder.max_tokens
 
 
 @dataclass(frozen=True)

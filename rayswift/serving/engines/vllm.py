@@ -6,17 +6,25 @@ Knows how a request becomes vLLM's and vLLM's outputs become deltas. Runs in the
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rayswift.errors import ConfigError, ServeError
+from rayswift.models.folder import stored_dtype
 from rayswift.models.loading import load_config, load_tokenizer, local_folder
+from rayswift.models.pooling import Pooling, read_pooling
 from rayswift.models.processor import has_processor
-from rayswift.serving.engine import Delta, EngineOptions, Prompt, Refused, Request, Sampling, TokenLogprob
+from rayswift.serving.engine import Delta, Embedding, EngineOptions, Prompt, Refused, Request, Sampling, TokenLogprob
 from rayswift.serving.stopping import stop_ids
+from rayswift.serving.vllm import pooled
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from rayswift.data.media.encoder import MediaEncoder
     from rayswift.serving.vllm.adapters import Adapters
 
@@ -52,11 +60,17 @@ class Vllm:
         self._llm: Any = None
         self._stop_ids: tuple[int, ...] = ()
         self._adapters: Adapters | None = None
+        self._embedding: Embedding | None = None
+        self._numbers = itertools.count()
         self._max_model_len = 0
 
     @property
     def max_model_len(self) -> int:
         return self._max_model_len
+
+    @property
+    def embedding(self) -> Embedding | None:
+        return self._embedding
 
     async def start(self) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -64,14 +78,20 @@ class Vllm:
         if has_processor(self._folder):
             _log.warning("%s is served with text alone: engine vllm is given no images and sounds yet", self._folder)
         self._check_device()
+        pooling = read_pooling(self._folder)
         try:
-            self._llm = AsyncLLM.from_engine_args(self._arguments())
+            self._llm = AsyncLLM.from_engine_args(self._arguments(pooling))
         except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
             raise ServeError(
                 f"cannot load this model: {_reason(error)}", path="engine", value="vllm",
                 fix="the log of the replica has more; engine local may take it",
             ) from error  # fmt: skip
         self._max_model_len = int(self._llm.model_config.max_model_len)
+        if pooling is not None:
+            self._embedding = pooled.embedding(pooling, self._llm.model_config)
+            await self.embed((0,))
+            _log.info("engine vllm is ready to embed: %s, %d tokens", self._folder, self._max_model_len)
+            return
         generation = self._llm.model_config.try_get_generation_config().get("eos_token_id")
         self._stop_ids = stop_ids(load_config(self._folder), load_tokenizer(self._folder), generation)
         if self._options.adapters:
@@ -92,14 +112,17 @@ class Vllm:
                 path="device", value=self._options.device, fix="use auto",
             )  # fmt: skip
 
-    def _arguments(self) -> Any:
+    def _arguments(self, pooling: Pooling | None) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         options, on_cpu = self._options, _on_cpu()
         given: dict[str, Any] = {"max_model_len": options.max_model_len} if options.max_model_len else {}
         if on_cpu:
             given |= {"kv_cache_memory_bytes": options.kv_cache_bytes}
-            given.setdefault("max_model_len", _model_len_on_cpu(self._folder))
+            if pooling is None:  # else it is what the folder says of texts
+                given.setdefault("max_model_len", _model_len_on_cpu(self._folder))
+        if pooling is not None:
+            given |= pooled.arguments(pooling, options)
         if options.adapters:
             # One more for the adapter that stands for the base, see Adapters.
             given |= {"enable_lora": True, "max_loras": options.max_adapters + on_cpu,
@@ -123,25 +146,23 @@ class Vllm:
         )
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
         params, lora = self._params(request.sampling), await self._lora(request)
         outputs = self._started().generate(
             {"prompt_token_ids": list(request.prompt.ids)}, params, request.request_id, lora_request=lora
         )
         try:
-            async for output in outputs:
-                delta = _delta(output.outputs[0], request.sampling.logprobs)
-                yield delta
-                if delta.finish_reason is not None:
-                    return
-        except (VLLMClientError, ValueError) as error:
-            raise Refused(_reason(error)) from error
-        except (EngineDeadError, EngineGenerateError) as error:
-            raise ServeError(_reason(error), path="engine", value="vllm", fix="restart the replica") from error
+            with _told():
+                async for output in outputs:
+                    delta = _delta(output.outputs[0], request.sampling.logprobs)
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
         finally:
             await outputs.aclose()  # which aborts what still runs
+
+    async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
+        with _told():
+            return await pooled.vector(self._started(), ids, num_dims, f"embed-{next(self._numbers)}")
 
     async def score(self, ids: Sequence[int]) -> list[float]:
         """The log-probability of each token of a prompt but its first, given those before it."""
@@ -200,6 +221,20 @@ class Vllm:
         return self._llm
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """Makes what vLLM raises about a request, and about itself, what the protocol says."""
+    from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    try:
+        yield
+    except (VLLMClientError, ValueError) as error:
+        raise Refused(_reason(error)) from error
+    except (EngineDeadError, EngineGenerateError) as error:
+        raise ServeError(_reason(error), path="engine", value="vllm", fix="restart the replica") from error
+
+
 def _delta(output: Any, num_logprobs: int | None) -> Delta:
     reason = output.finish_reason
     if reason not in (None, "stop", "length"):
@@ -230,7 +265,8 @@ def _dtype(folder: str, wanted: str) -> str:
     """The dtype of the weights as they were written: vLLM's own `auto` makes float32 into bfloat16."""
     if wanted != "auto":
         return wanted
-    return str(load_config(folder).get_text_config().dtype or "bfloat16").removeprefix("torch.")
+    named = load_config(folder).get_text_config().dtype or stored_dtype(Path(folder)) or "bfloat16"
+    return str(named).removeprefix("torch.")
 
 
 def _model_len_on_cpu(folder: str) -> int:
