@@ -101,11 +101,17 @@ def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterM
 
 
 def evaluate(
-    target: str, rows: str, *, output: str | None = None, progress: Progress | None = None, **settings: Any
+    target: str,
+    rows: str | None = None,
+    *,
+    output: str | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> EvalReport:
     """The held-out loss of a run, checkpoint or model folder on `rows`, and how good its or an endpoint's answers are.
 
-    `settings` are those of `evaluation.pipeline.Settings`. Raises ConfigError, DataError, CheckpointError, ServeError.
+    With `tasks`, names of the lm-evaluation-harness, also what they give; `rows` may then be None. `settings` are those
+    of `evaluation.pipeline.Settings`. Raises ConfigError, DataError, CheckpointError, ServeError.
     """
     from rayswift.evaluation.pipeline import Settings
     from rayswift.evaluation.pipeline import evaluate as evaluate_target

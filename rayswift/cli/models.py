@@ -160,20 +160,36 @@ def push(
 @app.command("eval")
 def evaluate(
     target: Annotated[str, typer.Argument(help="A run, a checkpoint, a model folder, or an endpoint's URL: .../v1.")],
-    rows: Annotated[str, typer.Option(help="Held-out rows: a file, a glob, a folder, a URL, or a dataset of a hub.")],
+    rows: Annotated[
+        str | None, typer.Option(help="Held-out rows: a file, a glob, a folder, a URL, or a dataset of a hub.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of the lm-evaluation-harness, with commas between them.")
+    ] = None,
     format_: Annotated[str, typer.Option("--format", help="Format of the rows; auto finds it.")] = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many rows, and of each task.")] = None,
     max_length: Annotated[int | None, typer.Option(min=8, help="Longest row in tokens; default: the run's.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="Longest answer in tokens; 0 asks nothing.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Longest answer to a row in tokens; 0 asks nothing. Tasks have their own.")
+    ] = 256,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in a task's prompt; default: its own.")
+    ] = None,
+    include_path: Annotated[str | None, typer.Option(help="Folder with YAML files of your own tasks.")] = None,
+    chat_template: Annotated[
+        bool | None, typer.Option("--chat-template/--no-chat-template", help="Ask tasks as chats; default: as served.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of tasks at a time, on a model of this machine.")] = 8,
     model: Annotated[str | None, typer.Option(help="Which of its models an endpoint is to ask.")] = None,
     output: Annotated[str | None, typer.Option(help="Also write the report to this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measures held-out loss, and how often greedy answers are right. Beside a run it leaves eval-ROWS.json.
+    """Measures held-out loss, how often greedy answers are right, and tasks of the lm-evaluation-harness.
 
-    The key of an endpoint is RAYSWIFT_API_KEY; an endpoint gives answers and no loss.
+    At least one of --rows and --tasks is needed. Beside a run it leaves eval-ROWS.json, or eval-tasks-TASKS.json.
+    The key of an endpoint is RAYSWIFT_API_KEY; an endpoint gives answers and no loss, and takes tasks that generate.
 
-    Example: rayswift eval runs/sft-demo --rows data/held_out.jsonl
+    Example: rayswift eval runs/sft-demo --rows data/held_out.jsonl --tasks gsm8k,arc_easy
     """
     from rayswift import api
     from rayswift.progress import open_progress
@@ -181,6 +197,7 @@ def evaluate(
     with closing(open_progress()) as progress:
         report = api.evaluate(
             target, rows, format=format_, limit=limit, max_length=max_length, max_new_tokens=max_new_tokens,
-            model=model, output=output, progress=progress,
+            model=model, output=output, progress=progress, tasks=tuple((tasks or "").replace(",", " ").split()),
+            num_fewshot=num_fewshot, include_path=include_path, chat_template=chat_template, batch_size=batch_size,
         )  # fmt: skip
     print_result(report.model_dump(mode="json"), report.summary(), as_json)

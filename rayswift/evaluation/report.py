@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from rayswift.training.run_dir import RunDir
 
 Kind = Literal["run", "checkpoint", "adapter", "model", "endpoint"]
+_NAME_CHARS = 100
+"""Of the name of a report; some file systems end names at 255 bytes."""
 
 
 class Record(BaseModel):
@@ -81,11 +85,51 @@ class Answers(Record):
     shown: tuple[Answered, ...]
 
 
+class TaskScore(Record):
+    """One metric of a task, over the answers that one of its filters keeps."""
+
+    metric: str
+    filter: str
+    value: float | None
+    stderr: float | None
+    """None where the harness knows none: for one sample, and metrics without."""
+    higher_is_better: bool | None
+
+
+class TaskResult(Record):
+    """What a task of the lm-evaluation-harness gave, or a group of tasks, which has `members`."""
+
+    name: str
+    members: tuple[str, ...]
+    version: str | None
+    """As its author counts: figures of two versions are not comparable."""
+    output_type: str | None
+    num_fewshot: int | None
+    """None for a group whose members differ."""
+    num_samples: int
+    num_available: int | None
+    sha256: str | None
+    """Of documents, prompts and expected answers (the harness' task hash): equal ones were asked the same."""
+    scores: tuple[TaskScore, ...]
+
+
+class HarnessReport(Record):
+    """What the lm-evaluation-harness measured."""
+
+    version: str
+    chat_template: bool
+    """Whether questions were asked as chats; examples are then turns of their own."""
+    tasks: tuple[TaskResult, ...]
+    notes: tuple[str, ...]
+    """What the harness warned of, such as prompts that were cut."""
+
+
 class EvalReport(Record):
     """One evaluation. What could not be measured is None, and a reason stands beside it."""
 
     target: Target
-    rows: RowCounts
+    rows: RowCounts | None
+    """None where only tasks were asked for."""
     loss: float | None
     """Nats per token that counts, as `eval_loss` of a run."""
     perplexity: float | None
@@ -94,27 +138,26 @@ class EvalReport(Record):
     trained_tokens: int | None
     answers: Answers | None
     answers_reason: str | None
+    harness: HarnessReport | None = None
+    """None where no tasks were asked for."""
     settings: dict[str, Any]
     versions: dict[str, str]
     seconds: float
 
     def summary(self) -> str:
         """The report as a small table of plain text."""
-        lines = [("target", self._target()), ("rows", self._rows()), *(("refused", one) for one in self.rows.reasons)]
-        lines += [("loss", self._loss()), *self._answers()]
+        lines = [("target", self._target())]
+        if self.rows is not None:
+            lines += [("rows", _rows(self.rows)), *(("refused", one) for one in self.rows.reasons)]
+            lines += [("loss", self._loss()), *self._answers()]
+        if self.harness is not None:
+            lines += _tasks(self.harness)
         return "\n".join(f"{name:<12}  {text}" for name, text in lines)
 
     def _target(self) -> str:
         target = self.target
         more = {"endpoint": f", model {target.model}", "adapter": f" on {target.model}"}.get(target.kind, "")
         return f"{target.path}: {target.kind}{more}" + (f", step {target.step}" if target.step is not None else "")
-
-    def _rows(self) -> str:
-        rows = self.rows
-        names = ", ".join(f"{os.path.basename(file.path)} ({file.sha256[:12]})" for file in rows.files[:3])
-        more = f" and {len(rows.files) - 3} more" if len(rows.files) > 3 else ""
-        cut = f", of which {rows.cut:,} were cut" if rows.cut else ""
-        return f"{names}{more}: {rows.read:,} read, {rows.used:,} used{cut}, {rows.refused:,} refused"
 
     def _loss(self) -> str:
         if self.loss is None:
@@ -136,16 +179,48 @@ class EvalReport(Record):
         return lines
 
 
-def report_place(target: Target, rows: str) -> str | None:
-    """Where the report of a run or checkpoint is kept: beside the run, under the name of the rows; else None."""
+def _rows(rows: RowCounts) -> str:
+    names = ", ".join(f"{os.path.basename(file.path)} ({file.sha256[:12]})" for file in rows.files[:3])
+    more = f" and {len(rows.files) - 3} more" if len(rows.files) > 3 else ""
+    cut = f", of which {rows.cut:,} were cut" if rows.cut else ""
+    return f"{names}{more}: {rows.read:,} read, {rows.used:,} used{cut}, {rows.refused:,} refused"
+
+
+def _tasks(found: HarnessReport) -> list[tuple[str, str]]:
+    lines = [
+        ("tasks", f"lm-evaluation-harness {found.version}, asked as {'chats' if found.chat_template else 'plain text'}")
+    ]
+    for task in found.tasks:
+        fewshot = "" if task.num_fewshot is None else f", {task.num_fewshot}-shot"
+        of = "" if task.num_available in (None, task.num_samples) else f" of {task.num_available:,}"
+        about = f"{task.name} (version {task.version or 'unknown'}{fewshot}, {task.num_samples:,}{of} samples)"
+        lines.append(("task", f"{about}: {', '.join(map(scored, task.scores)) or 'see its parts'}"))
+    return lines + [("note", note) for note in found.notes]
+
+
+def scored(score: TaskScore) -> str:
+    """`exact_match 0.25 ± 0.1 (flexible-extract)`."""
+    value = "unknown" if score.value is None else f"{score.value:.4g}"
+    error = "" if score.stderr is None else f" ± {score.stderr:.2g}"
+    return f"{score.metric} {value}{error}" + ("" if score.filter == "none" else f" ({score.filter})")
+
+
+def report_place(target: Target, rows: str | None, tasks: Sequence[str] = ()) -> str | None:
+    """Where the report of a run or checkpoint is kept: beside the run, under the name of the rows; else None.
+
+    Where there are tasks alone, it is kept under their names.
+    """
     if target.kind not in ("run", "checkpoint"):
         return None
     folder = target.path.rstrip("/")
     if target.kind == "checkpoint":
         above, _, name = folder.rpartition("/")[0].rpartition("/")
         folder = above if name == "checkpoints" else folder.rpartition("/")[0]
-    base = rows.rstrip("/").rsplit("/", 1)[-1]
-    name = re.sub(r"[^\w.-]+", "-", base.rpartition(".")[0] or base).strip("-.") or "rows"
+    base = "-".join(["tasks", *tasks]) if rows is None else rows.rstrip("/").rsplit("/", 1)[-1]
+    stem = base if rows is None else base.rpartition(".")[0] or base
+    name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "rows"
+    if len(name) > _NAME_CHARS:
+        name = f"{name[:_NAME_CHARS]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return f"{folder or '.'}/eval-{name}.json"
 
 

@@ -1,21 +1,20 @@
-"""The model card: README.md of an export, written from its manifest, with the run's loss curve and evaluations.
+"""The model card: README.md of an export, written from its manifest, with the run's loss curve.
 
 Knows Markdown and what the manifest says; measures nothing. What is not known is left out, never guessed.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rayswift.export.manifest import MANIFEST, ExportManifest, Lineage, Quantization, VerifyResult
+from rayswift.evaluation.report import HarnessReport, scored
+from rayswift.export.manifest import MANIFEST, Evaluation, ExportManifest, Lineage, Quantization, VerifyResult
 from rayswift.training.run_dir import RunDir
 from rayswift.units import format_bytes
 
 CARD, CURVES = "README.md", "curves.png"
-_EVALUATIONS = "eval-"
 
 
 def write_card(manifest: ExportManifest, name: str, run: RunDir | None, folder: Path) -> None:
@@ -26,7 +25,7 @@ def write_card(manifest: ExportManifest, name: str, run: RunDir | None, folder: 
     lines = [*_head(manifest, name), *_origin(manifest)]
     if curves:
         lines += ["## Training", "", f"![loss]({CURVES})", ""]
-    lines += [*_evaluated(run, manifest.checkpoint_step), *_quantized(manifest), *_proved(manifest.verify), *_use(name)]
+    lines += [*_evaluated(manifest.evaluations), *_quantized(manifest), *_proved(manifest.verify), *_use(name)]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -71,19 +70,32 @@ def _trained_on(lineage: Lineage | None) -> dict[str, str]:
     return rows
 
 
-def _evaluated(run: RunDir | None, step: int | None) -> Iterator[str]:
-    """The reports of `rayswift eval` beside the run that are of the step exported."""
-    names = [name for name in run.names("") if name.startswith(_EVALUATIONS) and name.endswith(".json")] if run else []
-    found = [json.loads(run.read_text(name)) for name in names] if run else []
-    found = [one for one in found if one.get("target", {}).get("step") == step]
-    if not found:
-        return
-    yield from ("## Evaluation", "", "| rows | loss | perplexity | exact match | accuracy |", "|---|---|---|---|---|")
-    for one in found:
-        answers = one.get("answers") or {}
-        figures = (one.get("loss"), one.get("perplexity"), answers.get("exact_match"), answers.get("accuracy"))
-        files = ", ".join(f"`{Path(file['path']).name}`" for file in one["rows"]["files"])
-        yield f"| {files} ({one['rows']['used']}) | {' | '.join(_number(figure) for figure in figures)} |"
+def _evaluated(evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    """What `rayswift eval` measured, on rows and by tasks."""
+    on_rows = [one for one in evaluations if one.rows]
+    by_tasks = [one.harness for one in evaluations if one.harness]
+    if on_rows or by_tasks:
+        yield from ("## Evaluation", "")
+    if on_rows:
+        yield from ("| rows | loss | perplexity | exact match | accuracy |", "|---|---|---|---|---|")
+        for one in on_rows:
+            figures = (one.loss, one.perplexity, one.exact_match, one.accuracy)
+            files = ", ".join(f"`{Path(file).name}`" for file in one.rows)
+            yield f"| {files} ({one.num_rows}) | {' | '.join(_number(figure) for figure in figures)} |"
+        yield ""
+    for found in by_tasks:
+        yield from _tasks(found)
+
+
+def _tasks(found: HarnessReport) -> Iterator[str]:
+    yield f"lm-evaluation-harness {found.version}, asked as {'chats' if found.chat_template else 'plain text'}:"
+    yield from ("", "| task | version | shots | samples | result | sha256 |", "|---|---|---|---|---|---|")
+    for task in found.tasks:
+        shots = "-" if task.num_fewshot is None else str(task.num_fewshot)
+        of = "" if task.num_available in (None, task.num_samples) else f" of {task.num_available}"
+        results = ", ".join(map(scored, task.scores)) or "-"
+        about = f"| `{task.name}` | {task.version or '-'} | {shots} | {task.num_samples}{of} "
+        yield f"{about}| {results} | {f'`{task.sha256[:12]}`' if task.sha256 else '-'} |"
     yield ""
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rayswift.errors import ExportError
+from rayswift.evaluation.report import HarnessReport
 from rayswift.models.adapters import file_sha256
 from rayswift.models.staging import sync_folder
 
@@ -146,6 +147,21 @@ class VerifyResult(Record):
     """Whether the files of the processor make the same features; true for a model of text."""
 
 
+class Evaluation(Record):
+    """What a report of `rayswift eval` beside the run says of the step exported. None is what was not measured."""
+
+    report: str
+    rows: dict[str, str | None]
+    """The sha256 of each file that rows were read from; empty where only tasks were asked for."""
+    num_rows: int
+    loss: float | None
+    perplexity: float | None
+    exact_match: float | None
+    accuracy: float | None
+    harness: HarnessReport | None
+    """What tasks of the lm-evaluation-harness gave."""
+
+
 class ExportManifest(Record):
     """One export. Invariant: `files` were complete, and verified where `verify` is set, before this was written."""
 
@@ -167,6 +183,8 @@ class ExportManifest(Record):
     """Whether the checkpoint is the last one of a run that trained to its end; null without a checkpoint."""
     lineage: Lineage | None = None
     """Null for what was not trained here."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """Of the trained model in float32, before it was rounded or quantized."""
     versions: dict[str, str]
     merge: Difference | None
     """The merged model against base plus adapter, both in float32; null without an adapter."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import manifest as manifests
 from rayswift.export.card import write_card
+from rayswift.export.evaluations import evaluations_of
 from rayswift.export.manifest import ExportManifest
 from rayswift.export.merge import build
 from rayswift.export.quantize import QuantizeSpec, load_quantizer, write_ignored
@@ -108,6 +109,7 @@ def export(
             checkpoint_step=what.step,
             run_finished=what.finished,
             lineage=what.lineage,
+            evaluations=evaluations_of(what.run, what.step),
             versions=manifests.current_versions(),
             merge=merged.change,
             verify=result,

@@ -18,12 +18,14 @@ from typing import Any
 import openai
 import pytest
 
+from rayswift import api
 from rayswift.cluster.session import worker_python
 from rayswift.errors import ConfigError, ServeError
 from rayswift.serving.app import RunningEndpoint, build_app, serve_in_background
 from rayswift.serving.auth import fingerprint
 from rayswift.serving.process import check_port
 from rayswift.serving.spec import ServeSpec
+from tests.harness_cases import QUESTIONS, write_answer
 
 pytestmark = pytest.mark.ray
 _KEY = "ray-test-key-5b1f0c"
@@ -101,6 +103,34 @@ def _streamed(client: openai.OpenAI, messages: Any, max_tokens: int) -> str:
     assert usage is not None
     assert 0 < usage.completion_tokens <= max_tokens
     return text
+
+
+def test_tasks_of_the_harness_are_worth_what_they_are_without_a_server(
+    endpoint: RunningEndpoint, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As chats and as plain text: the same prompts, and the same greedy answers."""
+    pytest.importorskip("lm_eval", reason="needs the extra `harness`")
+    monkeypatch.setenv("RAYSWIFT_API_KEY", _KEY)
+    for is_chat in (True, False):
+        with openai.OpenAI(base_url=endpoint.url, api_key=_KEY, max_retries=0, timeout=60) as client:
+            said = [_greedy(client, question, is_chat) for question in QUESTIONS[:4]]
+        folder = tmp_path / str(is_chat)
+        settings = {"until": ["no such text"], "max_gen_toks": 12}
+        write_answer(folder, [*said[:3], f"not {said[3]}"], generation_kwargs=settings)
+        options: dict[str, Any] = {"tasks": ("own_answer",), "include_path": str(folder), "chat_template": is_chat}
+        served, own = api.evaluate(endpoint.url, **options), api.evaluate(str(tiny_model_dir), **options)
+        assert served.harness is not None
+        assert own.harness is not None
+        assert served.harness.tasks[0].scores == own.harness.tasks[0].scores
+        assert served.harness.tasks[0].scores[0].value == 0.75
+
+
+def _greedy(client: openai.OpenAI, question: str, is_chat: bool) -> str:
+    if not is_chat:
+        return client.completions.create(model="tiny", prompt=question, max_tokens=12, temperature=0).choices[0].text
+    messages: Any = [{"role": "user", "content": question}]
+    reply = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0)
+    return reply.choices[0].message.content or ""
 
 
 def test_a_stream_gives_the_text_of_a_whole_reply(client: openai.OpenAI) -> None:

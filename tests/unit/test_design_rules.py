@@ -23,6 +23,7 @@ LAYERS = {
     "rayswift.config": 1,
     "rayswift.planning": 2,
     "rayswift.data.pipeline": 6, "rayswift.serving.app": 6, "rayswift.serving.controller": 6,
+    "rayswift.serving.front": 6, "rayswift.serving.remote": 6, "rayswift.serving.rollout": 6,
     "rayswift.data": 3, "rayswift.models": 3, "rayswift.methods": 3,
     "rayswift.parallel": 4,
     "rayswift.training": 5, "rayswift.rollout": 5, "rayswift.export": 5, "rayswift.serving": 5,
@@ -43,7 +44,7 @@ THIRD_PARTY: dict[int, set[str]] = {
     },
     4: {"deepspeed", "torchao"},
     5: {"matplotlib", "tensorboard", "tensorboardX", "wandb", "mlflow", "trackio", "vllm", "starlette", "openai",
-        "jiter", "llmcompressor", "compressed_tensors", "jsonschema_rs"},
+        "jiter", "llmcompressor", "compressed_tensors", "jsonschema_rs", "lm_eval", "aiohttp"},
     6: {"ray", "fastapi"},
     7: {"typer", "sklearn"},
 }  # fmt: skip
@@ -236,7 +237,7 @@ def test_the_readme_lists_every_command() -> None:
 
     group = get_command(app)
     commands = {
-        f"{name} {inner}" if getattr(command, "commands", None) else name
+        f"{name} {inner}" if getattr(command, "commands", None) and inner != getattr(command, "default", None) else name
         for name, command in group.commands.items()  # type: ignore[attr-defined]
         for inner in (getattr(command, "commands", None) or {name: None})
     }

@@ -4,88 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rayswift import api
 from rayswift.errors import ConfigError, ServeError
-
-KEY = "a-key-of-the-endpoint"
-
-
-class StandIn(ThreadingHTTPServer):
-    """Repeats the last word of the last message as its answer; refuses `too long`, and fails at `break`."""
-
-    def __init__(self, models: tuple[str, ...] = ("demo",), key: str | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.models, self.key = models, key
-        self.seen: list[dict[str, Any]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: StandIn
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        if self._allowed():
-            data = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in self.server.models]
-            self._send(200 if self.path == "/v1/models" else 404, {"object": "list", "data": data})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not self._allowed():
-            return
-        if self.path != "/v1/chat/completions" or body["model"] not in self.server.models:
-            self._error(404, "The model does not exist")
-            return
-        self.server.seen.append(body)
-        said = body["messages"][-1]["content"]
-        if said in ("too long", "break"):
-            self._error(400 if said == "too long" else 501, f"{said}, says the endpoint")
-            return
-        message = {"role": "assistant", "content": said.split()[-1]}
-        reason = "length" if "forever" in said else "stop"
-        choices = [{"index": 0, "message": message, "finish_reason": reason}]
-        self._send(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "demo", "choices": choices})
-
-    def _allowed(self) -> bool:
-        allowed = self.server.key is None or self.headers["Authorization"] == f"Bearer {self.server.key}"
-        if not allowed:
-            self._error(401, "wrong key")
-        return allowed
-
-    def _error(self, status: int, message: str) -> None:
-        self._send(status, {"error": {"message": message, "type": "t", "param": None, "code": None}})
-
-    def _send(self, status: int, body: dict[str, Any]) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("x-should-retry", "false")  # the client would wait before it tries again
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        return None
-
-
-def started(server: StandIn) -> Iterator[StandIn]:
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+from tests.endpoint_cases import KEY, StandIn, started
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,52 @@
+"""What `rayswift eval` left beside a run about the step that is exported, for the manifest and the card.
+
+Knows where reports lie and what of them is told on; measures nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from rayswift.evaluation.report import HarnessReport
+from rayswift.export.manifest import Evaluation
+from rayswift.training.run_dir import RunDir
+
+_PREFIX, _SUFFIX = "eval-", ".json"
+
+
+def evaluations_of(run: RunDir | None, step: int | None) -> tuple[Evaluation, ...]:
+    """The reports beside the run that are of this step, by name. What is no report is passed over, with a warning."""
+    return tuple(_found(run, step)) if run is not None else ()
+
+
+def _found(run: RunDir, step: int | None) -> Iterator[Evaluation]:
+    for name in sorted(run.names("")):
+        if not (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
+            continue
+        try:
+            report = json.loads(run.read_text(name))
+            if report["target"].get("step") == step:
+                yield _evaluation(name, report)
+        except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+            reason = " ".join(str(error).split())[:200]
+            print(f"warning: passed over {run.path(name)}, which is no report: {reason}", file=sys.stderr)
+
+
+def _evaluation(name: str, report: Mapping[str, Any]) -> Evaluation:
+    rows, answers = report.get("rows") or {}, report.get("answers") or {}
+    harness = report.get("harness")
+    return Evaluation(
+        report=name,
+        rows={file["path"]: file.get("sha256") for file in rows.get("files", ())},
+        num_rows=rows.get("used", 0),
+        loss=report.get("loss"),
+        perplexity=report.get("perplexity"),
+        exact_match=answers.get("exact_match"),
+        accuracy=answers.get("accuracy"),
+        harness=None if harness is None else HarnessReport.model_validate(harness),
+    )
