@@ -6,6 +6,7 @@ Knows copying from storage and when a copy is out of date. Which folders are ada
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -16,29 +17,40 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rayswift.errors import ConfigError
 from rayswift.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BINDING
 from rayswift.serving.adapters import check_adapter_name, find_adapter
-from rayswift.serving.api_errors import unknown_model
+from rayswift.serving.api_errors import ApiError, unknown_model
 from rayswift.serving.engine import Adapter, Refused
 
-_MAX_LISTED = 1000
+_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BINDING)
+_MAX_LISTED, _MAX_TRIES = 1000, 3
 _MAX_BYTES = 4 * 2**30
 LOOK_EVERY_S = 10.0
-"""How often a storage is asked whether an adapter was written again: not with every request."""
+"""How often a storage is asked whether an adapter was written again, and what it holds: not with every request."""
+_log = logging.getLogger("rayswift.serving")
 
 
 class AdapterStore:
-    """Adapters below a local folder or a URL. Safe to call from several threads."""
+    """Adapters below a local folder or a URL. Safe to call from several threads.
+
+    Credentials of a storage are those that its fsspec package finds, such as AWS_ACCESS_KEY_ID in the environment of
+    this process. Raises ConfigError where that package is not installed.
+    """
 
     def __init__(self, root: str) -> None:
-        self._root, self._is_remote = root, "://" in root
+        self._root, self._is_remote = root.rstrip("/"), "://" in root
         self._lock, self._copied, self._looked = threading.Lock(), dict[str, str](), dict[str, float]()
+        self._listing, self._listed, self._listed_at = threading.Lock(), tuple[str, ...](), -LOOK_EVERY_S
         self._home = own_folder(self, "rayswift-adapters-") if self._is_remote else None
+        if self._is_remote:
+            _check_package(root)
 
     def find(self, name: str) -> Adapter:
         """The adapter of a name, copied here first if it lies in a storage. Raises ApiError (404) where there is none.
 
-        Raises Refused for one that is too large to be fetched.
+        Raises Refused for one that is too large to be fetched, and ApiError (503) while a storage does not answer,
+        unless it has been copied before.
         """
         if self._home is None:
             return Adapter(name, str(find_adapter(Path(self._root), name)))
@@ -50,36 +62,88 @@ class AdapterStore:
             return Adapter(name, str(find_adapter(self._home, name)))
 
     def names(self) -> list[str]:
-        """The sorted names of the adapters directly below a local folder; storages are not listed."""
+        """The sorted names of the adapters directly below the folder; of a storage, when it was last looked at.
+
+        Never waits for a storage: it is looked at in the background.
+        """
+        if self._is_remote:
+            is_due = time.monotonic() - self._listed_at >= LOOK_EVERY_S
+            if is_due and self._listing.acquire(blocking=False):
+                threading.Thread(target=self._list, daemon=True).start()
+            return list(self._listed)
         found: list[str] = []
-        if not self._is_remote:
-            with suppress(OSError):
-                folders = sorted(os.scandir(self._root), key=lambda entry: entry.name)[:_MAX_LISTED]
-                found = [entry.name for entry in folders if (Path(entry.path) / ADAPTER_CONFIG).is_file()]
+        with suppress(OSError):
+            folders = sorted(os.scandir(self._root), key=lambda entry: entry.name)[:_MAX_LISTED]
+            found = [entry.name for entry in folders if (Path(entry.path) / ADAPTER_CONFIG).is_file()]
         return found
 
-    def _fetch(self, name: str, home: Path) -> None:
-        """Copies the adapter's files unless the copy is of what is there now."""
+    def _list(self) -> None:
+        """Looks at a storage. A folder that was an adapter is not asked again whether it is one."""
         from fsspec.core import url_to_fs
 
         try:
-            fs, folder = url_to_fs(f"{self._root.rstrip('/')}/{name}")
+            fs, folder = url_to_fs(self._root)
             fs.invalidate_cache()
-            files = {file: fs.info(f"{folder}/{file}") for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BINDING)}
-        except Exception as error:  # every backend raises its own types for what is not there
+            entries = sorted(
+                str(entry["name"]).rstrip("/") for entry in fs.ls(folder, detail=True) if entry["type"] == "directory"
+            )
+            known = set(self._listed)
+            self._listed = tuple(
+                name for path in entries[:_MAX_LISTED]
+                if (name := path.rpartition("/")[2]) in known or fs.exists(f"{path}/{ADAPTER_CONFIG}")
+            )  # fmt: skip
+        except Exception as error:  # every backend raises its own types
+            _log.warning("%s cannot be listed: %s %s", self._root, type(error).__name__, error)
+        finally:
+            self._listed_at = time.monotonic()
+            self._listing.release()
+
+    def _fetch(self, name: str, home: Path) -> None:
+        """Copies the adapter's files unless the copy is of what is there now."""
+        try:
+            self._copy(name, home / name)
+        except FileNotFoundError as error:
             raise unknown_model(name) from error
-        if sum(int(info["size"]) for info in files.values()) > _MAX_BYTES:
-            raise Refused(f"the adapter {name} is larger than {_MAX_BYTES} bytes")
-        state = repr({file: _state(fs, f"{folder}/{file}", info) for file, info in files.items()})
-        if self._copied.get(name) == state:
-            return
-        target = home / name
-        target.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            partial = target / f".{file}.part"
-            fs.get_file(f"{folder}/{file}", str(partial))
-            os.replace(partial, target / file)
-        self._copied[name] = state
+        except Refused:
+            raise
+        except Exception as error:  # every backend raises its own types for what fails
+            _log.warning("%s/%s cannot be fetched: %s %s", self._root, name, type(error).__name__, error)
+            if name not in self._copied:
+                raise ApiError("the storage of the adapters does not answer; try again shortly", status=503,
+                               headers={"Retry-After": "10"}) from error  # fmt: skip
+
+    def _copy(self, name: str, target: Path) -> None:
+        """Until the files are of one state: they may be written again while they are copied."""
+        from fsspec.core import url_to_fs
+
+        fs, folder = url_to_fs(f"{self._root}/{name}")
+        for _ in range(_MAX_TRIES):
+            state = _state(fs, folder, name)
+            if self._copied.get(name) == state:
+                return
+            target.mkdir(parents=True, exist_ok=True)
+            for file in _FILES:
+                fs.get_file(f"{folder}/{file}", str(target / f".{file}.part"))
+            if _state(fs, folder, name) == state:
+                for file in _FILES:
+                    os.replace(target / f".{file}.part", target / file)
+                self._copied[name] = state
+                return
+        raise OSError(f"was written again {_MAX_TRIES} times while it was fetched")
+
+
+def _check_package(root: str) -> None:
+    """Raises ConfigError where fsspec does not know the storage, or its package is not installed."""
+    import fsspec
+
+    protocol = root.partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"cannot be read from here: {error}", path="adapters", value=root,
+            fix="install rayswift[s3], rayswift[gcs] or the package named in the environment that serves",
+        ) from error  # fmt: skip
 
 
 def own_folder(owner: object, prefix: str) -> Path:
@@ -89,8 +153,16 @@ def own_folder(owner: object, prefix: str) -> Path:
     return Path(folder)
 
 
-def _state(fs: Any, path: str, info: dict[str, Any]) -> Any:
-    """What changes when a file is written again: its ETag or its time, and its size."""
+def _state(fs: Any, folder: str, name: str) -> str:
+    """What changes when an adapter is written again: sizes, and ETags or times. Raises Refused for one too large."""
+    fs.invalidate_cache()
+    files = {file: fs.info(f"{folder}/{file}") for file in _FILES}
+    if sum(int(info["size"]) for info in files.values()) > _MAX_BYTES:
+        raise Refused(f"the adapter {name} is larger than {_MAX_BYTES} bytes")
+    return repr({file: _version(fs, f"{folder}/{file}", info) for file, info in files.items()})
+
+
+def _version(fs: Any, path: str, info: dict[str, Any]) -> Any:
     with suppress(NotImplementedError, KeyError):
         return fs.checksum(path)
     return (info["size"], info.get("mtime"), info.get("ETag"))

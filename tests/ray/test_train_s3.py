@@ -13,28 +13,15 @@ from rayswift import api
 from rayswift.cluster.session import session
 from rayswift.config.job import Job
 from rayswift.training import checkpoint
+from tests.s3_cases import s3_bucket
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An s3fs file system on a private server, which Ray's processes find through the environment."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    settings = {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1"}
-    for name, value in {**settings, "ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    files = s3fs.S3FileSystem()
-    files.mkdir("bucket")
-    yield files
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    """A private store, which Ray's processes find through the environment."""
+    yield from s3_bucket(monkeypatch)
 
 
 def test_a_run_lives_in_an_object_store(

@@ -1,0 +1,124 @@
+"""Adapters in an object store, over the protocol of S3: listed, fetched, fetched again, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from rayswift.errors import ConfigError
+from rayswift.serving import adapter_store
+from rayswift.serving.adapter_store import AdapterStore
+from rayswift.serving.api_errors import ApiError
+from tests.s3_cases import s3_bucket
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(adapter_store, "LOOK_EVERY_S", 0.0)
+    yield from s3_bucket(monkeypatch)
+
+
+def upload(bucket: Any, path: str, weights: bytes, **config: Any) -> None:
+    bucket.pipe_file(f"{path}/adapter_config.json", json.dumps({"peft_type": "LORA", **config}).encode())
+    bucket.pipe_file(f"{path}/rayswift_base.json", b"{}")
+    bucket.pipe_file(f"{path}/{WEIGHTS}", weights)
+
+
+def until(holds: Callable[[], bool], limit_s: float = 20.0) -> None:
+    end = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.02)
+
+
+def test_an_adapter_is_listed_fetched_and_fetched_again_after_a_change(bucket: Any) -> None:
+    upload(bucket, "bucket/adapters/a", b"first")
+    bucket.pipe_file("bucket/adapters/notes/readme.txt", b"no adapter")
+    bucket.pipe_file("bucket/adapters/file", b"no folder")
+    store = AdapterStore("s3://bucket/adapters/")
+    until(lambda: store.names() == ["a"])
+    folder = Path(store.find("a").folder)
+    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", WEIGHTS, "rayswift_base.json"]
+    inode = (folder / WEIGHTS).stat().st_ino
+    store.find("a")
+    assert (folder / WEIGHTS).stat().st_ino == inode  # looked at, and not fetched
+    upload(bucket, "bucket/adapters/a", b"other")  # as long as before: only the ETag tells
+    assert store.find("a").folder == str(folder)
+    assert (folder / WEIGHTS).read_bytes() == b"other"
+    upload(bucket, "bucket/adapters/team/b", b"nested")
+    assert (Path(store.find("team/b").folder) / WEIGHTS).read_bytes() == b"nested"
+    upload(bucket, "bucket/adapters/c", b"new")
+    until(lambda: store.names() == ["a", "c"])
+    bucket.rm("bucket/adapters/a", recursive=True)
+    until(lambda: store.names() == ["c"])
+    with pytest.raises(ApiError, match="does not exist"):
+        store.find("a")
+
+
+@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/secret", "..", "a/b/c/d/e", "s3://bucket/secret"])
+def test_a_name_that_would_leave_the_folder_is_no_adapter(bucket: Any, name: str) -> None:
+    for path in ("bucket/secret", "bucket/adapters/a", "bucket/adapters/../secret"):
+        upload(bucket, path, b"x")
+    with pytest.raises(ApiError, match="does not exist") as caught:
+        AdapterStore("s3://bucket/adapters").find(name)
+    assert caught.value.status == 404
+
+
+def test_an_adapter_that_names_code_is_not_served(bucket: Any) -> None:
+    upload(bucket, "bucket/adapters/a", b"x", auto_mapping={"parent_library": "os"})
+    with pytest.raises(ApiError, match="does not exist"):
+        AdapterStore("s3://bucket/adapters").find("a")
+
+
+def test_an_adapter_written_while_it_is_fetched_is_fetched_whole(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload(bucket, "bucket/adapters/a", b"first", r=8)
+    own, pending = bucket.get_file, [b"second"]
+
+    def get_file(remote: str, local: str) -> None:
+        own(remote, local)
+        if pending:  # after the old config, before the weights
+            upload(bucket, "bucket/adapters/a", pending.pop(), r=16)
+
+    monkeypatch.setattr(bucket, "get_file", get_file)
+    store = AdapterStore("s3://bucket/adapters")
+    folder = Path(store.find("a").folder)
+    assert not pending
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 16
+    assert (folder / WEIGHTS).read_bytes() == b"second"
+
+
+def test_a_storage_that_refuses_costs_no_copy_that_is_here(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    upload(bucket, "bucket/adapters/a", b"first")
+    store = AdapterStore("s3://bucket/adapters")
+    store.find("a")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(bucket, "info", refuse)
+    assert (Path(store.find("a").folder) / WEIGHTS).read_bytes() == b"first"
+    with pytest.raises(ApiError, match="does not answer; try again shortly") as caught:
+        store.find("b")
+    assert (caught.value.status, caught.value.headers["Retry-After"]) == (503, "10")
+    assert "s3://bucket/adapters/b cannot be fetched: PermissionError Forbidden" in caplog.text
+
+
+def test_without_the_package_of_the_storage_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that serves may run in another environment than the command line."""
+
+    def absent(protocol: str) -> None:
+        raise ImportError(f"Install {protocol}fs to access S3")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", absent)
+    with pytest.raises(ConfigError, match=r"adapters=s3://bucket/a cannot be read from here: Install s3fs .*\[s3\]"):
+        AdapterStore("s3://bucket/a")
