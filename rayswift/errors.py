@@ -54,6 +54,12 @@ class ExportError(RaySwiftError):
     exit_code = 5
 
 
+class PromotionError(RaySwiftError):
+    """A new version was not good enough to answer; the one before it does."""
+
+    exit_code = 5
+
+
 class ServeError(RaySwiftError):
     """The endpoint cannot start or cannot answer."""
 

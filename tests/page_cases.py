@@ -17,8 +17,10 @@ from starlette.datastructures import Headers
 from rayswift.export import manifest
 from rayswift.serving.admission import Admission
 from rayswift.serving.engine import FakeEngine
-from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.http import build_asgi
+from rayswift.serving.lineage import lineage_of
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 
 
@@ -44,7 +46,10 @@ def page_of(
 ) -> Iterator[Page]:
     """An endpoint that answers with these engines until the context ends."""
     paths = {name: str((folders or {}).get(name, "unused")) for name in engines}
-    models = {name: ServedModel(engine, prompts, Admission(4, 4)) for name, engine in engines.items()}
+    models = {
+        name: ServedModel(engine, prompts, Admission(4, 4), lineage=lineage_of(paths[name]))
+        for name, engine in engines.items()
+    }
     app, versions = build_asgi(ServeSpec(models=paths, **spec), models), list[str | None]()
 
     async def noting(scope: Any, receive: Any, send: Any) -> None:

@@ -19,9 +19,10 @@ from rayswift.models.loading import load_tokenizer
 from rayswift.serving.admission import Admission
 from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampling
 from rayswift.serving.engines.local import Local
-from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.http import build_asgi
 from rayswift.serving.messages import Message
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 from tests.multimodal_models import make
 

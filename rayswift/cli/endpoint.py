@@ -8,33 +8,54 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from rayswift.cli import promotion
 from rayswift.cli.options import Json, print_result
 from rayswift.errors import ConfigError
 
 app = typer.Typer()
 
 
-@app.command()
+class ServeCommands(TyperGroup):
+    """`rayswift serve FOLDER...` serves; `rayswift serve promote` and its like are about what is served."""
+
+    default = "start"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments, with the default command before any that name none."""
+        return super().parse_args(ctx, args if args and args[0] in self.commands else [self.default, *args])
+
+
+serve_app = typer.Typer(cls=ServeCommands)
+app.add_typer(serve_app, name="serve")
+for _command in (promotion.promote, promotion.rollback, promotion.versions):
+    serve_app.command()(_command)
+
+
+@serve_app.command("start")
 def serve(
     models: Annotated[list[str], typer.Argument(metavar="[NAME=]FOLDER...", help="Exports, or one YAML serve spec.")],
-    host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.  [default: 8000]")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 8000 by default.")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="File with the keys clients may send.")] = None,
-    engine: Annotated[str | None, typer.Option(help="Serving engine.  [default: local]")] = None,
+    engine: Annotated[str | None, typer.Option(help="vllm or local; vllm by default, where it is there.")] = None,
+    promotable: Annotated[bool, typer.Option("--promotable", help="Allow promotions while it serves.")] = False,
     as_json: Json = False,
 ) -> None:
     """Serves exports behind an OpenAI-compatible endpoint until Ctrl-C.
 
     Keys are read from --api-key-file or RAYSWIFT_API_KEY. Without one only this machine can ask. --json prints
-    url, models and pid once it answers.
+    url, models and pid once it answers. With --promotable, `rayswift serve promote EXPORT`, `serve rollback` and
+    `serve versions` change which version answers, without losing a request.
 
     Example: rayswift serve exports/sft-demo --port 8000
     """
     from rayswift.serving.app import run as serve_until_stopped
     from rayswift.serving.spec import parse
 
-    given = {"host": host, "port": port, "api_key_file": api_key_file, "engine": engine}
+    given = {"host": host, "port": port, "api_key_file": api_key_file, "engine": engine,
+             "promotable": promotable or None}  # fmt: skip
     spec = parse({**_served(models), **{k: v for k, v in given.items() if v is not None}})
     ready = {"url": spec.url, "models": list(spec.models), "pid": os.getpid()}
     tell = (lambda _: print(json.dumps(ready, indent=1), flush=True)) if as_json else None

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import ray
 
@@ -47,13 +48,21 @@ def configure(scheduling_timeout_s: float = 300) -> None:
             os.environ[name] = value
 
 
+def is_token_asked() -> bool:
+    """Whether the cluster of this process answers only to who has its token; so do those that `session` starts."""
+    return os.environ.get("RAY_AUTH_MODE") == "token"
+
+
 @contextmanager
-def session(address: str | None = None) -> Iterator[None]:
+def session(address: str | None = None, *, token: bool = False) -> Iterator[None]:
     """A Ray connection for the duration: the caller's own, the one at `address` or RAY_ADDRESS, or a fresh local one.
 
-    Raises PlanError when a cluster at an address cannot be reached.
+    `token` sends this user's Ray token to a cluster that asks for one. Raises PlanError when a cluster at an address
+    cannot be reached.
     """
     configure()
+    if token and not ray.is_initialized():
+        _send_token()
     if ray.is_initialized():
         yield
         return
@@ -137,6 +146,13 @@ def process_environment(cpus_per_process: float) -> dict[str, str]:
 
 def _is_for_train(name: str) -> bool:
     return name.startswith("RAY_TRAIN_")
+
+
+def _send_token() -> None:
+    """Ray reads the mode when it is imported, and joins an address that was named without a token. (ray 2.60)"""
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        cast("Any", ray)._raylet.Config.initialize("")
 
 
 def _join(address: str) -> None:

@@ -20,26 +20,15 @@ from typing import Any
 
 from ray import serve
 
-from rayswift import plugins
 from rayswift.cluster.session import session
 from rayswift.errors import ConfigError
 from rayswift.models.loading import check_folder
-from rayswift.serving import auth, controller, environment, process
-from rayswift.serving.admission import Admission
+from rayswift.serving import auth, controller, environment, front, process
 from rayswift.serving.controller import APP_NAME
-from rayswift.serving.engine import Engine
-from rayswift.serving.http import ServedModel, build_asgi
-from rayswift.serving.placement import actor_options, engine_options, replica_options
-from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.http import build_asgi
+from rayswift.serving.placement import actor_options, replica_options, serve_options
+from rayswift.serving.served import ServedModel, open_model
 from rayswift.serving.spec import ServeSpec
-from rayswift.serving.versions import version_of
-
-_SPARE_REQUESTS = 128
-"""Requests Serve lets in beyond the engine's places, so that refusals are answered by us and at once."""
-_MAX_WAITING_REQUESTS = 256
-"""Requests that may wait in Serve's proxy for one of those; further ones are told 503 and when to come back."""
-_SURGE_PERCENT = 25
-"""Replicas that an update starts beyond their number, rounded up, before it stops as many old ones."""
 
 
 class EndpointReplica:
@@ -64,16 +53,6 @@ class EndpointReplica:
             model.engine.check()
 
 
-async def open_model(spec: ServeSpec, folder: str) -> ServedModel:
-    """A started engine with its tokenizer and its places. Raises ConfigError or ServeError when it cannot load."""
-    from rayswift.models.loading import load_tokenizer
-
-    engine: Engine = plugins.load("serving.engines", spec.engine, path="engine")(folder, engine_options(spec, folder))
-    await engine.start()
-    prompts = PromptBuilder(load_tokenizer(folder), engine.media_encoder, spec.max_media, engine.max_model_len)
-    return ServedModel(engine, prompts, Admission(spec.max_concurrency, spec.max_queued), version_of(folder))
-
-
 def build_app(spec: ServeSpec) -> serve.Application:
     """The Ray Serve application of a spec whose folders and keys have been checked.
 
@@ -83,20 +62,25 @@ def build_app(spec: ServeSpec) -> serve.Application:
     Raises ConfigError for a folder that cannot be served, ExportError for an export that has changed since it was
     verified, ServeError for an endpoint that would be open to the network.
     """
+    if spec.promotable:
+        raise ConfigError(
+            "needs several applications, and this is one", path="promotable", value=True,
+            fix="use `rayswift serve --promotable`; under Ray Serve's own commands an update is another `serve deploy`",
+        )  # fmt: skip
+    return _application(_checked(spec))
+
+
+def _checked(spec: ServeSpec) -> ServeSpec:
+    """The spec with keys, folders and engine looked at; what was chosen for the user is told."""
     spec, note = environment.resolved(_with_checked_models(auth.secured(spec)))
     if note:
         print(f"note: {note}", file=sys.stderr)
-    places = len(spec.models) * (spec.max_concurrency + spec.max_queued)
+    return spec
+
+
+def _application(spec: ServeSpec) -> serve.Application:
     deployment: Any = serve.deployment(
-        name="endpoint",
-        **replica_options(spec),
-        max_ongoing_requests=places + _SPARE_REQUESTS,
-        max_queued_requests=_MAX_WAITING_REQUESTS,
-        max_surge_percent=_SURGE_PERCENT,
-        ray_actor_options=actor_options(spec),
-        max_constructor_retry_count=1,  # a model that does not load does not load the second time either
-        graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=spec.request_timeout_s,  # an update lets every answer end; see controller
+        name="endpoint", **replica_options(spec), **serve_options(spec), ray_actor_options=actor_options(spec)
     )(serve.ingress()(EndpointReplica))
     application: serve.Application = deployment.bind(spec)
     return application
@@ -125,14 +109,15 @@ def serve_in_background(spec: ServeSpec, *, address: str | None = None) -> Runni
     Raises ConfigError, ExportError or ServeError; then nothing is left running.
     """
     process.check_port(spec.host, spec.port)
-    application = build_app(spec)
+    spec = _checked(spec)
     with ExitStack() as resources:
         resources.enter_context(session(address))
         resources.enter_context(controller.serving(spec))
-        serve.run_many(
-            [serve.RunTarget(application, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False
-        )
-        controller.wait_until_answering(spec)
+        if spec.promotable:
+            resources.enter_context(front.serving_versions(spec))
+        else:
+            controller.deploy(APP_NAME, _application(spec), route_prefix="/")
+            controller.wait_until_answering(spec)
         return RunningEndpoint(spec, resources.pop_all())
 
 
@@ -170,7 +155,7 @@ def _with_checked_models(spec: ServeSpec) -> ServeSpec:
     for name, folder in spec.models.items():
         check_folder(folder, field=f"models.{name}")
         models[name] = str(Path(folder).resolve()) if os.path.isdir(folder) else folder
-        _check_export(name, folder)
+        _check_export(name, folder, spec.promotable)
     return spec.model_copy(update={"models": models, "adapters": _checked_roots(spec)})
 
 
@@ -184,10 +169,13 @@ def _checked_roots(spec: ServeSpec) -> dict[str, str]:
     return roots
 
 
-def _check_export(name: str, folder: str) -> None:
+def _check_export(name: str, folder: str, is_promotable: bool) -> None:
     from rayswift.export.manifest import MANIFEST, read_valid
 
     if (Path(folder) / MANIFEST).is_file():
         read_valid(folder)
+    elif is_promotable:
+        raise ConfigError(f"has no {MANIFEST}, and only exports have versions", path=f"models.{name}", value=folder,
+                          fix="export it, or serve it without promotable")  # fmt: skip
     else:
         print(f"models.{name}={folder} has no {MANIFEST}: it is served as it is, unverified", file=sys.stderr)

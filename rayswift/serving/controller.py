@@ -93,6 +93,12 @@ def _serve_controller() -> Any:
         return None
 
 
+def deploy(name: str, application: serve.Application, route_prefix: str | None = None) -> None:
+    """Have Serve start an application; see `wait_until_running`."""
+    target = serve.RunTarget(application, name=name, route_prefix=route_prefix)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
 def wait_until_answering(spec: ServeSpec) -> None:
     """Returns when the endpoint answers over HTTP. Raises ServeError when it failed or took too long."""
     wait_until_running(APP_NAME, spec, lambda: process.answers(spec))

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -20,59 +20,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from rayswift.errors import ServeError
-from rayswift.serving import flow, gate, openai, openapi, page, replies, streams, wishes
+from rayswift.serving import embeddings, flow, gate, openai, openapi, page, replies, streams, wishes
 from rayswift.serving.adapter_store import AdapterStore
-from rayswift.serving.admission import Admission, Places
-from rayswift.serving.api_errors import ApiError, model_not_allowed, unknown_model, unknown_version
-from rayswift.serving.engine import Adapter, Engine, Prompt, Refused, Request
-from rayswift.serving.lineage import lineage_of
-from rayswift.serving.openai import AnyRequest, ChatRequest, TextRequest
+from rayswift.serving.admission import Places
+from rayswift.serving.api_errors import ApiError, model_not_allowed, unknown_model
+from rayswift.serving.engine import Adapter, Prompt, Refused, Request
+from rayswift.serving.openai import AnyRequest, ChatRequest, EmbeddingRequest, TextRequest
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.replies import Answer, Reply
+from rayswift.serving.served import Served, ServedModel
 from rayswift.serving.spec import ServeSpec
 from rayswift.serving.versions import VERSION_HEADER
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """One started engine with the tokenizer that makes its prompts and the places it has."""
-
-    engine: Engine
-    prompts: PromptBuilder
-    admission: Admission
-    version: str | None = None
-    """Of the export that it was started from; None for any other folder."""
-    fallback: ServedModel | None = None
-    """What answers a request of which this one could not begin the answer."""
-
-    @property
-    def takes_media(self) -> bool:
-        """Whether there may be more than text in a conversation."""
-        return self.prompts.takes_media
-
-    def pick(self, version: str | None) -> ServedModel:
-        """The version that answers a request which asks for this one, or for none. Raises ApiError (404)."""
-        if version not in (None, self.version):
-            raise unknown_version()
-        return self
-
-    def check(self) -> None:
-        """Raises ServeError when it cannot answer any more."""
-        self.engine.check()
-
-
-class Served(Protocol):
-    """What is behind a model's name: one started engine, or several versions of which each request is given one."""
-
-    @property
-    def takes_media(self) -> bool:
-        """Whether there may be more than text in a conversation."""
-
-    def pick(self, version: str | None) -> ServedModel:
-        """The version that answers a request which asks for this one, or for none. Raises ApiError (404)."""
-
-    def check(self) -> None:
-        """Raises ServeError when it cannot answer any more."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +58,7 @@ def build_asgi(
             Route("/v1/models/{name:path}", endpoint.show_model, methods=["GET"]),
             Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
             Route("/v1/completions", endpoint.complete, methods=["POST"]),
+            Route("/v1/embeddings", endpoint.embed, methods=["POST"]),
             openapi.route(spec),
         ],
         middleware=[Middleware(gate.Gate, key_hashes=spec.api_key_sha256, keys=spec.api_keys, now_ns=now_ns)],
@@ -117,7 +76,6 @@ class Endpoint:
 
     def __init__(self, spec: ServeSpec, models: Mapping[str, Served]) -> None:
         self._spec, self._models, self._created = spec, models, int(time.time())
-        self._lineage = {name: lineage_of(folder) for name, folder in spec.models.items()}
         self._adapters = {base: AdapterStore(root) for base, root in spec.adapters.items()}
 
     async def health(self, _: HttpRequest) -> Response:
@@ -148,7 +106,9 @@ class Endpoint:
         return JSONResponse(self._card(name, self._base(name) if adapter else None))
 
     def _card(self, name: str, parent: str | None) -> dict[str, Any]:
-        return {**replies.model_card(name, self._created, parent), "rayswift": self._lineage.get(name)}
+        model = self._models[parent or name]
+        card = {**replies.model_card(name, self._created, parent), "task": "embed" if model.embeds else "generate"}
+        return {**card, "rayswift": None if parent else model.lineage}
 
     async def chat(self, request: HttpRequest) -> Response:
         """A chat completion, whole or streamed."""
@@ -157,6 +117,10 @@ class Endpoint:
     async def complete(self, request: HttpRequest) -> Response:
         """A text completion, whole or streamed."""
         return await self._guarded(request, TextRequest)
+
+    async def embed(self, request: HttpRequest) -> Response:
+        """The vectors of texts."""
+        return await self._guarded(request, EmbeddingRequest)
 
     async def _guarded(self, http: HttpRequest, kind: type[AnyRequest]) -> Response:
         """The reply, or an error body; no exception leaves, whatever went wrong."""
@@ -174,12 +138,6 @@ class Endpoint:
         if isinstance(request, ChatRequest) and request.num_chars > self._spec.max_body_bytes:
             raise flow.too_large(self._spec.max_body_bytes)
         model, adapter = self._find(http, request.model), await self._adapter(request.model)
-        if request.num_choices > self._spec.max_choices:
-            raise ApiError(
-                f"n: {request.num_choices} answers in one request are more than {self._spec.max_choices}",
-                param="n",
-                code="invalid_value",
-            )
         try:
             return await self._run(http, request, model, adapter, deadline)
         except ServeError as error:
@@ -191,11 +149,15 @@ class Endpoint:
     async def _run(
         self,
         http: HttpRequest,
-        request: ChatRequest | TextRequest,
+        request: ChatRequest | TextRequest | EmbeddingRequest,
         model: ServedModel,
         adapter: Adapter | None,
         deadline: float,
     ) -> Response:
+        embeddings.check_kind(request, model.engine)
+        if isinstance(request, EmbeddingRequest):
+            return await embeddings.reply(http, request, model, deadline)
+        wishes.check_choices(request, self._spec.max_choices)
         places = model.admission.enter(request.num_choices)  # before the prompt: images cost time
         try:
             return await self._reply(http, request, await self._plan(request, model, adapter, deadline), model, places)

@@ -30,6 +30,34 @@ def engine_options(spec: ServeSpec, folder: str) -> EngineOptions:
     )
 
 
+_SPARE_REQUESTS = 128
+"""Requests Serve lets in beyond the engine's places, so that refusals are answered by us and at once."""
+_MAX_WAITING_REQUESTS = 256
+"""Requests that may wait in Serve's proxy for one of those; further ones are told 503 and when to come back."""
+_SURGE_PERCENT = 25
+"""Replicas that an update starts beyond their number, rounded up, before it stops as many old ones."""
+
+
+def serve_options(spec: ServeSpec) -> dict[str, Any]:
+    """How Serve fills, updates and ends the replicas of any deployment of a spec."""
+    places = len(spec.models) * (spec.max_concurrency + spec.max_queued)
+    return {
+        "max_ongoing_requests": places + _SPARE_REQUESTS,
+        "max_queued_requests": _MAX_WAITING_REQUESTS,
+        "max_surge_percent": _SURGE_PERCENT,
+        "max_constructor_retry_count": 1,  # a model that does not load does not load the second time either
+        "graceful_shutdown_wait_loop_s": 0.5,
+        # An update lets every answer end; a stop does not wait as long, see `controller`.
+        "graceful_shutdown_timeout_s": spec.request_timeout_s,
+    }
+
+
+def front_options() -> dict[str, Any]:
+    """What Ray gives a process that has no engine in it: no core of its own, and the environment of the endpoint."""
+    variables = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "TOKENIZERS_PARALLELISM": "false"}
+    return {"num_cpus": 0, "runtime_env": {"env_vars": {**variables, "OMP_NUM_THREADS": "1"}}}
+
+
 def actor_options(spec: ServeSpec) -> dict[str, Any]:
     """What Ray gives a process that holds the spec's engines: cores, accelerators, and the engine's environment.
 

@@ -13,11 +13,30 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from rayswift.errors import ServeError
 from rayswift.serving import auth, keys
 from rayswift.serving.spec import ServeSpec
+
+
+class _Asked(NamedTuple):
+    """A question as a person may write it: its route, what it says in JSON and in Python, and where the answer is."""
+
+    path: str
+    json: str
+    python: str
+    shown: str
+
+
+_TURNS = '[{"role": "user", "content": "Hello"}]'
+_ANSWERS = _Asked("chat/completions", f'"messages": {_TURNS}', f"messages={_TURNS}", "choices[0].message.content")
+_VECTORS = _Asked("embeddings", '"input": ["Hello"]', 'input=["Hello"]', "data[0].embedding")
+"""Of a folder that sentence-transformers wrote."""
 
 
 def check_port(host: str, port: int) -> None:
@@ -42,18 +61,18 @@ def ready_text(spec: ServeSpec) -> str:
     name, keyed = next(iter(spec.models)), bool(spec.api_key_file or spec.has_keys or auth.VARIABLE in os.environ)
     header = f' \\\n    -H "Authorization: Bearer ${auth.VARIABLE}"' if keyed else ""
     key = f'os.environ["{auth.VARIABLE}"]' if keyed else '"none"'
-    question = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    asked = _VECTORS if (Path(spec.models[name]) / "modules.json").is_file() else _ANSWERS
     return f"""\
 Serving {", ".join(spec.models)} at {spec.url}, with a chat page at {spec.url.removesuffix("v1")}  (Ctrl-C stops)
 
-{_key_line(spec)}  curl {spec.url}/chat/completions{header} \\
+{_key_line(spec)}  curl {spec.url}/{asked.path}{header} \\
     -H "Content-Type: application/json" \\
-    -d '{question}'
+    -d '{{"model": "{name}", {asked.json}}}'
 
   {"import os; " if keyed else ""}from openai import OpenAI
   client = OpenAI(base_url="{spec.url}", api_key={key})
-  reply = client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])
-  print(reply.choices[0].message.content)
+  reply = client.{asked.path.replace("/", ".")}.create(model="{name}", {asked.python})
+  print(reply.{asked.shown})
 """
 
 
@@ -79,8 +98,9 @@ def answers(spec: ServeSpec) -> bool:
         return False
 
 
-def wait_for_stop_signal() -> None:
-    """Returns on Ctrl-C or SIGTERM. Off the main thread, where no signal arrives, only the process's end ends it."""
+@contextmanager
+def told_to_stop() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt for the duration, as Ctrl-C is. Off the main thread no signal arrives."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -88,9 +108,16 @@ def wait_for_stop_signal() -> None:
     in_main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, stop) if in_main else None
     try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print("stopping", file=sys.stderr)
+        yield
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, previous)
+
+
+def wait_for_stop_signal() -> None:
+    """Returns on Ctrl-C or SIGTERM. Off the main thread only the process's end ends it."""
+    with told_to_stop():
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("stopping", file=sys.stderr)

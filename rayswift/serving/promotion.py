@@ -51,7 +51,9 @@ class Policy:
     """Its share of the traffic, step by step; the last is 1."""
     step_s: float = 60.0
     min_requests: int = 20
-    """Answers of the candidate without which no step passes."""
+    """Answers of the candidate without which no step passes; 0 lets time and the verification prompts decide."""
+    max_wait_s: float = 900.0
+    """How long a step waits for those answers before the candidate goes back."""
     max_error_rate: float = 0.01
     max_latency_ratio: float = 1.5
     """Of its 50th and 95th percentiles, to the first token and to the last, to those of the live version."""
@@ -68,7 +70,7 @@ class Policy:
                 fix="write --steps 0.05,0.25,0.5,1",
             )  # fmt: skip
         for name, value, least in (
-            ("step_seconds", self.step_s, 0), ("min_requests", self.min_requests, 1),
+            ("step_seconds", self.step_s, 0), ("min_requests", self.min_requests, 0), ("max_wait", self.max_wait_s, 0),
             ("max_error_rate", self.max_error_rate, 0), ("max_latency_ratio", self.max_latency_ratio, 1),
         ):  # fmt: skip
             if not value >= least:
@@ -86,7 +88,12 @@ class Policy:
                 return slow
         if window.elapsed_s < self.step_s:
             return Hold()
-        return Advance() if enough else Hold(needs_requests=True)
+        if enough:
+            return Advance()
+        if window.elapsed_s < self.step_s + self.max_wait_s:
+            return Hold(needs_requests=True)
+        few = f"{candidate.ended} of {self.min_requests} answers in {window.elapsed_s:.0f} s"
+        return RollBack(f"there was too little traffic to judge it by, {few}; lower --min-requests")
 
     def _slower(self, candidate: Tally, live: Tally) -> RollBack | None:
         pairs = (("first token", candidate.first, live.first), ("whole answer", candidate.whole, live.whole))

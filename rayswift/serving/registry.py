@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,7 +102,8 @@ class EndpointRecord(_Record):
 
     address: str
     """Of its Ray cluster."""
-    namespace: str
+    token: bool = False
+    """Whether that asks for this user's Ray token."""
     url: str
     pid: int
 
@@ -139,6 +140,25 @@ def forget_endpoint(folder: str | os.PathLike[str], pid: int) -> None:
         record = read_endpoint(folder)
         if record is not None and record.pid == pid:
             (Path(folder) / ENDPOINT_FILE).unlink()
+
+
+@contextmanager
+def announced(served: Mapping[str, tuple[str, str]], endpoint: EndpointRecord) -> Iterator[None]:
+    """For the duration, the folders of exports say where they are served; model -> (version, its export), all live.
+
+    Raises ConfigError for a folder that cannot be written to, or whose versions are being changed.
+    """
+    homes = {model: Path(export).resolve().parent for model, (_, export) in served.items()}
+    try:
+        for model, (version, export) in served.items():
+            with locked(homes[model]):
+                if read(homes[model]).models.get(model, ModelVersions()).live != version:
+                    record(homes[model], model, version, export, "live", "served from the start of the endpoint")
+                write_endpoint(homes[model], endpoint)
+        yield
+    finally:
+        for home in set(homes.values()):
+            forget_endpoint(home, endpoint.pid)
 
 
 @contextmanager

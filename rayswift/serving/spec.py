@@ -159,6 +159,8 @@ class ServeSpec(Section):
     """Ray adds replicas up to this number while they are busy, and takes them away; null keeps `num_replicas`."""
     target_ongoing_requests: Annotated[Number, Field(gt=0)] | None = None
     """Requests per replica that Ray aims at when it adds or takes away; null is three quarters of max_concurrency."""
+    promotable: bool = False
+    """Whether a new version of a model can be promoted while it is served: `rayswift serve promote`. Exports only."""
     start_timeout_s: Annotated[Number, Field(gt=0)] = 600
     """Seconds to wait for the models to be placed, loaded and warmed up."""
 
@@ -166,6 +168,10 @@ class ServeSpec(Section):
     def _settings_agree(self) -> ServeSpec:
         if unknown := sorted(set(self.adapters) - set(self.models)):
             raise ValueError(f"adapters names {unknown[0]}, which is not among models; name one of them")
+        if self.promotable and self.adapters:
+            raise ValueError(
+                "adapters belong to one version of a model and cannot be served with promotable; leave one out"
+            )
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is less than num_replicas={self.num_replicas}")
         wanted = self.tensor_parallel * len(self.models)

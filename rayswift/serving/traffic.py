@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rayswift.errors import ServeError
 from rayswift.serving.api_errors import unknown_version
-from rayswift.serving.engine import Delta, Engine, Refused, Request
-from rayswift.serving.http import ServedModel
+from rayswift.serving.engine import Delta, Embedding, Engine, Refused, Request
+from rayswift.serving.served import ServedModel
 
 if TYPE_CHECKING:
     from rayswift.data.media.encoder import MediaEncoder
@@ -103,6 +105,10 @@ class CountedEngine:
     def can_constrain(self) -> bool:
         return self.inner.can_constrain
 
+    @property
+    def embedding(self) -> Embedding | None:
+        return self.inner.embedding
+
     async def start(self) -> None:
         await self.inner.start()
 
@@ -126,6 +132,20 @@ class CountedEngine:
         finally:
             self._end(outcome, first_s, time.monotonic() - began)
             await deltas.aclose()
+
+    async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
+        began, outcome = time.monotonic(), "abandoned"
+        self.tally = replace(self.tally, started=self.tally.started + 1)
+        try:
+            vector = await self.inner.embed(ids, num_dims)
+            outcome = "answered"
+            return vector
+        except Exception as error:
+            outcome = "answered" if isinstance(error, Refused) else "failed"
+            raise
+        finally:
+            took_s = time.monotonic() - began
+            self._end(outcome, took_s, took_s)
 
     def _end(self, outcome: str, first_s: float | None, whole_s: float) -> None:
         now = replace(self.tally, **{outcome: getattr(self.tally, outcome) + 1})
@@ -166,7 +186,7 @@ class Versions:
     """
 
     def __init__(self, models: Mapping[str, ServedModel], weights: Mapping[str, float], live: str) -> None:
-        self._models = dict(models)
+        self._models, self._live, self._weights = dict(models), live, dict(weights)
         self._falling_back = {
             name: model if name == live else replace(model, fallback=models[live]) for name, model in models.items()
         }
@@ -177,13 +197,36 @@ class Versions:
         """Whether there may be more than text in a conversation."""
         return any(model.takes_media for model in self._models.values())
 
+    @property
+    def embeds(self) -> bool:
+        """Whether it makes embeddings, as far as all versions do."""
+        return all(model.embeds for model in self._models.values())
+
+    @property
+    def lineage(self) -> dict[str, Any] | None:
+        """That of the live version, with those of all versions and their shares as `versions`."""
+        versions = [
+            {**(model.lineage or {"version": name}), "share": round(self._weights.get(name, 0.0), 4)}
+            for name, model in self._models.items()
+        ]
+        return {**(self._models[self._live].lineage or {"version": self._live}), "versions": versions}
+
     def pick(self, version: str | None) -> ServedModel:
-        """The version asked for, else the next by weight. Raises ApiError (404) for one that is not served."""
+        """The version asked for, else the next by weight that is not down. Raises ApiError (404) for an unknown one."""
         if version is None:
-            return self._falling_back[self._next()]
+            return self._well(self._next())
         if version not in self._models:
             raise unknown_version()
         return self._models[version]
+
+    def _well(self, version: str) -> ServedModel:
+        """The version, or the live one where this one is known to be down."""
+        if version != self._live:
+            try:
+                self._models[version].check()
+            except ServeError:
+                return self._models[self._live]
+        return self._falling_back[version]
 
     def check(self) -> None:
         """Raises ServeError when no version can answer any more."""

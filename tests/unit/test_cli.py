@@ -43,7 +43,8 @@ def commands() -> list[list[str]]:
     found = []
     for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]
         inner = getattr(command, "commands", None)
-        found += [[name, one] for one in inner] if inner else [[name]]
+        default = getattr(command, "default", None)  # which is meant where none is named
+        found += [[name] if one == default else [name, one] for one in inner] if inner else [[name]]
     return found
 
 

@@ -48,7 +48,7 @@ def test_an_error_survives_pickling_between_processes(kind: type[RaySwiftError])
 def test_exit_codes_are_those_of_the_contract() -> None:
     assert {kind.__name__: kind.exit_code for kind in TREE} == {
         "RaySwiftError": 1, "ConfigError": 2, "PlanError": 3, "DataError": 4, "CheckpointError": 1, "WorkerError": 1,
-        "ExportError": 5, "ServeError": 1,
+        "ExportError": 5, "PromotionError": 5, "ServeError": 1,
     }  # fmt: skip
 
 

@@ -26,29 +26,35 @@ import uvicorn
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving import flow
 from rayswift.serving.admission import Admission
-from rayswift.serving.engine import FakeEngine
-from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.engine import Embedding, FakeEngine
+from rayswift.serving.http import build_asgi
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 from rayswift.training.media import load_encoder
 from tests.multimodal_models import make
 from tests.serving_media_cases import image_part, picture, png
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept")  # processors asked directly
-_CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
+_CHAT, _TEXT, _VECTORS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 _JSON = {"Content-Type": "application/json"}
 _LIMIT_S = 1.0
 _MAX_BYTES = 2 * 2**20  # the default of a spec
 
 
 class _Server:
-    """The endpoint in a thread behind uvicorn, which Ray Serve listens with too. `m` takes text, `see` images."""
+    """The endpoint in a thread behind uvicorn, which Ray Serve listens with too.
+
+    `m` takes text, `see` images, `e` makes vectors.
+    """
 
     def __init__(self, text: Path, images: Path) -> None:
         self.spec = ServeSpec(
-            models={"m": "unused", "see": "unused"}, max_media=2, max_media_bytes=60_000, max_media_pixels=20_000
-        )
+            models={"m": "unused", "see": "unused", "e": "unused"}, max_media=2, max_media_bytes=60_000,
+            max_media_pixels=20_000,
+        )  # fmt: skip
         self.models = {name: self._model(folder) for name, folder in (("m", text), ("see", images))}
+        self.models["e"] = self._model(text, Embedding(8))
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         app = build_asgi(self.spec, self.models)
@@ -57,9 +63,9 @@ class _Server:
         self._thread.start()
         gc.freeze()  # as a replica does: what is imported need not be walked when a body has many objects
 
-    def _model(self, folder: Path) -> ServedModel:
+    def _model(self, folder: Path, embedding: Embedding | None = None) -> ServedModel:
         encoder = load_encoder(str(folder), self.spec.media) if folder.name == "llava" else None
-        engine = FakeEngine(media_encoder=encoder, can_constrain=True)
+        engine = FakeEngine(media_encoder=encoder, can_constrain=True, embedding=embedding)
         prompts = PromptBuilder(load_tokenizer(str(folder)), encoder, self.spec.max_media, engine.max_model_len)
         return ServedModel(engine, prompts, Admission(self.spec.max_concurrency, self.spec.max_queued))
 
@@ -81,7 +87,10 @@ class _Server:
             return response.status, response.read(), time.monotonic() - begin
 
     def is_well(self) -> bool:
-        return all(self.send(_case("good", partial(_good, name), 200))[0] == 200 for name in self.models)
+        good = [_case("good", partial(_good, name), 200) for name in ("m", "see")]
+        return all(
+            self.send(case)[0] == 200 for case in (*good, _case("good", partial(_embed, "hi"), 200, "", _VECTORS))
+        )
 
     def close(self) -> None:
         self._uvicorn.should_exit = True
@@ -150,6 +159,10 @@ def _says(content: Any, model: str = "m", **message: Any) -> dict[str, Any]:
 
 def _text(prompt: Any, **fields: Any) -> dict[str, Any]:
     return {"model": "m", "prompt": prompt} | fields
+
+
+def _embed(texts: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "e", "input": texts} | fields
 
 
 def _schema(schema: Any, name: str = "s") -> dict[str, Any]:
@@ -353,6 +366,41 @@ _CASES = [
     _case("a conversation of 2 MB", lambda: _says("a b " * 500_000), 400, _LONG),
     _case("a conversation of 70,000 parts", lambda: _says([{"type": "text", "text": "a"}] * 70_000), 400, _LONG),
     _case("prompt and answer beyond the context", lambda: _text("hi", max_tokens=64), 400, _LONG, _TEXT),
+    # texts to embed
+    _case("no input", lambda: {"model": "e"}, 400, "Missing required parameter: input", _VECTORS),
+    _case("an empty text", lambda: _embed(""), 400, "empty text", _VECTORS),
+    _case("an empty text among others", lambda: _embed(["a", ""]), 400, "empty text", _VECTORS),
+    _case("no texts", lambda: _embed([]), 400, "input", _VECTORS),
+    _case("no ids", lambda: _embed([[]]), 400, "input", _VECTORS),
+    _case("an input that is an object", lambda: _embed({}), 400, "input", _VECTORS),
+    _case("an input that is a number", lambda: _embed(5), 400, "input", _VECTORS),
+    _case("mixed texts", lambda: _embed(["a", 1]), 400, "input", _VECTORS),
+    _case("texts of texts", lambda: _embed([["a"]]), 400, "input", _VECTORS),
+    _case("deep texts", lambda: f'{{"model": "e", "input": {_nested(10_000)}}}'.encode(), 400, _DEEP, _VECTORS),
+    _case("2049 texts", lambda: _embed(["a"] * 2049), 400, "2048", _VECTORS),
+    _case("400,000 texts", lambda: _embed(["a"] * 400_000), 400, "2048", _VECTORS),
+    _case("400,000 texts of ids", lambda: _embed([[1]] * 400_000), 400, "2048", _VECTORS),
+    _case("an id over the vocabulary", lambda: _embed([[1], [10**6]]), 400, "token ids must be below", _VECTORS),
+    _case("a negative id", lambda: _embed([-1]), 400, "input", _VECTORS),
+    _case("an id that is true", lambda: _embed([True]), 400, "input", _VECTORS),
+    _case("a text beyond the context", lambda: _embed(["a", "word " * 300]), 400, _LONG, _VECTORS),
+    _case("a text of 2 MB", lambda: _embed("word " * (_FULL // 5)), 400, _LONG, _VECTORS),
+    _case("one word of 2 MB to embed", lambda: _embed("a" * _FULL), 400, _LONG, _VECTORS),
+    _case("600,000 ids", lambda: _embed([1] * 600_000), 400, _LONG, _VECTORS),
+    _case("2048 texts of 1 kB", lambda: _embed(["word " * 200] * 2048), 400, _LONG, _VECTORS),
+    _case("texts too large", lambda: _embed(["a" * 3000] * 1000), 413, "larger than", _VECTORS),
+    _case("another encoding", lambda: _embed("a", encoding_format="hex"), 400, "encoding_format", _VECTORS),
+    _case("no dimensions", lambda: _embed("a", dimensions=0), 400, "dimensions", _VECTORS),
+    _case("other dimensions", lambda: _embed("a", dimensions=4), 400, "8 numbers", _VECTORS),
+    _case("dimensions of 4000 digits", lambda: _embed("a", dimensions=10**4000), 400, "dimensions", _VECTORS),
+    _case("dimensions as text", lambda: _embed("a", dimensions="8"), 400, "dimensions", _VECTORS),
+    _case("a stream of vectors", lambda: _embed("a", stream=True), 400, "Unrecognized", _VECTORS),
+    _case("vectors of a model that talks", lambda: _embed("a", model="m"), 400, "generates text", _VECTORS),
+    _case("vectors of no model", lambda: _embed("a", model="x"), 404, "does not exist", _VECTORS),
+    _case("a chat with vectors", lambda: _good("e"), 400, "makes vectors"),
+    _case("a text of vectors", lambda: _text("hi", model="e"), 400, "makes vectors", _TEXT),
+    _case("vectors in a form", lambda: b"a=b", 415, "application/json", _VECTORS, headers={"Content-Type": _FORM}),
+    _case("a GET of vectors", lambda: b"", 405, "not allowed", _VECTORS, method="GET"),
     # images
     _case("an https URL", lambda: _image("https://example.org/a.png"), 400, "fetches no URL"),
     _case("an address in the cluster", lambda: _image("http://169.254.169.254/latest"), 400, "fetches no URL"),
@@ -378,7 +426,7 @@ _CASES = [
     _case("an image for a model of text", lambda: _says([image_part(_SMALL)]), 400, "text only"),
     _case("half a sound", lambda: _says([{"type": "input_audio", "input_audio": {}}], "see"), 400, "format"),
     # paths and methods
-    _case("an unknown path", lambda: _good("m"), 404, "Unknown request URL", "/v1/embeddings"),
+    _case("an unknown path", lambda: _good("m"), 404, "Unknown request URL", "/v1/audio/speech"),
     _case("a path of 30 kB", lambda: _good("m"), 404, "Unknown request URL", "/v1/" + "a" * 30_000),
     _case("a path that climbs", lambda: _good("m"), 404, "Unknown request URL", "/v1/../../etc/passwd"),
     _case("a path with a NUL", lambda: _good("m"), 404, "Unknown request URL", "/v1/%00"),

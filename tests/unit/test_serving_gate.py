@@ -16,9 +16,10 @@ from rayswift.models.loading import load_tokenizer
 from rayswift.serving import auth, keys
 from rayswift.serving.admission import Admission
 from rayswift.serving.engine import FakeEngine
-from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.http import build_asgi
 from rayswift.serving.limits import SECOND_NS
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 
 _PROMPT = "a-prompt-that-is-logged-nowhere"

@@ -15,9 +15,10 @@ from rayswift.models.loading import load_tokenizer
 from rayswift.serving import auth
 from rayswift.serving.admission import Admission
 from rayswift.serving.engine import Delta, FakeEngine, Refused, Request, TokenLogprob
-from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.http import build_asgi
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.replies import Answer, Reply
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 
 _KEY = "a-key-for-tests-0123"
@@ -188,7 +189,7 @@ _BAD: list[tuple[str, str, dict[str, Any], int, str]] = [
     ("POST", "/v1/completions", {"json": {"model": "m", "prompt": [10**6]}}, 400, "invalid_value"),
     ("GET", "/v1/chat/completions", {}, 405, "method_not_allowed"),
     ("DELETE", "/v1/models", {}, 405, "method_not_allowed"),
-    ("POST", "/v1/embeddings", {"json": {}}, 404, "unknown_url"),
+    ("POST", "/v1/audio/speech", {"json": {}}, 404, "unknown_url"),
     ("GET", "/docs", {}, 404, "unknown_url"),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 from rayswift.export.manifest import MANIFEST
 from rayswift.serving.admission import Admission
 from rayswift.serving.engine import FakeEngine
-from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.http import build_asgi
 from rayswift.serving.lineage import lineage_of
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 from rayswift.serving.versions import version_of
 from tests.page_cases import export_of
@@ -69,7 +71,7 @@ def test_it_stands_in_the_list_of_models_and_in_each(tmp_path: Path) -> None:
     folder = export_of(tmp_path / "one")
     served: Any = ServedModel(FakeEngine(), None, Admission(1, 1))  # type: ignore[arg-type]  # no prompt is made
     spec = ServeSpec(models={"one": str(folder), "plain": str(tmp_path)})
-    app = build_asgi(spec, {"one": served, "plain": served})
+    app = build_asgi(spec, {"one": replace(served, lineage=lineage_of(folder)), "plain": served})
 
     async def ask(path: str) -> Any:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:

@@ -23,9 +23,10 @@ from rayswift.serving.admission import Admission
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.engine import EngineOptions, FakeEngine
 from rayswift.serving.engines.local import Local
-from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.http import build_asgi
 from rayswift.serving.openai import ChatRequest, parse
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 from rayswift.training.media import load_encoder
 from tests.multimodal_models import make

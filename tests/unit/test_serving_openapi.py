@@ -17,10 +17,11 @@ from rayswift.serving import auth, page
 from rayswift.serving.admission import Admission
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.engine import FakeEngine
-from rayswift.serving.http import ServedModel, build_asgi
-from rayswift.serving.openai import ABSENT_OPTIONS, LABELS, ChatRequest, TextRequest, parse
+from rayswift.serving.http import build_asgi
+from rayswift.serving.openai import ABSENT_OPTIONS, LABELS, ChatRequest, EmbeddingRequest, TextRequest, parse
 from rayswift.serving.openapi import document
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 
 _KEY = "a-key-for-tests-0123"
@@ -71,7 +72,7 @@ def test_every_error_is_documented_in_openais_shape() -> None:
                 assert (schema["$ref"] == "#/components/schemas/Error") == (status != "200"), (path, status)
 
 
-def _is_documented(kind: type[ChatRequest | TextRequest], body: Any) -> bool:
+def _is_documented(kind: type[ChatRequest | TextRequest | EmbeddingRequest], body: Any) -> bool:
     made = document(_OPEN)
     schema = {"$ref": f"#/components/schemas/{kind.__name__}", "components": made["components"]}
     return bool(OAS31Validator(schema).is_valid(body))
@@ -91,6 +92,10 @@ def _chat(**fields: Any) -> dict[str, Any]:
 
 def _text(**fields: Any) -> dict[str, Any]:
     return {"model": "m", "prompt": "hi", **fields}
+
+
+def _vectors(texts: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "m", "input": texts, **fields}
 
 
 _IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
@@ -121,6 +126,19 @@ _SAME: list[tuple[type[Any], dict[str, Any], bool]] = [
     (TextRequest, _text(prompt=[[]]), False),
     (TextRequest, _text(logprobs=21), False),
     (TextRequest, {"model": "m"}, False),
+    (EmbeddingRequest, _vectors("a"), True),
+    (EmbeddingRequest, _vectors(["a", [1, 2]], encoding_format="base64", dimensions=4, user="u"), True),
+    (EmbeddingRequest, _vectors([1, 2], encoding_format=None, dimensions=None), True),
+    (EmbeddingRequest, _vectors(["a"] * 2048), True),
+    (EmbeddingRequest, _vectors(["a"] * 2049), False),
+    (EmbeddingRequest, _vectors(""), False),
+    (EmbeddingRequest, _vectors(["a", ""]), False),
+    (EmbeddingRequest, _vectors([]), False),
+    (EmbeddingRequest, _vectors([-1]), False),
+    (EmbeddingRequest, _vectors("a", dimensions=0), False),
+    (EmbeddingRequest, _vectors("a", encoding_format="hex"), False),
+    (EmbeddingRequest, _vectors("a", stream=True), False),
+    (EmbeddingRequest, {"model": "m"}, False),
     *[(ChatRequest, _chat(**{name: value}), True) for name, values in ABSENT_OPTIONS.items() for value in values],
     *[(ChatRequest, _chat(**{name: "something"}), False) for name in ABSENT_OPTIONS],
     *[(TextRequest, _text(**{name: {"any": ["thing"]}}), True) for name in LABELS],

@@ -13,7 +13,8 @@ import pytest
 from rayswift.serving import auth, page
 from rayswift.serving.admission import Admission
 from rayswift.serving.engine import FakeEngine
-from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.http import build_asgi
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 
 _KEY = "a-key-for-tests-0123"

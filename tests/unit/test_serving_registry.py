@@ -62,7 +62,7 @@ def test_only_one_changes_it_at_a_time(tmp_path: Path) -> None:
 
 def test_the_record_of_the_endpoint_is_for_its_user_and_taken_back_by_who_wrote_it(tmp_path: Path) -> None:
     assert registry.read_endpoint(tmp_path) is None
-    record = EndpointRecord(address="127.0.0.1:1", namespace="n", url="http://127.0.0.1:8000/v1", pid=os.getpid())
+    record = EndpointRecord(address="127.0.0.1:1", url="http://127.0.0.1:8000/v1", pid=os.getpid())
     registry.write_endpoint(tmp_path, record)
     assert (tmp_path / registry.ENDPOINT_FILE).stat().st_mode & 0o777 == 0o600
     registry.forget_endpoint(tmp_path, os.getpid() + 1)

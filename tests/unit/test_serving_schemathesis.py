@@ -23,10 +23,11 @@ from schemathesis.checks import (
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving import auth
 from rayswift.serving.admission import Admission
-from rayswift.serving.engine import FakeEngine
-from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.engine import Embedding, FakeEngine
+from rayswift.serving.http import build_asgi
 from rayswift.serving.openapi import document
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 
 _KEY = "a-key-for-tests-0123"
@@ -36,7 +37,8 @@ _CHECKS = [
 ]  # fmt: skip
 
 
-_SPEC = ServeSpec(models={"m": "unused"}, api_key_sha256=(auth.fingerprint(_KEY),))
+_VECTORS = "/v1/embeddings"
+_SPEC = ServeSpec(models={"m": "unused", "e": "unused"}, api_key_sha256=(auth.fingerprint(_KEY),))
 _HEADERS = {"Authorization": f"Bearer {_KEY}"}
 _OPERATIONS = [
     (path, method) for path, item in document(_SPEC)["paths"].items() for method in ("get", "post") if method in item
@@ -46,9 +48,9 @@ _OPERATIONS = [
 @pytest.fixture(scope="module")
 def api(tiny_model_dir: Path) -> Any:
     """The document as the endpoint serves it, to a client with a key."""
-    engine = FakeEngine()
-    prompts = PromptBuilder(load_tokenizer(str(tiny_model_dir)), None, _SPEC.max_media, engine.max_model_len)
-    app = build_asgi(_SPEC, {"m": ServedModel(engine, prompts, Admission(16, 64))})
+    engines = {"m": FakeEngine(), "e": FakeEngine(embedding=Embedding(8, is_matryoshka=True))}
+    prompts = PromptBuilder(load_tokenizer(str(tiny_model_dir)), None, _SPEC.max_media, engines["m"].max_model_len)
+    app = build_asgi(_SPEC, {name: ServedModel(one, prompts, Admission(16, 64)) for name, one in engines.items()})
     return schemathesis.openapi.from_asgi("/openapi.json", app, headers=_HEADERS)
 
 
@@ -64,7 +66,7 @@ def test_every_answer_is_one_that_is_documented(api: Any, path: str, method: str
     def ask(case: Any) -> None:
         nonlocal num_streams
         if mode is GenerationMode.POSITIVE and method == "post" and asked.total() % 2:
-            _make_answerable(case.body, stream=asked.total() % 4 == 1)
+            _make_answerable(case.body, stream=asked.total() % 4 == 1, embeds=path == _VECTORS)
         response = case.call(headers=_HEADERS)
         asked[response.status_code] += 1
         num_streams += response.headers["content-type"][0].startswith("text/event-stream")
@@ -77,13 +79,17 @@ def test_every_answer_is_one_that_is_documented(api: Any, path: str, method: str
         assert method == "get", "a request without anything to get wrong"
     if mode is GenerationMode.POSITIVE:
         assert asked[200] or "{" in path, "nothing was ever answered"
-        assert num_streams or method == "get"
+        assert bool(num_streams) == (method == "post" and path != _VECTORS)
     elif method == "post":
         assert asked[400] > 20
 
 
-def _make_answerable(body: dict[str, Any], *, stream: bool) -> None:
+def _make_answerable(body: dict[str, Any], *, stream: bool, embeds: bool) -> None:
     """Half of the requests ask the model that is there, and for no more than it can; half of those for a stream."""
+    if embeds:
+        body.pop("dimensions", None)
+        body["model"] = "e"
+        return
     body["stream"], body["model"] = stream, "m"
     for name in ("tools", "tool_choice", "response_format"):
         body.pop(name, None)

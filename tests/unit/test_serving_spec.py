@@ -145,6 +145,17 @@ def test_what_is_printed_when_ready_shows_no_key(monkeypatch: pytest.MonkeyPatch
     assert "export" not in text
 
 
+def test_what_is_printed_when_ready_asks_an_embedding_model_for_vectors(tmp_path: Path) -> None:
+    from rayswift.serving.process import ready_text
+
+    (tmp_path / "modules.json").write_text("[]")
+    text = ready_text(ServeSpec(models={"e": str(tmp_path)}))
+    assert "curl http://127.0.0.1:8000/v1/embeddings" in text
+    assert '-d \'{"model": "e", "input": ["Hello"]}\'' in text
+    assert 'client.embeddings.create(model="e", input=["Hello"])' in text
+    assert "client.chat" not in text
+
+
 @pytest.mark.parametrize("set_before", [False, True])
 def test_what_is_printed_when_ready_works_with_a_key_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_before: bool

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving.admission import Admission
 from rayswift.serving.engine import FakeEngine
-from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.http import build_asgi
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 from rayswift.serving.tools import Calling, CallReader, Tool
 

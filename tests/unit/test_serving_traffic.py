@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving.admission import Admission
 from rayswift.serving.engine import FakeEngine, Prompt, Request, Sampling
-from rayswift.serving.http import ServedModel, build_asgi
+from rayswift.serving.http import build_asgi
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 from rayswift.serving.traffic import EDGES_S, CountedEngine, Tally, Versions, WeightedPick, counted, quantile_s
 
@@ -117,11 +118,21 @@ def test_a_version_of_no_weight_answers_who_asks_for_it(tiny_model_dir: Path) ->
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_a_new_version_cannot_answer_the_live_one_answers(tiny_model_dir: Path, stream: bool) -> None:
     pair = _Pair(tiny_model_dir, 0.5)
-    pair.new.failure = "broken"
+    pair.new.failure, pair.new.check = "broken", lambda: None  # type: ignore[method-assign]  # not known to be down
     for reply in pair.ask(6, stream=stream):
         assert (reply.status_code, reply.headers["X-RaySwift-Version"]) == (200, _OLD)
+    assert len(pair.new.seen) == 3
     assert pair.ask(version=_NEW)[0].status_code == 503  # who asks for it by name is not given another
     assert all(model.admission.in_flight == 0 for model in pair.models.values())
+
+
+def test_a_new_version_that_is_known_to_be_down_is_not_tried(tiny_model_dir: Path) -> None:
+    pair = _Pair(tiny_model_dir, 0.5)
+    pair.new.failure = "broken"
+    assert {reply.headers["X-RaySwift-Version"] for reply in pair.ask(6)} == {_OLD}
+    assert not pair.new.seen
+    pair.new.failure = None
+    assert {reply.headers["X-RaySwift-Version"] for reply in pair.ask(6)} == {_OLD, _NEW}
 
 
 def test_health_is_good_while_one_version_is_well(tiny_model_dir: Path) -> None:

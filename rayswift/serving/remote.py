@@ -1,0 +1,186 @@
+"""An engine in another replica: the application that runs one version of a model, and what stands for it in a front.
+
+Knows Ray Serve's handles and what of them fails how. Which version is asked, and how often, is known by the front.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+from rayswift.errors import ServeError
+from rayswift.serving.engine import Delta, Embedding, Request, Sampling
+from rayswift.serving.served import open_model
+from rayswift.serving.spec import ServeSpec
+
+if TYPE_CHECKING:
+    from rayswift.data.media.encoder import MediaEncoder
+
+_PING_TIMEOUT_S, _TAKEN_TIMEOUT_S = 20.0, 10.0
+_log = logging.getLogger("rayswift.serving")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an engine says of itself once it is started."""
+
+    max_model_len: int
+    takes_media: bool
+    can_constrain: bool
+    embedding: Embedding | None
+
+
+class VersionReplica:
+    """One replica of one version: a started engine that fronts ask."""
+
+    async def __init__(self, spec: ServeSpec, folder: str) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        self._model = await open_model(spec, folder)
+        gc.freeze()
+
+    async def facts(self) -> Facts:
+        """What a front has to know of the engine."""
+        engine = self._model.engine
+        return Facts(
+            engine.max_model_len, engine.media_encoder is not None, engine.can_constrain, engine.embedding
+        )  # fmt: skip
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta | None, None]:
+        """The deltas of one answer, behind a None that says at once that this replica has taken the request."""
+        deltas = self._model.engine.generate(request)
+        try:
+            yield None
+            async for delta in deltas:
+                yield delta
+        finally:
+            await deltas.aclose()
+
+    async def embed(self, ids: Sequence[int], num_dims: int | None) -> np.ndarray:
+        """The vector of a text."""
+        return await self._model.engine.embed(ids, num_dims)
+
+    async def answer(self, turns: list[dict[str, Any]], max_new_tokens: int) -> str:
+        """The greedy answer to a conversation of text, its prompt made as for any client. Raises ServeError."""
+        prompt = await asyncio.to_thread(self._model.prompts.conversation, turns)
+        room = min(max_new_tokens, self._model.engine.max_model_len - len(prompt.ids))
+        if room < 1:
+            raise ServeError(f"a prompt of {len(prompt.ids)} tokens leaves no room for an answer")
+        request = Request(f"verify-{id(prompt)}", prompt, Sampling(max_new_tokens=room, temperature=0))
+        return "".join([delta.text async for delta in self._model.engine.generate(request)])
+
+    async def check_health(self) -> None:
+        """Raises when the engine cannot answer any more; Serve then replaces this replica."""
+        self._model.engine.check()
+
+    async def __del__(self) -> None:  # Ray Serve awaits it before it ends the replica
+        await self._model.engine.close()
+
+
+class RemoteEngine:
+    """An `Engine` (see the protocol) whose answers come from the replicas behind a handle of `VersionReplica`."""
+
+    def __init__(self, handle: Any, spec: ServeSpec, folder: str) -> None:
+        self._handle, self._spec, self._folder = handle, spec, folder
+        self._facts: Facts | None = None
+        self._media_encoder: MediaEncoder | None = None
+        self._failure: str | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        return self._started().max_model_len
+
+    @property
+    def media_encoder(self) -> MediaEncoder | None:
+        return self._media_encoder
+
+    @property
+    def can_constrain(self) -> bool:
+        return self._started().can_constrain
+
+    @property
+    def embedding(self) -> Embedding | None:
+        return self._started().embedding
+
+    async def start(self) -> None:
+        with _in_own_words():
+            self._facts = await self._handle.facts.remote()
+        if self._facts.takes_media:
+            from rayswift.training.media import load_encoder
+
+            self._media_encoder = await asyncio.to_thread(load_encoder, self._folder, self._spec.media)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        deltas = self._handle.generate.options(stream=True).remote(request)
+        ended = False
+        try:
+            await self._taken(deltas)
+            with _in_own_words():
+                async for delta in deltas:
+                    ended = delta.finish_reason is not None
+                    yield delta
+                    if ended:
+                        return
+        finally:
+            if not ended:
+                deltas.cancel()  # frees its place there
+
+    async def _taken(self, deltas: Any) -> None:
+        """Returns when a replica has the request: while there is none, Serve would have it wait for one to start."""
+        try:
+            with _in_own_words():
+                await asyncio.wait_for(anext(deltas), _TAKEN_TIMEOUT_S)
+        except (ServeError, TimeoutError) as error:
+            self._failure = f"no replica of {self._folder} has taken a request within {_TAKEN_TIMEOUT_S:g} s"
+            raise error if isinstance(error, ServeError) else ServeError(self._failure) from None
+
+    async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
+        response = self._handle.embed.remote(list(ids), num_dims)
+        try:
+            with _in_own_words():
+                return np.asarray(await response)
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise ServeError(self._failure)
+
+    async def ping(self) -> None:
+        """Ask whether a replica answers; `check` tells."""
+        try:
+            with _in_own_words():
+                await asyncio.wait_for(self._handle.facts.remote(), _PING_TIMEOUT_S)
+        except (ServeError, TimeoutError) as error:
+            self._failure = f"no replica of {self._folder} answers: {error}"
+            _log.warning(self._failure)
+        else:
+            self._failure = None
+
+    async def close(self) -> None:
+        """Nothing runs here; the replicas belong to their application."""
+
+    def _started(self) -> Facts:
+        if self._facts is None:
+            raise ServeError("the engine was not started", fix="await start() first")
+        return self._facts
+
+
+@contextmanager
+def _in_own_words() -> Iterator[None]:
+    """Errors of a replica as it raised them, and those of Ray about it as ServeError."""
+    try:
+        yield
+    except RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, ServeError) else None
+        raise cause or ServeError(f"failed inside its replica: {type(error.cause or error).__name__}") from error
+    except (RayError, RayServeException) as error:
+        raise ServeError(f"was lost with its replica: {type(error).__name__}") from error

@@ -1,0 +1,91 @@
+"""What stands behind a model's name: a started engine with its tokenizer and places, and how one is made of a folder.
+
+Knows the engine protocol and the files of a folder; knows no route, and not where an engine runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rayswift import plugins
+from rayswift.models.loading import load_tokenizer
+from rayswift.serving.admission import Admission
+from rayswift.serving.api_errors import unknown_version
+from rayswift.serving.engine import Engine
+from rayswift.serving.lineage import lineage_of
+from rayswift.serving.placement import engine_options
+from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.spec import ServeSpec
+from rayswift.serving.versions import version_of
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One started engine with the tokenizer that makes its prompts and the places it has."""
+
+    engine: Engine
+    prompts: PromptBuilder
+    admission: Admission
+    version: str | None = None
+    """Of the export that it was started from; None for any other folder."""
+    lineage: dict[str, Any] | None = None
+    """What clients may know of where it comes from; None for a folder that is no export."""
+    fallback: ServedModel | None = None
+    """What answers a request of which this one could not begin the answer."""
+
+    @property
+    def takes_media(self) -> bool:
+        """Whether there may be more than text in a conversation."""
+        return self.prompts.takes_media
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it makes embeddings instead of answers."""
+        return self.engine.embedding is not None
+
+    def pick(self, version: str | None) -> ServedModel:
+        """The version that answers a request which asks for this one, or for none. Raises ApiError (404)."""
+        if version not in (None, self.version):
+            raise unknown_version()
+        return self
+
+    def check(self) -> None:
+        """Raises ServeError when it cannot answer any more."""
+        self.engine.check()
+
+
+class Served(Protocol):
+    """What is behind a model's name: one started engine, or several versions of which each request is given one."""
+
+    @property
+    def takes_media(self) -> bool:
+        """Whether there may be more than text in a conversation."""
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it makes embeddings instead of answers."""
+
+    @property
+    def lineage(self) -> dict[str, Any] | None:
+        """What clients may know of where it comes from; None for a folder that is no export."""
+
+    def pick(self, version: str | None) -> ServedModel:
+        """The version that answers a request which asks for this one, or for none. Raises ApiError (404)."""
+
+    def check(self) -> None:
+        """Raises ServeError when it cannot answer any more."""
+
+
+async def open_model(spec: ServeSpec, folder: str) -> ServedModel:
+    """A started engine with its tokenizer and its places. Raises ConfigError or ServeError when it cannot load."""
+    engine: Engine = plugins.load("serving.engines", spec.engine, path="engine")(folder, engine_options(spec, folder))
+    return await started(spec, folder, engine)
+
+
+async def started(spec: ServeSpec, folder: str, engine: Engine) -> ServedModel:
+    """The model of an engine, which is started first. Raises ConfigError or ServeError when it cannot."""
+    await engine.start()
+    prompts = PromptBuilder(load_tokenizer(folder), engine.media_encoder, spec.max_media, engine.max_model_len)
+    places = Admission(spec.max_concurrency, spec.max_queued)
+    return ServedModel(engine, prompts, places, version_of(folder), lineage=lineage_of(folder))

@@ -1,0 +1,248 @@
+"""Promotion on real Ray Serve under load: shifted step by step, back by itself when it must, and no request lost.
+
+The endpoint and each promotion are processes of their own, as a user runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from rayswift.export.pipeline import export
+from rayswift.serving import registry
+from rayswift.serving.versions import VERSION_HEADER, version_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.long]
+_QUICK = ("--steps", "0.3,1", "--step-seconds", "2", "--min-requests", "5", "--max-latency-ratio", "20")
+
+
+def _start(*arguments: str, out: IO[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rayswift.cli", *arguments]
+    return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, text=True)
+
+
+def _until(condition: Callable[[], Any], what: str, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        threading.Event().wait(0.05)
+
+
+@dataclass
+class _Endpoint:
+    url: str
+    exports: Path
+
+    def version(self, name: str) -> str:
+        return str(version_of(self.exports / name))
+
+    def served(self) -> dict[str, float]:
+        """The share of each version, as clients are told."""
+        card = httpx.get(f"{self.url}/models/m", timeout=30).json()["rayswift"]
+        return {one["version"]: one["share"] for one in card["versions"]}
+
+    def state(self, name: str) -> tuple[str, str | None]:
+        found = registry.read(self.exports).models["m"].get(self.version(name))
+        return found.state, found.reason
+
+    def ask(self, version: str | None = None) -> httpx.Response:
+        body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 0}
+        headers = {VERSION_HEADER: version} if version else {}
+        return httpx.post(f"{self.url}/chat/completions", json=body, headers=headers, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """Two versions that answer alike, and one whose weights are noise."""
+    folder, noisy = tmp_path_factory.mktemp("served") / "exports", tmp_path_factory.mktemp("base") / "noisy"
+    folder.mkdir()
+    export(str(tiny_model_dir), str(folder / "one"))
+    export(str(folder / "one"), str(folder / "two"))
+    subprocess.run(["cp", "-r", str(tiny_model_dir), str(noisy)], check=True)
+    weights = load_file(noisy / "model.safetensors")
+    torch.manual_seed(1)
+    save_file({name: torch.randn_like(weight) for name, weight in weights.items()}, noisy / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    export(str(noisy), str(folder / "noisy"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endpoint(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Endpoint]:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    folder = tmp_path_factory.mktemp("endpoint")
+    spec = {"models": {"m": str(exports / "one")}, "port": port, "engine": "local", "device": "cpu",
+            "max_model_len": 512, "promotable": True, "cpus_per_replica": 0.5}  # fmt: skip
+    (folder / "serve.yaml").write_text(yaml.safe_dump(spec))
+    log = folder / "log"
+    with log.open("w") as out:
+        running = _start("serve", str(folder / "serve.yaml"), out=out)
+        try:
+            _until(lambda: "Serving" in log.read_text() or running.poll() is not None, "the endpoint answers", 240)
+            assert running.poll() is None, log.read_text()
+            yield _Endpoint(f"http://127.0.0.1:{port}/v1", exports)
+        finally:
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(120) == 0, log.read_text()
+    assert registry.read_endpoint(exports) is None
+
+
+@dataclass
+class _Load:
+    """Whole answers and streams without pause until it is left; what became of each."""
+
+    endpoint: _Endpoint
+    seen: Counter[str] = field(default_factory=Counter)
+    lost: list[str] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def __enter__(self) -> _Load:
+        self._threads = [threading.Thread(target=self._ask, args=(bool(i % 2),)) for i in range(4)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(120)
+            assert not thread.is_alive(), "a request hangs"
+
+    def _ask(self, stream: bool) -> None:
+        body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16, "stream": stream}
+        with httpx.Client(timeout=60) as client:
+            while not self._stop.is_set():
+                reply = client.post(f"{self.endpoint.url}/chat/completions", json=body)
+                self.seen[reply.headers.get(VERSION_HEADER, "none")] += 1
+                whole = not stream or (reply.text.endswith("[DONE]\n\n") and '"error"' not in reply.text)
+                if reply.status_code != 200 or not whole:
+                    self.lost.append(f"{reply.status_code} {reply.text[-200:]}")
+
+
+def _run(folder: Path, *arguments: str) -> tuple[int, str]:
+    with (folder / "log").open("w") as out:
+        code = _start("serve", *arguments, out=out).wait(240)
+    return code, (folder / "log").read_text()
+
+
+def _promoting(endpoint: _Endpoint, name: str, out: IO[str], options: Sequence[str]) -> subprocess.Popen[str]:
+    """A promotion that has begun to share the traffic."""
+    running = _start("serve", "promote", str(endpoint.exports / name), *options, out=out)
+    _until(lambda: endpoint.served().get(endpoint.version(name), 0) > 0 or running.poll() is not None, "it shares")
+    assert running.poll() is None
+    return running
+
+
+def test_a_promotion_and_its_rollback_lose_no_request(endpoint: _Endpoint, tmp_path: Path) -> None:
+    old, new = endpoint.version("one"), endpoint.version("two")
+    with _Load(endpoint) as load:
+        code, said = _run(tmp_path, "promote", str(endpoint.exports / "two"), *_QUICK, "--min-agreement", "1")
+        assert code == 0, said
+        assert endpoint.served() == {new: 1.0}
+        assert endpoint.state("two")[0] == "live"
+        assert load.seen[new]
+        assert endpoint.ask(old).status_code == 404  # it has ended
+        code, said = _run(tmp_path, "rollback", str(endpoint.exports))
+        assert code == 0, said
+        before = load.seen[old]
+        _until(lambda: load.seen[old] > before + 3, "the old version answers again")
+    assert not load.lost
+    assert endpoint.served() == {old: 1.0}
+    assert endpoint.state("two") == ("rolled-back", "by hand")
+    assert endpoint.ask().headers[VERSION_HEADER] == old
+    code, said = _run(tmp_path, "rollback", str(endpoint.exports))
+    assert code == 2
+    assert "no version before" in said
+
+
+def test_a_version_with_other_answers_goes_back_before_anybody_is_sent_to_it(
+    endpoint: _Endpoint, tmp_path: Path
+) -> None:
+    with _Load(endpoint) as load:
+        code, said = _run(tmp_path, "promote", str(endpoint.exports / "noisy"), *_QUICK, "--min-agreement", "0.9")
+    assert code == 5, said
+    assert "of its greedy answers are the live version's" in said
+    assert set(load.seen) == {endpoint.version("one")}
+    assert not load.lost
+    assert endpoint.served() == {endpoint.version("one"): 1.0}
+    assert endpoint.state("noisy")[0] == "rolled-back"
+
+
+def test_a_version_that_fails_goes_back_and_what_it_had_not_begun_is_answered(
+    endpoint: _Endpoint, tmp_path: Path
+) -> None:
+    new = endpoint.version("two")
+    with _Load(endpoint) as load, (tmp_path / "log").open("w") as out:
+        running = _promoting(endpoint, "two", out, ["--steps", "0.5,1", "--step-seconds", "60", "--min-requests", "20"])
+        _until(lambda: load.seen[new] > 3, "the new version answers")
+        os.kill(_replica_of(endpoint, new), signal.SIGKILL)
+        assert running.wait(120) == 5
+    said = (tmp_path / "log").read_text()
+    assert "answers failed" in said
+    assert endpoint.served() == {endpoint.version("one"): 1.0}
+    # Only what the killed replica had begun to answer may be lost: at most the streams that ran.
+    assert len(load.lost) <= 4
+    assert all("replica" in one or "could not finish" in one for one in load.lost)
+
+
+def _replica_of(endpoint: _Endpoint, version: str) -> int:
+    """The process of a version's replica, which Ray names after its application."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                title = (folder / "cmdline").read_text()
+            except OSError:
+                continue  # it has ended since
+            if "ServeReplica" in title and version in title:
+                return int(folder.name)
+    raise AssertionError(f"no process runs {version}")
+
+
+def test_an_interrupted_promotion_goes_back(endpoint: _Endpoint, tmp_path: Path) -> None:
+    (beside := tmp_path / "beside").mkdir()
+    with (tmp_path / "log").open("w") as out:
+        running = _promoting(endpoint, "two", out, ["--steps", "0.5,1", "--step-seconds", "100"])
+        other, said = _run(beside, "promote", str(endpoint.exports / "noisy"))
+        assert other == 2
+        assert "being changed by another promotion" in said
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(120) == 130
+    assert endpoint.served() == {endpoint.version("one"): 1.0}
+    assert endpoint.state("two") == ("rolled-back", "interrupted")
+
+
+def test_the_traffic_comes_back_when_the_promotion_is_killed(endpoint: _Endpoint, tmp_path: Path) -> None:
+    old, new = endpoint.version("one"), endpoint.version("two")
+    with (tmp_path / "log").open("w") as out:
+        running = _promoting(endpoint, "two", out, ["--steps", "0.5,1", "--step-seconds", "100"])
+        running.kill()
+        running.wait(30)
+    _until(lambda: endpoint.served() == {old: 1.0, new: 0.0}, "the lease ends", 60)
+    code, said = _run(tmp_path, "versions", str(endpoint.exports), "--json")
+    assert code == 0
+    assert json.loads(said)["shares"] == {"m": {old: 1.0, new: 0.0}}
+    code, said = _run(tmp_path, "promote", str(endpoint.exports / "two"), *_QUICK[:4], "--min-requests", "0")
+    assert code == 0, said  # what was left behind is ended first, and time alone lets the steps pass
+    assert endpoint.served() == {new: 1.0}

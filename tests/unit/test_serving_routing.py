@@ -1,0 +1,97 @@
+"""The board: what fronts are told, when all of them follow, and who gets the traffic when nobody watches any more."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayswift.serving.routing import FRONT_SILENT_S, LEASE_S, Board, Report, Route, Target
+from rayswift.serving.traffic import Tally
+
+_OLD, _NEW = "0" * 12, "1" * 12
+_ROUTE = Route(_OLD, {_OLD: Target("a", "exports/a")}, {_OLD: 1.0})
+_BOTH = _ROUTE.beside(_NEW, Target("b", "exports/b"))
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> _Clock:
+    return _Clock()
+
+
+@pytest.fixture
+def board(clock: _Clock) -> Board:
+    return Board({"m": _ROUTE}, now_s=clock)
+
+
+def _follow(board: Board, *fronts: str) -> None:
+    for front in fronts:
+        board.sync(Report(front, board.sync(Report(front))))
+
+
+def test_a_route_is_in_force_once_every_front_that_lives_follows_it(board: Board, clock: _Clock) -> None:
+    assert not board.watch("m").in_force  # nobody is there to follow it
+    _follow(board, "one", "two")
+    assert board.watch("m").in_force
+    board.put("m", _BOTH)
+    assert not board.watch("m").in_force
+    _follow(board, "one")
+    assert not board.watch("m").in_force
+    clock.now += FRONT_SILENT_S + 1  # the other one has ended
+    _follow(board, "one")
+    assert board.watch("m").in_force
+
+
+def test_a_front_that_cannot_follow_says_why(board: Board) -> None:
+    board.put("m", _BOTH)
+    board.sync(Report("one", problem="no such folder"))
+    seen = board.watch("m")
+    assert (seen.in_force, seen.problem) == (False, "no such folder")
+
+
+def test_the_live_version_has_everything_back_when_nobody_renews(board: Board, clock: _Clock) -> None:
+    board.put("m", _BOTH.shared(_NEW, 0.25))
+    for _ in range(3):
+        clock.now += LEASE_S - 1
+        assert board.watch("m", renew=True).route.weights == {_OLD: 0.75, _NEW: 0.25}
+    clock.now += LEASE_S - 1
+    board.watch("m")  # who only looks renews nothing
+    clock.now += 2
+    told = board.sync(Report("one"))
+    assert told.routes["m"].weights == {_OLD: 1.0}
+    assert told.routes["m"].targets == _BOTH.targets  # it still runs
+
+
+def test_counts_are_those_of_all_fronts_the_ended_ones_too(board: Board, clock: _Clock) -> None:
+    board.sync(Report("one", tallies={"m": {_OLD: Tally(3, 2, 1)}}))
+    board.sync(Report("one", tallies={"m": {_OLD: Tally(4, 3, 1)}}))
+    clock.now += FRONT_SILENT_S + 1
+    board.sync(Report("two", tallies={"m": {_OLD: Tally(10, 10, 0), _NEW: Tally(1, 0, 1)}}))
+    seen = board.watch("m").tallies
+    assert seen[_OLD] == Tally(14, 13, 1)
+    assert seen[_NEW] == Tally(1, 0, 1)
+
+
+def test_a_board_that_was_started_anew_learns_from_the_fronts(board: Board, clock: _Clock) -> None:
+    board.put("m", _BOTH)
+    board.put("m", _BOTH.shared(_NEW, 0.5))
+    followed = board.sync(Report("one"))
+    anew = Board({"m": _ROUTE}, now_s=clock)
+    assert anew.sync(Report("one", followed)) == followed
+    clock.now += LEASE_S + 1  # a promotion that was under way goes on, or is taken back
+    assert anew.sync(Report("one", followed)).routes["m"].weights == {_OLD: 1.0}
+
+
+def test_routes_keep_a_version_that_answers() -> None:
+    promoted = _BOTH.shared(_NEW, 1.0).promoted(_NEW)
+    assert (promoted.live, promoted.weights) == (_NEW, {_NEW: 1.0})
+    assert promoted.without(_OLD).targets.keys() == {_NEW}
+    assert _BOTH.shared(_NEW, 0.5).without(_NEW) == _ROUTE
+    with pytest.raises(AssertionError):
+        promoted.without(_NEW)
