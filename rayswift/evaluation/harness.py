@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from rayswift.errors import ConfigError
+from rayswift.errors import ConfigError, RaySwiftError
 from rayswift.evaluation.report import HarnessReport, TaskResult, TaskScore
 
 if TYPE_CHECKING:
@@ -125,6 +125,24 @@ def measure(tasks: Tasks, lm: LM, *, limit: int | None, chat_template: bool) -> 
 
 
 @contextmanager
+def blamed() -> Iterator[None]:
+    """Makes what the functions of a task raise while a model of this machine is measured an error that says so."""
+    import torch
+
+    try:
+        yield
+    except RaySwiftError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise RaySwiftError("does not fit into the device's memory", path="--batch-size", fix="lower it") from error
+    except Exception as error:
+        raise RaySwiftError(
+            f"fail: {_said(error)}", path=_OPTION,
+            fix="see with RAYSWIFT_DEBUG=1 which function of which task it is, and mend or leave out the task",
+        ) from error  # fmt: skip
+
+
+@contextmanager
 def heard() -> Iterator[list[str]]:
     """Keeps what the harness warns of as notes, a line each, instead of printing it. An error has them with it.
 
@@ -196,9 +214,8 @@ def _loaded(manager: TaskManager, name: str) -> dict[str, Any]:
     try:
         return dict(manager.load([name]))
     except Exception as error:
-        said = " ".join(str(error).split())[:_FOUND_CHARS]
         raise ConfigError(
-            f"cannot be loaded: {type(error).__name__}: {said}", path=_OPTION, value=name,
+            f"cannot be loaded: {_said(error)}", path=_OPTION, value=name,
             fix="see that its data can be reached from here, or name local data_files in a YAML file of yours under "
             "--include-path",
         ) from error  # fmt: skip
@@ -262,6 +279,10 @@ def _identity(samples: Sequence[Mapping[str, Any]]) -> str:
     from lm_eval.utils import hash_string
 
     return str(hash_string("".join(one["doc_hash"] + one["prompt_hash"] + one["target_hash"] for one in samples)))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_FOUND_CHARS]}"
 
 
 def _number(value: Any) -> float | None:

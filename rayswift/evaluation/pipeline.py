@@ -168,7 +168,8 @@ def _of_model(
     if tasks is not None and lm is not None:
         found |= {"task_max_length": lm.max_length, "batch_size": settings.batch_size}
         progress.phase(f"running {', '.join(settings.tasks)}")
-        scores = harness.measure(tasks, lm, limit=settings.limit, chat_template=lm.is_chat)
+        with harness.blamed():
+            scores = harness.measure(tasks, lm, limit=settings.limit, chat_template=lm.is_chat)
     return EvalReport(
         target=_target(target, kind, source),
         **measured,

@@ -28,6 +28,8 @@ _MAX_LISTED, _MAX_TRIES = 1000, 3
 _MAX_BYTES = 4 * 2**30
 LOOK_EVERY_S = 10.0
 """How often a storage is asked whether an adapter was written again, and what it holds: not with every request."""
+_PATIENCE_S = 60.0
+"""How much later one that does not answer is asked again about what was copied: requests wait for its silence."""
 _log = logging.getLogger("rayswift.serving")
 
 
@@ -57,8 +59,8 @@ class AdapterStore:
         check_adapter_name(name)
         with self._lock:
             if time.monotonic() - self._looked.get(name, -LOOK_EVERY_S) >= LOOK_EVERY_S:
-                self._fetch(name, self._home)
-                self._looked[name] = time.monotonic()
+                is_away = not self._fetch(name, self._home)
+                self._looked[name] = time.monotonic() + (_PATIENCE_S if is_away else 0.0)
             return Adapter(name, str(find_adapter(self._home, name)))
 
     def names(self) -> list[str]:
@@ -98,10 +100,11 @@ class AdapterStore:
             self._listed_at = time.monotonic()
             self._listing.release()
 
-    def _fetch(self, name: str, home: Path) -> None:
-        """Copies the adapter's files unless the copy is of what is there now."""
+    def _fetch(self, name: str, home: Path) -> bool:
+        """Copies the adapter's files unless the copy is of what is there now; False if that is not known."""
         try:
             self._copy(name, home / name)
+            return True
         except FileNotFoundError as error:
             raise unknown_model(name) from error
         except Refused:
@@ -111,6 +114,7 @@ class AdapterStore:
             if name not in self._copied:
                 raise ApiError("the storage of the adapters does not answer; try again shortly", status=503,
                                headers={"Retry-After": "10"}) from error  # fmt: skip
+            return False
 
     def _copy(self, name: str, target: Path) -> None:
         """Until the files are of one state: they may be written again while they are copied."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayswift import api, cli
 from rayswift.config.job import AdapterSpec
-from rayswift.errors import ConfigError
+from rayswift.errors import ConfigError, RaySwiftError
 from rayswift.evaluation import harness
 from rayswift.evaluation.report import TaskResult
 from rayswift.export.pipeline import export
@@ -223,6 +223,17 @@ def test_what_the_harness_warns_of_is_noted(loud: Path, tmp_path: Path) -> None:
     assert report.harness is not None
     assert any("Left truncation applied" in note for note in report.harness.notes)
     assert "note          Left truncation applied" in report.summary()
+
+
+def test_a_task_that_fails_is_told_from_a_bug_of_ours(loud: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    write_answer(folder, ["a"], name="own_broken")
+    (folder / "broken.py").write_text("def judge(doc, results):\n    return {'exact_match': doc['absent']}\n")
+    file = folder / "own_broken.yaml"
+    file.write_text(file.read_text() + "process_results: !function broken.judge\n")
+    with pytest.raises(RaySwiftError, match="--tasks fail: KeyError: 'absent'; see with RAYSWIFT_DEBUG=1") as caught:
+        api.evaluate(str(loud), tasks=("own_broken",), include_path=str(folder))
+    assert caught.value.exit_code == 1
 
 
 @pytest.fixture

@@ -110,6 +110,8 @@ def test_a_storage_that_refuses_costs_no_copy_that_is_here(
     with pytest.raises(ApiError, match="does not answer; try again shortly") as caught:
         store.find("b")
     assert (caught.value.status, caught.value.headers["Retry-After"]) == (503, "10")
+    assert store.find("a").name == "a"
+    assert caplog.text.count("s3://bucket/adapters/a cannot be fetched") == 1  # and not asked with every request
     assert "s3://bucket/adapters/b cannot be fetched: PermissionError Forbidden" in caplog.text
 
 
