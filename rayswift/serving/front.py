@@ -27,7 +27,13 @@ from rayswift.errors import RaySwiftError, ServeError
 from rayswift.serving import controller, registry
 from rayswift.serving.controller import APP_NAME
 from rayswift.serving.http import build_asgi
-from rayswift.serving.placement import actor_options, front_options, replica_options, serve_options
+from rayswift.serving.placement import (
+    actor_options,
+    front_options,
+    replica_options,
+    routing_options,
+    serve_options,
+)
 from rayswift.serving.registry import EndpointRecord
 from rayswift.serving.remote import RemoteEngine, VersionReplica
 from rayswift.serving.routing import Board, Report, Route, Routing, Target
@@ -168,7 +174,11 @@ def version_application(spec: ServeSpec, model: str, folder: str) -> serve.Appli
     """The application of one version: as many replicas of its engine as the spec says."""
     alone = _without_keys(spec).model_copy(update={"models": {model: folder}})
     deployment: Any = serve.deployment(
-        name="version", **replica_options(alone), **serve_options(alone), ray_actor_options=actor_options(alone)
+        name="version",
+        **replica_options(alone),
+        **serve_options(alone),
+        **routing_options(alone),
+        ray_actor_options=actor_options(alone),
     )(VersionReplica)
     application: serve.Application = deployment.bind(alone, folder)
     return application

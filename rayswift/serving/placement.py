@@ -52,6 +52,17 @@ def serve_options(spec: ServeSpec) -> dict[str, Any]:
     }
 
 
+def routing_options(spec: ServeSpec) -> dict[str, Any]:
+    """How Serve chooses among the replicas of a version."""
+    if spec.routing == "load":
+        return {}
+    router = {
+        "request_router_class": "rayswift.serving.prefix_router.PrefixRouter",
+        "request_router_kwargs": {"imbalanced_threshold": max(2, spec.max_concurrency // 2), "do_eviction": True},
+    }
+    return {"request_router_config": router}
+
+
 def front_options() -> dict[str, Any]:
     """What Ray gives a process that has no engine in it: no core of its own, and the environment of the endpoint."""
     variables = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "TOKENIZERS_PARALLELISM": "false"}

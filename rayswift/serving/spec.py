@@ -161,6 +161,9 @@ class ServeSpec(Section):
     """Requests per replica that Ray aims at when it adds or takes away; null is three quarters of max_concurrency."""
     promotable: bool = False
     """Whether a new version of a model can be promoted while it is served: `rayswift serve promote`. Exports only."""
+    routing: Literal["load", "prefix"] = "load"
+    """How a request finds its replica: where least is to do, or where the most of its prompt is cached already, as long
+    as that one is not much busier. `prefix` needs `promotable`, and replicas to choose from."""
     start_timeout_s: Annotated[Number, Field(gt=0)] = 600
     """Seconds to wait for the models to be placed, loaded and warmed up."""
 
@@ -172,6 +175,8 @@ class ServeSpec(Section):
             raise ValueError(
                 "adapters belong to one version of a model and cannot be served with promotable; leave one out"
             )
+        if self.routing == "prefix" and not self.promotable:
+            raise ValueError("routing=prefix needs fronts that know the prompt; set promotable: true")
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is less than num_replicas={self.num_replicas}")
         wanted = self.tensor_parallel * len(self.models)
