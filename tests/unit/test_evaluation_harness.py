@@ -142,7 +142,7 @@ def test_prompts_have_the_ids_that_are_served(loud: Path) -> None:
     from rayswift.evaluation import harness_models
 
     tokenizer: Any = AutoTokenizer.from_pretrained(loud)
-    tokenizer.bos_token = "<|im_start|>" if "<|im_start|>" in tokenizer.get_vocab() else tokenizer.eos_token
+    tokenizer.bos_token = tokenizer.eos_token
     first = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{first[0]} $A", special_tokens=[first])
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two?"}]

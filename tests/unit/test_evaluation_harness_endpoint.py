@@ -91,7 +91,7 @@ def test_what_needs_log_probabilities_is_refused_before_anything_is_asked(served
 
 
 def test_the_key_is_sent_and_never_shown(
-    locked: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    locked: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_answer(tmp_path / "tasks", [*WORDS[:-1], "break"])
     options: dict[str, Any] = {"tasks": ("own_answer",), "include_path": str(tmp_path / "tasks"), "model": "demo"}
@@ -104,7 +104,7 @@ def test_the_key_is_sent_and_never_shown(
             api.evaluate(locked.url, **options)
         assert KEY not in str(caught.value)
     gc.collect()
-    assert "never retrieved" not in capsys.readouterr().err  # the requests beside the one that is told
+    assert "never retrieved" not in caplog.text  # the requests beside the one that is told
     monkeypatch.setenv("RAYSWIFT_API_KEY", KEY)
     report = api.evaluate(locked.url, **options)
     assert report.harness is not None
