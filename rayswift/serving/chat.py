@@ -86,7 +86,8 @@ def open_chat(client: openai.OpenAI, url: str, model: str | None, settings: Sett
     import openai
 
     served = models_of(client)
-    name = only(list(served), url) if model is None else model
+    talking = [name for name, card in served.items() if (card.model_extra or {}).get("task") != "embed"]
+    name = only(talking, url) if model is None else model
     if (card := served.get(name)) is None:
         try:  # not every model has to be listed
             card = client.models.retrieve(name)

@@ -13,7 +13,7 @@ import pytest
 
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving import auth, http
-from rayswift.serving.engine import FakeEngine
+from rayswift.serving.engine import Embedding, FakeEngine
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.versions import version_of
 from tests.page_cases import Page, export_of, page_of
@@ -187,6 +187,7 @@ def test_two_models_side_by_side(browser: Browser, prompts: PromptBuilder, token
         "plain": tmp_path,
     }
     engines = {"new": engine("A", "1"), "old": engine("B", "2"), "plain": engine("C")}
+    engines["vectors"] = FakeEngine(embedding=Embedding(8))
     with page_of(engines, prompts, folders) as page:
         browser.open(page)
         browser.say("one")
@@ -210,7 +211,9 @@ def test_two_models_side_by_side(browser: Browser, prompts: PromptBuilder, token
         }  # fmt: skip
         assert "somebody" not in browser.driver.page_source
 
-        Select(browser.all("select")[1]).select_by_visible_text("plain")
+        offered = Select(browser.all("select")[1])
+        assert [option.text for option in offered.options] == ["new", "old", "plain"], "those that talk"
+        offered.select_by_visible_text("plain")
         assert browser.texts(".lineage summary")[1] == "No export: where it comes from is not known"
         browser.say("three")
         browser.until_texts(".assistant .text", ["A1", "A1", "A1", "A1", "B2", "C"])

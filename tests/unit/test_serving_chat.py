@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types import Model
 
 from rayswift import cli
 from rayswift.errors import ConfigError, ServeError
@@ -250,6 +251,16 @@ def test_the_model_has_to_be_one_of_those_served(locked: StandIn, monkeypatch: p
     terminal = Lines("a")
     talk(locked.url, terminal, "unlisted")
     assert terminal.said == "a\n"
+
+
+def test_a_model_that_makes_vectors_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def card(name: str, task: str) -> Model:
+        return Model(id=name, object="model", created=0, owned_by="test", task=task)  # type: ignore[call-arg]
+
+    served = {name: card(name, task) for name, task in (("e", "embed"), ("m", "generate"))}
+    monkeypatch.setattr("rayswift.serving.chat.models_of", lambda _: served)
+    client: Any = None  # it is not asked
+    assert open_chat(client, "http://localhost/v1", None, Settings()).model == "m"
 
 
 @pytest.mark.parametrize(("url", "code", "told"), [

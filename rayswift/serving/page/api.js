@@ -16,10 +16,10 @@ export class Refusal extends Error {
   }
 }
 
-/** What this key may ask, as {model, version, rayswift}; a version of null is the live one. Throws Refusal. */
+/** What this key may chat with, as {model, version, rayswift}; a version of null is the live one. Throws Refusal. */
 export async function choices() {
   const found = await (await ask("v1/models")).json();
-  return found.data.flatMap(offered);
+  return found.data.filter(({ task }) => task !== "embed").flatMap(offered);
 }
 
 /** A model as it is live, and the other versions of it that are served, as `rayswift.versions` lists them. */
