@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from rayswift.models.loading import load_tokenizer
-from rayswift.serving import auth, http
+from rayswift.serving import auth
 from rayswift.serving.engine import Embedding, FakeEngine
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.versions import version_of
+from tests import page_cases
 from tests.page_cases import Page, export_of, page_of
 
 pytest.importorskip("selenium", reason="selenium is not installed; make setup")
@@ -224,7 +225,7 @@ def test_a_version_beside_the_live_one_is_asked_for_by_its_id(
     browser: Browser, prompts: PromptBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = [{"version": "0123456789ab"}, {"version": "ba9876543210", "base": "older"}]
-    monkeypatch.setattr(http, "lineage_of", lambda _: {**versions[0], "versions": versions})
+    monkeypatch.setattr(page_cases, "lineage_of", lambda _: {**versions[0], "versions": versions})
     with page_of({"demo": engine("hi")}, prompts) as page:
         browser.open(page)
         browser.one("#prompt")
