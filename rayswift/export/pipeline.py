@@ -79,7 +79,8 @@ def export(
     base_sha256 = check_base(what, base)
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
     own_bound = quantizer.bounds.engine if quantizer else None
-    by, note = prover(engine, base, engine_bound or own_bound or ENGINE_BOUNDS[dtype])
+    is_packed = quantizer is not None and quantizer.is_packed
+    by, note = prover(engine, base, engine_bound or own_bound or ENGINE_BOUNDS[dtype], is_packed=is_packed)
     if note:
         print(f"note: {note}", file=sys.stderr)
     tokenizer = load_tokenizer(str(base))

@@ -22,6 +22,7 @@ from rayswift.export.judge import GREEDY_TOKENS, MAX_PROMPT_TOKENS, agreement
 from rayswift.export.manifest import Served
 from rayswift.models.processor import has_processor
 from rayswift.serving.environment import interpreter_of
+from rayswift.serving.vllm import cpu
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +46,12 @@ class Prover:
     """Most by which its log-probabilities may be off transformers' on average."""
 
 
-def prover(asked: str, folder: str | Path, bound: float) -> tuple[Prover | None, str | None]:
+def prover(
+    asked: str, folder: str | Path, bound: float, *, is_packed: bool = False
+) -> tuple[Prover | None, str | None]:
     """The prover asked for (`auto`: vLLM where it is there; `none`), and for a person why there is none.
+
+    `is_packed` says that the export will have packed integer weights.
 
     Raises ConfigError for an engine asked for by name that cannot run here.
     """
@@ -56,6 +61,8 @@ def prover(asked: str, folder: str | Path, bound: float) -> tuple[Prover | None,
         raise ConfigError("is none of auto, vllm and none", path="--engine", value=asked, fix="use auto")
     found = interpreter_of("vllm", None)
     reason = found.problem or ("vLLM is given text alone" if has_processor(str(folder)) else None)
+    if is_packed and not _has_gpu():
+        reason = reason or cpu.lacks_packed()
     if reason is None:
         return Prover("vllm", found.path, bound), None
     if asked != "auto":
@@ -142,11 +149,16 @@ def _ask(
 
 def _variables(engine: str) -> dict[str, str]:
     """The environment that replicas give the engine too."""
+    made = plugins.load("serving.engines", engine)
+    on_cpu = {} if _has_gpu() else made.environment_on_cpu
+    return {**made.environment, **on_cpu}
+
+
+def _has_gpu() -> bool:
+    """Whether vLLM here is the build for one."""
     import torch
 
-    made = plugins.load("serving.engines", engine)
-    on_cpu = {} if torch.cuda.is_available() else made.environment_on_cpu
-    return {**made.environment, **on_cpu}
+    return torch.cuda.is_available()
 
 
 def _last_error(text: str) -> str:

@@ -18,6 +18,7 @@ from rayswift import plugins
 from rayswift.errors import ConfigError
 from rayswift.models.processor import has_processor
 from rayswift.serving.spec import ServeSpec
+from rayswift.serving.vllm import cpu, media
 
 VARIABLE = "RAYSWIFT_SERVE_PYTHON"
 _PLACE = Path(__file__).resolve().parents[2] / ".venv-serve/bin/python"
@@ -48,7 +49,7 @@ def resolved(spec: ServeSpec) -> tuple[ServeSpec, str | None]:
     if spec.engine != "auto":
         return spec.model_copy(update={"engine_python": _needed(spec)}), None
     found = interpreter_of("vllm", spec.engine_python)
-    reason = found.problem or _better_local(spec)
+    reason = found.problem or _better_local(spec, found.path)
     if reason is None:
         return spec.model_copy(update={"engine": "vllm", "engine_python": found.path}), None
     if asks := _only_vllm(spec):
@@ -104,13 +105,19 @@ def _clash(path: str, theirs: Mapping[str, str | None], distribution: str) -> st
     return None
 
 
-def _better_local(spec: ServeSpec) -> str | None:
-    """Why a spec is better served by `local` although vLLM is here."""
-    seeing = [name for name, folder in spec.models.items() if os.path.isdir(folder) and has_processor(folder)]
+def _better_local(spec: ServeSpec, python: str) -> str | None:
+    """Why a spec is better served by `local` although vLLM is here, in the environment of this interpreter."""
+    seeing = {name: folder for name, folder in spec.models.items() if os.path.isdir(folder) and has_processor(folder)}
     if seeing and spec.max_media:
-        return f"{seeing[0]} takes images or sounds, and engine vllm is given text alone"
+        if unproved := [name for name, folder in seeing.items() if not media.is_proved(folder)]:
+            return f"{unproved[0]} takes images or sounds, and engine vllm is given text alone of such a model"
+        if _versions(python, media.LIBRARY)[media.LIBRARY] is None:
+            return f"{next(iter(seeing))} takes images, and {python} has no {media.LIBRARY}, which vLLM needs for them"
     if spec.device not in ("auto", "cpu", "cuda"):
         return f"device={spec.device} is not among those of vLLM"
+    packed = [name for name, folder in spec.models.items() if cpu.is_packed(folder)]
+    if packed and not spec.gpus_per_replica and (reason := cpu.lacks_packed()):
+        return f"{packed[0]} cannot run there: {reason}"
     return None
 
 

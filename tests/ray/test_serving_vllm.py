@@ -18,14 +18,16 @@ import openai
 import pytest
 
 from rayswift.cluster.session import worker_python
+from rayswift.errors import ConfigError
 from rayswift.export.manifest import read_valid
 from rayswift.export.pipeline import export
 from rayswift.export.quantize import QuantizeSpec
 from rayswift.models.init import init_model
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving.app import RunningEndpoint, serve_in_background
-from rayswift.serving.environment import interpreter_of
+from rayswift.serving.environment import interpreter_of, resolved
 from rayswift.serving.spec import ServeSpec
+from rayswift.serving.vllm import cpu
 
 _FOUND = interpreter_of("vllm", None)
 pytestmark = [
@@ -71,6 +73,9 @@ def test_an_export_of_each_quantizer_is_proved_in_vllm(quantizer: str, base: Pat
         name=quantizer, settings={"group_size": 32} if quantizer in ("gptq", "awq") else {}, calibration=str(rows),
         num_calibration=32, num_held_out=16, max_length=128, max_perplexity=2.0, min_agreement=0.1,
     )  # fmt: skip
+    if quantizer in ("gptq", "awq") and (reason := cpu.lacks_packed()):
+        _expect_a_refusal(base, tmp_path / "out", spec, reason)
+        return
     export(str(base), str(tmp_path / "out"), quantize=None if quantizer == "none" else spec, engine="vllm")
     manifest = read_valid(tmp_path / "out")
     assert manifest.verify is not None
@@ -79,6 +84,24 @@ def test_an_export_of_each_quantizer_is_proved_in_vllm(quantizer: str, base: Pat
     assert said.mean_abs <= (1e-4 if quantizer == "none" else said.bound_mean_abs)
     assert said.template_equal
     assert said.tokens_per_second > 0
+
+
+def _expect_a_refusal(base: Path, out: Path, spec: QuantizeSpec, reason: str) -> None:
+    """On this machine: not proved in vLLM, which says why instead of dying, and served by `local`."""
+    with pytest.raises(ConfigError, match="cannot prove this export: vLLM runs weights of gptq"):
+        export(str(base), str(out), quantize=spec, engine="vllm")
+    export(str(base), str(out), quantize=spec, engine="auto")
+    verify = read_valid(out).verify
+    assert verify is not None
+    assert verify.served is None
+    chosen, note = resolved(ServeSpec(models={"m": str(out)}))
+    assert (chosen.engine, note) == ("local", f"engine local serves: m cannot run there: {reason}")
+    code = (
+        "import asyncio, sys; from rayswift.serving.engine import EngineOptions; "
+        "from rayswift.serving.engines.vllm import Vllm; asyncio.run(Vllm(sys.argv[1], EngineOptions()).start())"
+    )
+    done = subprocess.run([_FOUND.path, "-c", code, str(out)], capture_output=True, text=True, timeout=300)
+    assert f"engine=vllm cannot serve {out}: {reason}" in done.stderr
 
 
 @pytest.fixture(scope="module")

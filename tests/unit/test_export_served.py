@@ -44,7 +44,7 @@ def _ask(by: Prover, folder: str, prompts: list[list[int]], chat: Any, off: dict
 def off(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the engine is to say otherwise; an export that asks for it is judged by it."""
     changes: dict[str, Any] = {}
-    monkeypatch.setattr(pipeline, "prover", lambda *_: (_BY, None))
+    monkeypatch.setattr(pipeline, "prover", lambda *_, **__: (_BY, None))
     monkeypatch.setattr(served, "_ask", lambda *args: _ask(*args, changes))
     return changes
 

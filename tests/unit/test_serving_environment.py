@@ -105,6 +105,23 @@ def test_a_model_of_images_is_served_by_local(python: Callable[..., str], tmp_pa
     assert environment.resolved(seeing.model_copy(update={"max_media": 0}))[0].engine == "vllm"
 
 
+@pytest.mark.parametrize(("flag", "gpus", "engine"), [(False, 0, "local"), (True, 0, "vllm"), (False, 1, "vllm")])
+def test_packed_weights_go_to_vllm_where_the_processor_can(
+    python: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: bool, gpus: int, engine: str
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: flag)
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"quantization_config": {"format": "pack-quantized"}}')
+    spec = ServeSpec(models={"m": str(folder)}, engine_python=python(), gpus_per_replica=gpus)
+    chosen, note = environment.resolved(spec)
+    assert chosen.engine == engine
+    assert (note is None) == (engine == "vllm")
+    if note is not None:
+        assert "no CPU without AVX-512" in note
+
+
 @pytest.mark.parametrize("asked", [{"adapters": {"m": "folder"}}, {"tensor_parallel": 2}])
 def test_what_only_vllm_can_do_is_refused_without_it(asked: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(asked))}.*needs engine vllm"):

@@ -43,6 +43,9 @@ class Quantizer(ABC):
     needs_rows: ClassVar[bool]
     """Whether it looks at activations: it is calibrated on rows then, layer by layer."""
 
+    is_packed: ClassVar[bool] = False
+    """Whether weights alone become integers, several of them in one word."""
+
     def __init__(self, config: Any) -> None:
         self.config = config
 

@@ -26,6 +26,7 @@ class Awq(Quantizer):
         group_size: Literal[32, 64, 128] = 128
 
     needs_rows: ClassVar[bool] = True
+    is_packed: ClassVar[bool] = True
 
     @property
     def bounds(self) -> Bounds:

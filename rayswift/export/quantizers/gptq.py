@@ -18,6 +18,7 @@ class Gptq(Quantizer):
         group_size: Literal[-1, 32, 64, 128] = 128
 
     needs_rows: ClassVar[bool] = True
+    is_packed: ClassVar[bool] = True
 
     @property
     def bounds(self) -> Bounds:

@@ -20,7 +20,7 @@ from rayswift.models.pooling import Pooling, read_pooling
 from rayswift.models.processor import has_processor
 from rayswift.serving.engine import Delta, Embedding, EngineOptions, Prompt, Refused, Request, Sampling, TokenLogprob
 from rayswift.serving.stopping import stop_ids
-from rayswift.serving.vllm import pooled
+from rayswift.serving.vllm import cpu, media, pooled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,6 @@ class Vllm:
     }
     """Beside `environment`, where there is no accelerator."""
     can_constrain: ClassVar[bool] = True
-    media_encoder: ClassVar[MediaEncoder | None] = None
 
     def __init__(self, folder: str, options: EngineOptions) -> None:
         self._folder, self._options = str(local_folder(folder)), options
@@ -61,6 +60,7 @@ class Vllm:
         self._stop_ids: tuple[int, ...] = ()
         self._adapters: Adapters | None = None
         self._embedding: Embedding | None = None
+        self._media_encoder: MediaEncoder | None = None
         self._numbers = itertools.count()
         self._max_model_len = 0
 
@@ -69,16 +69,21 @@ class Vllm:
         return self._max_model_len
 
     @property
+    def media_encoder(self) -> MediaEncoder | None:
+        return self._media_encoder
+
+    @property
     def embedding(self) -> Embedding | None:
         return self._embedding
 
     async def start(self) -> None:
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        if has_processor(self._folder):
-            _log.warning("%s is served with text alone: engine vllm is given no images and sounds yet", self._folder)
         self._check_device()
+        self._check_cpu()
         pooling = read_pooling(self._folder)
+        if has_processor(self._folder):
+            self._media_encoder = media.encoder_of(self._folder, self._options.media)
         try:
             self._llm = AsyncLLM.from_engine_args(self._arguments(pooling))
         except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
@@ -98,10 +103,23 @@ class Vllm:
             from rayswift.serving.vllm.adapters import Adapters
 
             self._adapters = Adapters(self._folder, pad_base=_on_cpu())
-        warm_up = Request("warm-up", Prompt((0,)), Sampling(max_new_tokens=1, temperature=0))
-        async for _ in self.generate(warm_up):
-            pass
+        for number, prompt in enumerate([Prompt((0,)), *self._shown()]):
+            warm_up = Request(f"warm-up-{number}", prompt, Sampling(max_new_tokens=1, temperature=0))
+            async for _ in self.generate(warm_up):
+                pass
         _log.info("engine vllm is ready: %s, %d tokens", self._folder, self._max_model_len)
+
+    def _check_cpu(self) -> None:
+        if _on_cpu() and cpu.is_packed(self._folder) and (reason := cpu.lacks_packed()):
+            raise ConfigError(f"cannot serve {self._folder}: {reason}", path="engine", value="vllm",
+                              fix="use engine local, or a GPU")  # fmt: skip
+
+    def _shown(self) -> list[Prompt]:
+        """A question about an image, for a model that takes images and has room for it."""
+        from rayswift.export.shown import shown
+
+        found = [Prompt(tuple(one.input_ids), one.media) for one in shown(self._media_encoder).values()]
+        return [prompt for prompt in found if len(prompt.ids) < self._max_model_len]
 
     def _check_device(self) -> None:
         from vllm.platforms import current_platform
@@ -141,15 +159,15 @@ class Vllm:
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
             disable_log_stats=True,
             seed=0,
-            **({"language_model_only": True} if has_processor(self._folder) else {}),
+            **(media.arguments(self._media_encoder, on_cpu=on_cpu) if has_processor(self._folder) else {}),
             **given,
         )
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         params, lora = self._params(request.sampling), await self._lora(request)
-        outputs = self._started().generate(
-            {"prompt_token_ids": list(request.prompt.ids)}, params, request.request_id, lora_request=lora
-        )
+        llm = self._started()
+        given = media.inputs(llm, request.prompt, self._media_encoder)
+        outputs = llm.generate(given, params, request.request_id, lora_request=lora)
         try:
             with _told():
                 async for output in outputs:
