@@ -104,8 +104,11 @@ def wait_until_answering(spec: ServeSpec) -> None:
     wait_until_running(APP_NAME, spec, lambda: process.answers(spec))
 
 
-def wait_until_running(name: str, spec: ServeSpec, is_ready: Callable[[], bool] = lambda: True) -> None:
-    """Returns when an application runs and is ready. Raises ServeError when it failed or took too long."""
+def wait_until_running(
+    name: str, spec: ServeSpec, is_ready: Callable[[], bool] = lambda: True, what: str = "the endpoint"
+) -> None:
+    """Returns when an application runs and is ready. Raises ServeError, in which it is `what`, when it failed or took
+    too long."""
     deadline = time.monotonic() + spec.start_timeout_s
     while time.monotonic() < deadline:
         application = serve.status().applications.get(name)
@@ -113,13 +116,13 @@ def wait_until_running(name: str, spec: ServeSpec, is_ready: Callable[[], bool] 
             ApplicationStatus.DEPLOY_FAILED,
             ApplicationStatus.UNHEALTHY,
         ):
-            raise ServeError(f"the endpoint could not start: {_reason(application)}")
+            raise ServeError(f"{what} could not start: {_reason(application)}")
         if application is not None and application.status == ApplicationStatus.RUNNING and is_ready():
             return
         time.sleep(_POLL_S)
     needs = f"{spec.num_replicas} x {spec.cpus_per_replica:g} CPU, {spec.gpus_per_replica:g} GPU"
     raise ServeError(
-        f"the endpoint was not ready after {spec.start_timeout_s:g} s",
+        f"{what} was not ready after {spec.start_timeout_s:g} s",
         fix=f"check that the cluster has {needs} free, or raise start_timeout_s",
     )
 

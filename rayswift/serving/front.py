@@ -16,6 +16,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,7 +24,7 @@ from ray import serve
 from ray.exceptions import RayError
 
 from rayswift.cluster.session import is_token_asked
-from rayswift.errors import RaySwiftError, ServeError
+from rayswift.errors import ServeError
 from rayswift.serving import controller, registry
 from rayswift.serving.controller import APP_NAME
 from rayswift.serving.http import build_asgi
@@ -36,14 +37,15 @@ from rayswift.serving.placement import (
 )
 from rayswift.serving.registry import EndpointRecord
 from rayswift.serving.remote import RemoteEngine, VersionReplica
-from rayswift.serving.routing import Board, Report, Route, Routing, Target
+from rayswift.serving.routing import Board, Problem, Report, Route, Routing, Target
 from rayswift.serving.served import ServedModel, started
 from rayswift.serving.spec import ServeSpec
 from rayswift.serving.traffic import CountedEngine, Versions
 from rayswift.serving.versions import version_of
 
 BOARD, NAMESPACE = "rayswift-board", "rayswift"
-_SYNC_S, _PING_EVERY_S, _BOARD_TIMEOUT_S = 0.5, 5.0, 10.0
+_SYNC_S, _PING_EVERY_S, _BOARD_TIMEOUT_S, _OPEN_TIMEOUT_S = 0.5, 5.0, 10.0, 60.0
+_CALL_TIMEOUT_S = 60.0
 _log = logging.getLogger("rayswift.serving")
 
 
@@ -52,14 +54,18 @@ class FrontReplica:
 
     async def __init__(self, spec: ServeSpec) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         self._spec, self._name = spec, uuid.uuid4().hex
+        self._tasks: list[asyncio.Task[None]] = []
         self._models: dict[str, Versions] = {}
         self._opened: dict[tuple[str, str], ServedModel] = {}
         self._routing: Routing | None = None
-        self._problem: str | None = None
+        self._problem: Problem | None = None
         self._board = board()
-        await self._follow(await self._board.sync.remote(Report(self._name)))
-        if self._problem is not None:
-            raise ServeError(self._problem)
+        routing = await self._board.sync.remote(Report(self._name))
+        problem = await self._follow(routing)
+        if problem is not None and routing != routing.alone():
+            problem = await self._follow(routing.alone())  # what a promotion may have left keeps none from starting
+        if problem is not None:
+            raise ServeError(problem.text)
         self._tasks = [asyncio.create_task(self._keep_following()), asyncio.create_task(self._keep_pinging())]
         gc.freeze()
 
@@ -77,28 +83,39 @@ class FrontReplica:
             task.cancel()
 
     async def _keep_following(self) -> None:
-        """Ask the board for ever. While it does not answer, the routing stays as it is."""
-        while True:
-            await asyncio.sleep(_SYNC_S)
-            report = Report(self._name, self._routing, self._problem, self._tallies())
-            with suppress(RayError, TimeoutError):
-                routing = await asyncio.wait_for(self._board.sync.remote(report), _BOARD_TIMEOUT_S)
-                await self._follow(routing)
+        """Ask the board for ever, also while a version is being opened: who is silent is not waited for.
 
-    async def _follow(self, routing: Routing) -> None:
+        While the board does not answer, the routing stays as it is.
+        """
+        following: asyncio.Task[Any] = asyncio.create_task(asyncio.sleep(0))
+        try:
+            while True:
+                await asyncio.sleep(_SYNC_S)
+                report = Report(self._name, self._routing, self._problem, self._tallies())
+                with suppress(RayError, TimeoutError):
+                    routing = await asyncio.wait_for(self._board.sync.remote(report), _BOARD_TIMEOUT_S)
+                    if following.done():
+                        following = asyncio.create_task(self._follow(routing))
+        finally:
+            following.cancel()
+
+    async def _follow(self, routing: Routing) -> Problem | None:
         """Route by this from now on; where a version cannot be opened, go on as before and say why."""
-        if self._routing is not None and routing.revision <= self._routing.revision:
-            return
+        if routing == self._routing:
+            return None
         try:
             models = {model: await self._versions(model, route) for model, route in routing.routes.items()}
-        except (RaySwiftError, OSError, ValueError) as error:
-            self._problem = f"{type(error).__name__}: {error}"
-            _log.warning("revision %d cannot be followed: %s", routing.revision, error)
-            return
+        except Exception as error:  # whatever an export makes a tokenizer raise, the others are answered as before
+            problem = Problem(routing.revision, f"{type(error).__name__}: {error}")
+            if problem != self._problem:
+                _log.warning("revision %d cannot be followed: %s", routing.revision, problem.text)
+            self._problem = problem
+            return problem
         self._models.update(models)
         self._routing, self._problem = routing, None
         wanted = {(model, version) for model, route in routing.routes.items() for version in route.targets}
         self._opened = {key: model for key, model in self._opened.items() if key in wanted}
+        return None
 
     async def _versions(self, model: str, route: Route) -> Versions:
         for version, target in route.targets.items():
@@ -109,7 +126,11 @@ class FrontReplica:
     async def _open(self, target: Target) -> ServedModel:
         handle = serve.get_app_handle(target.app)
         engine = CountedEngine(RemoteEngine(handle, self._spec, target.folder))
-        return await started(self._spec, target.folder, engine)
+        try:
+            async with asyncio.timeout(_OPEN_TIMEOUT_S):  # of an application without a replica nothing is ever heard
+                return await started(self._spec, target.folder, engine)
+        except TimeoutError:
+            raise ServeError(f"{target.folder} could not be opened within {_OPEN_TIMEOUT_S:g} s") from None
 
     def _tallies(self) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
@@ -137,14 +158,36 @@ def board() -> Any:
         ) from None
 
 
-def start_board(spec: ServeSpec) -> None:
+def board_of(record: EndpointRecord) -> Any:
+    """The board of the endpoint that wrote this, on the connected cluster. Raises ServeError where it has ended."""
+    found = board()
+    if asked(found.endpoint) != record.id:
+        raise ended(record)
+    return found
+
+
+def ended(record: EndpointRecord) -> ServeError:
+    """What is told of an endpoint that its record outlived."""
+    return ServeError(f"the endpoint at {record.url} (process {record.pid}) does not run any more",
+                      fix="start it again with `rayswift serve --promotable`")  # fmt: skip
+
+
+def asked(method: Any, *arguments: Any, **named: Any) -> Any:
+    """What the board says. Raises ServeError where it does not answer."""
+    try:
+        return ray.get(method.remote(*arguments, **named), timeout=_CALL_TIMEOUT_S)
+    except RayError as error:
+        raise ServeError(f"the endpoint's board does not answer: {type(error).__name__}") from error
+
+
+def start_board(spec: ServeSpec, endpoint: str) -> None:
     """Start the board of an endpoint, in the place of one that a killed endpoint may have left."""
     stop_board()
     routes = {model: _first_route(model, folder) for model, folder in spec.models.items()}
     actor: Any = ray.remote(Board)
     actor.options(
         name=BOARD, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_restarts=-1, max_task_retries=3
-    ).remote(routes, _without_keys(spec))
+    ).remote(routes, _without_keys(spec), endpoint)
 
 
 def _without_keys(spec: ServeSpec) -> ServeSpec:
@@ -196,7 +239,10 @@ def front_application(spec: ServeSpec) -> serve.Application:
 @contextmanager
 def serving_versions(spec: ServeSpec) -> Iterator[None]:
     """Boards, versions and fronts of a spec run for the duration, and their registry knows where. Raises ServeError."""
-    start_board(spec)
+    for home in {Path(folder).resolve().parent for folder in spec.models.values()}:
+        with registry.locked(home):
+            registry.read(home)  # before a model is loaded for nothing
+    start_board(spec, endpoint := uuid.uuid4().hex)
     try:
         routes = {model: _first_route(model, folder) for model, folder in spec.models.items()}
         for model, route in routes.items():
@@ -209,7 +255,11 @@ def serving_versions(spec: ServeSpec) -> Iterator[None]:
         with registry.announced(
             {model: (route.live, spec.models[model]) for model, route in routes.items()},
             EndpointRecord(
-                address=ray.get_runtime_context().gcs_address, token=is_token_asked(), url=spec.url, pid=os.getpid()
+                id=endpoint,
+                address=ray.get_runtime_context().gcs_address,
+                token=is_token_asked(),
+                url=spec.url,
+                pid=os.getpid(),
             ),
         ):
             yield

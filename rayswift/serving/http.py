@@ -141,10 +141,12 @@ class Endpoint:
         try:
             return await self._run(http, request, model, adapter, deadline)
         except ServeError as error:
-            if model.fallback is None or isinstance(error, ApiError | Refused):
+            is_asked_for = VERSION_HEADER in http.headers
+            other = None if is_asked_for else self._models[self._base(request.model)].instead_of(model)
+            if other is None or isinstance(error, ApiError | Refused):
                 raise
             gate.internal_error(error)
-        return await self._run(http, request, model.fallback, adapter, deadline)
+        return await self._run(http, request, other, adapter, deadline)
 
     async def _run(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from rayswift.errors import ConfigError
 from rayswift.serving.traffic import Tally, quantile_s
@@ -69,12 +70,15 @@ class Policy:
                 "are not growing shares of which the last is 1", path="steps", value=",".join(map(str, self.steps)),
                 fix="write --steps 0.05,0.25,0.5,1",
             )  # fmt: skip
-        for name, value, least in (
-            ("step_seconds", self.step_s, 0), ("min_requests", self.min_requests, 0), ("max_wait", self.max_wait_s, 0),
-            ("max_error_rate", self.max_error_rate, 0), ("max_latency_ratio", self.max_latency_ratio, 1),
+        for name, value, least, most in (
+            ("step_seconds", self.step_s, 0, inf), ("min_requests", self.min_requests, 0, inf),
+            ("max_wait", self.max_wait_s, 0, inf), ("max_error_rate", self.max_error_rate, 0, 1),
+            ("max_latency_ratio", self.max_latency_ratio, 1, inf), ("max_answer_loss", self.max_answer_loss, 0, 1),
+            ("min_agreement", self.min_agreement, 0, 1),
         ):  # fmt: skip
-            if not value >= least:
-                raise ConfigError("is too small", path=name, value=value, fix=f"write at least {least}")
+            if not least <= value <= most:
+                bounds = f"from {least} to {most}" if most < inf else f"of at least {least}"
+                raise ConfigError("is out of bounds", path=name, value=value, fix=f"write a number {bounds}")
 
     def decide(self, window: Window) -> Hold | Advance | RollBack:
         """What to do now. Errors are acted on at once, latencies as soon as there are enough of both versions."""

@@ -100,6 +100,8 @@ class Registry(_Record):
 class EndpointRecord(_Record):
     """Where the endpoint that serves these exports runs. Holds no key."""
 
+    id: str
+    """Of the endpoint: at the same address another one may run by now."""
     address: str
     """Of its Ray cluster."""
     token: bool = False

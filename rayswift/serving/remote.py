@@ -9,7 +9,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,18 @@ class Facts:
     can_constrain: bool
     embedding: Embedding | None
 
+    def lacks(self, live: Facts) -> str | None:
+        """What clients of the live version would be refused by this one, for which no counter would tell."""
+        if (self.embedding is None) != (live.embedding is None):
+            return "it makes answers and the live version vectors, or the other way round"
+        if live.embedding and self.embedding and self.embedding.num_dims != live.embedding.num_dims:
+            return f"its vectors have {self.embedding.num_dims} numbers beside {live.embedding.num_dims}"
+        if live.takes_media and not self.takes_media:
+            return "it takes text only, and the live version images or sounds"
+        if self.max_model_len < live.max_model_len:
+            return f"its context has {self.max_model_len} tokens beside {live.max_model_len}"
+        return None
+
 
 class VersionReplica:
     """One replica of one version: a started engine that fronts ask."""
@@ -63,9 +75,10 @@ class VersionReplica:
         finally:
             await deltas.aclose()
 
-    async def embed(self, ids: Sequence[int], num_dims: int | None) -> np.ndarray:
-        """The vector of a text."""
-        return await self._model.engine.embed(ids, num_dims)
+    async def embed(self, ids: Sequence[int], num_dims: int | None) -> AsyncGenerator[np.ndarray | None, None]:
+        """The vector of a text, behind a None as in `generate`."""
+        yield None
+        yield await self._model.engine.embed(ids, num_dims)
 
     async def answer(self, turns: list[dict[str, Any]], max_new_tokens: int) -> str:
         """The greedy answer to a conversation of text, its prompt made as for any client. Raises ServeError."""
@@ -130,25 +143,33 @@ class RemoteEngine:
                         return
         finally:
             if not ended:
-                deltas.cancel()  # frees its place there
+                _cancel(deltas)
 
     async def _taken(self, deltas: Any) -> None:
         """Returns when a replica has the request: while there is none, Serve would have it wait for one to start."""
         try:
             with _in_own_words():
-                await asyncio.wait_for(anext(deltas), _TAKEN_TIMEOUT_S)
-        except (ServeError, TimeoutError) as error:
+                async with asyncio.timeout(_TAKEN_TIMEOUT_S):
+                    await anext(deltas)
+        except ServeError as error:
+            self._failure = f"no replica of {self._folder} has taken a request: {error}"
+            raise
+        except TimeoutError:
             self._failure = f"no replica of {self._folder} has taken a request within {_TAKEN_TIMEOUT_S:g} s"
-            raise error if isinstance(error, ServeError) else ServeError(self._failure) from None
+            raise ServeError(self._failure) from None
 
     async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
-        response = self._handle.embed.remote(list(ids), num_dims)
+        vectors = self._handle.embed.options(stream=True).remote(list(ids), num_dims)
+        ended = False
         try:
+            await self._taken(vectors)
             with _in_own_words():
-                return np.asarray(await response)
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
+                vector = np.asarray(await anext(vectors))
+            ended = True
+            return vector
+        finally:
+            if not ended:
+                _cancel(vectors)
 
     def check(self) -> None:
         if self._failure is not None:
@@ -158,9 +179,10 @@ class RemoteEngine:
         """Ask whether a replica answers; `check` tells."""
         try:
             with _in_own_words():
-                await asyncio.wait_for(self._handle.facts.remote(), _PING_TIMEOUT_S)
+                async with asyncio.timeout(_PING_TIMEOUT_S):
+                    await self._handle.facts.remote()
         except (ServeError, TimeoutError) as error:
-            self._failure = f"no replica of {self._folder} answers: {error}"
+            self._failure = f"no replica of {self._folder} answers: {str(error) or f'not within {_PING_TIMEOUT_S:g} s'}"
             _log.warning(self._failure)
         else:
             self._failure = None
@@ -172,6 +194,12 @@ class RemoteEngine:
         if self._facts is None:
             raise ServeError("the engine was not started", fix="await start() first")
         return self._facts
+
+
+def _cancel(stream: Any) -> None:
+    """Free its place there. Of a stream that no replica has taken, Serve raises once more why."""
+    with suppress(RayError, RayServeException):
+        stream.cancel()
 
 
 @contextmanager

@@ -5,11 +5,12 @@ Knows Ray Serve's handles of `VersionReplica`. How answers are compared is known
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from rayswift.errors import PromotionError, ServeError
@@ -17,16 +18,26 @@ from rayswift.serving.promotion import Answers, Policy, judged
 from rayswift.serving.questions import Question
 from rayswift.serving.routing import Target
 
-_AT_ONCE = 8
+_AT_ONCE, _MEANWHILE_S = 8, 5.0
 Say = Callable[[str], None]
 
 
 class Replay:
     """The verification prompts: how the live version answered them, and whether another one may."""
 
-    def __init__(self, questions: Sequence[Question], timeout_s: float, say: Say) -> None:
-        self._questions, self._timeout_s, self._say = list(questions), timeout_s, say
+    def __init__(
+        self, questions: Sequence[Question], timeout_s: float, say: Say, meanwhile: Callable[[], object]
+    ) -> None:
+        """`meanwhile` is called at least every few seconds while answers are waited for."""
+        self._questions, self._timeout_s, self._say, self._meanwhile = list(questions), timeout_s, say, meanwhile
         self._live: list[str | None] = []
+
+    def compare(self, live: Target, candidate: Target) -> None:
+        """Raises PromotionError when the candidate cannot take what the live version takes."""
+        old, new = (self._result(serve.get_app_handle(one.app).facts.remote()) for one in (live, candidate))
+        lack = new.lacks(old) if old is not None and new is not None else "it does not say what it takes"
+        if lack is not None:
+            raise PromotionError(lack)
 
     def hear(self, live: Target) -> None:
         """Ask the live version. What it cannot answer is no measure of another one, and left out."""
@@ -57,8 +68,18 @@ class Replay:
             found += [self._result(response) for response in asked]
         return found
 
-    def _result(self, response: Any) -> str | None:
-        try:
-            return str(response.result(timeout_s=self._timeout_s))
-        except (RayError, RayServeException, ServeError, TimeoutError):
-            return None
+    def _result(self, response: Any) -> Any:
+        """What a replica returns; None where it fails or takes too long."""
+        until = time.monotonic() + self._timeout_s
+        while True:
+            self._meanwhile()
+            try:
+                return response.result(timeout_s=_MEANWHILE_S)
+            except RayTaskError:
+                return None
+            except TimeoutError:  # GetTimeoutError is a RayError too
+                if time.monotonic() > until:
+                    response.cancel()
+                    return None
+            except (RayError, RayServeException, ServeError):
+                return None

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -32,7 +31,8 @@ from rayswift.serving.spec import ServeSpec
 from rayswift.serving.traffic import Tally
 from rayswift.serving.versions import version_of
 
-_POLL_S, _FOLLOW_TIMEOUT_S, _CALL_TIMEOUT_S = 0.25, 120.0, 60.0
+_POLL_S, _FOLLOW_TIMEOUT_S = 0.25, 120.0
+_LOST = (RayError, RayServeException, RaySwiftError)
 
 
 @contextmanager
@@ -44,27 +44,26 @@ def opened(home: str, model: str | None, say: Say) -> Iterator[Rollout]:
     record = registry.read_endpoint(home)
     if record is None:
         raise ConfigError("has no endpoint that says it serves exports from here", path="exports", value=home,
-                          fix="start it with `rayswift serve --promotable EXPORT`")  # fmt: skip
+                          fix="start it with `rayswift serve --promotable EXPORT`, or name the folder of the exports "
+                              "that are served")  # fmt: skip
     with registry.locked(home):
         try:
             # In this order: Ray takes the signals when it is joined, and a promotion has to go back.
             with session(record.address, token=record.token), process.told_to_stop():
                 logging.getLogger("ray.serve").setLevel(logging.WARNING)
-                yield Rollout(home, model, say)
+                yield Rollout(home, model, say, front.board_of(record))
         except PlanError as error:
-            raise ServeError(f"the endpoint at {record.url} (process {record.pid}) does not run any more",
-                             fix="start it again with `rayswift serve --promotable`") from error  # fmt: skip
+            raise front.ended(record) from error
 
 
 class Rollout:
     """One model of a running endpoint, whose versions are changed by this process alone."""
 
-    def __init__(self, home: str, model: str | None, say: Say) -> None:
-        self._home, self._say, self._board = home, say, front.board()
-        routes = self._ask(self._board.routes)
-        self._model = _chosen(model, list(routes))
-        self._spec: ServeSpec = self._ask(self._board.spec)
-        self._sweep(routes)
+    def __init__(self, home: str, model: str | None, say: Say, board: Any) -> None:
+        self._home, self._say, self._board = home, say, board
+        self._model = _chosen(model, list(front.asked(self._board.routes)))
+        self._spec: ServeSpec = front.asked(self._board.spec)
+        self._sweep()
 
     def promote(
         self, export: str, policy: Policy, questions: Sequence[Question], *, keep_old: bool = False
@@ -82,18 +81,21 @@ class Rollout:
         self._record(version, target.folder, "candidate")
         try:
             self._start(version, target)
-            replay = Replay(questions, self._spec.request_timeout_s, self._say)
+            replay = Replay(questions, self._spec.request_timeout_s, self._say, meanwhile=self._watch)
+            replay.compare(route.targets[route.live], target)
             replay.hear(route.targets[route.live])
             replay.judge(target, policy)
-            self._put(route.beside(version, target))
+            both = route.beside(version, target)
+            self._put(both)
+            live_before = self._watch().tallies.get(route.live, Tally())
             for share in policy.steps:
-                self._step(route.beside(version, target).shared(version, share), version, policy)
+                self._step(both.shared(version, share), version, policy, live_before)
                 replay.judge(target, policy)
+            self._put(both.promoted(version))
+            versions = self._record(version, target.folder, "live", f"promoted in {len(policy.steps)} steps")
         except BaseException as error:
             self._go_back(route, version, target, _reason(error))
             raise
-        self._put(route.beside(version, target).promoted(version))
-        versions = self._record(version, target.folder, "live", f"promoted in {len(policy.steps)} steps")
         self._say(f"{version} is live")
         kept = {version, route.live} if keep_old else {version}
         for other in route.targets.keys() - kept:
@@ -102,30 +104,25 @@ class Rollout:
 
     def roll_back(self) -> ModelVersions:
         """Give all traffic to the version before the live one at once. Raises ConfigError where there is none."""
-        known, route = registry.read(self._home).models.get(self._model, ModelVersions()), self._watch().route
+        known, route = self._known(), self._watch().route
         previous = known.previous
         if previous is None or previous == route.live or known.get(previous).state == "rolled-back":
             raise ConfigError("has no version before the live one to go back to", path="model", value=self._model,
                               fix="promote the export that should answer")  # fmt: skip
         target = route.targets.get(previous) or self._target_of(previous, known)
-        bad, bad_folder = route.live, route.targets[route.live].folder
-        if previous not in route.targets:
-            try:
+        bad, bad_folder, is_running = route.live, route.targets[route.live].folder, previous in route.targets
+        try:
+            if not is_running:
                 self._start(previous, target)
-            except BaseException:
-                self._delete(target)
-                raise
-        self._put(route.beside(previous, target).promoted(previous))
+            self._put(route.beside(previous, target).promoted(previous))
+        except BaseException:
+            self._restore(route, None if is_running else target)
+            raise
         self._record(previous, target.folder, "live", f"rolled back from {bad}")
         versions = self._record(bad, bad_folder, "rolled-back", "by hand")
         self._say(f"{previous} is live")
         self._end(bad)
         return versions
-
-    def shares(self) -> dict[str, float]:
-        """The share of each version that runs."""
-        route = self._watch().route
-        return {version: route.weights.get(version, 0.0) for version in route.targets}
 
     def _target_of(self, version: str, known: ModelVersions) -> Target:
         folder = str((Path(self._home) / known.get(version).folder).resolve())
@@ -137,9 +134,12 @@ class Rollout:
         self._say(f"starting {version} from {target.folder}")
         application = front.version_application(self._spec, self._model, target.folder)
         controller.deploy(target.app, application)
-        controller.wait_until_running(target.app, self._spec)
+        try:
+            controller.wait_until_running(target.app, self._spec, what=f"version {version}")
+        except ServeError as error:
+            raise PromotionError(str(error)) from error
 
-    def _step(self, route: Route, version: str, policy: Policy) -> None:
+    def _step(self, route: Route, version: str, policy: Policy, live_before: Tally) -> None:
         """Returns when the version has kept to the policy at this share. Raises PromotionError when it has not."""
         self._put(route)
         began, start = time.monotonic(), self._watch().tallies
@@ -150,7 +150,7 @@ class Rollout:
             if seen.route.weights != route.weights:
                 raise PromotionError("the traffic was given back, for this process was not heard of in time")
             mine = seen.tallies.get(version, Tally()) - start.get(version, Tally())
-            window = Window(time.monotonic() - began, mine, seen.tallies.get(route.live, Tally()))
+            window = Window(time.monotonic() - began, mine, seen.tallies.get(route.live, Tally()) - live_before)
             decision = policy.decide(window)
             if isinstance(decision, RollBack):
                 raise PromotionError(decision.reason)
@@ -164,28 +164,40 @@ class Rollout:
             return
 
     def _go_back(self, route: Route, version: str, target: Target, reason: str) -> None:
-        """The live version has everything, the candidate ends. What fails here is told, and tried by the next one."""
+        """The live version has everything, the candidate ends, and that is written down. Raises nothing of its own."""
         self._say(f"rolling back {version}: {reason}")
+        self._restore(route.without(version), target)
+        try:
+            self._record(version, target.folder, "rolled-back", reason)
+            self._record_live(route)
+        except RaySwiftError as error:
+            self._say(f"it could not be written down: {error}")
+
+    def _restore(self, route: Route, ending: Target | None) -> None:
+        """Route by this again. What fails here is told, and tried by the next promotion."""
         try:
             self._put(route)
-            self._delete(target)
-        except (RayError, RayServeException, RaySwiftError) as error:
+            if ending is not None:
+                self._delete(ending)
+        except _LOST as error:
             self._say(f"the endpoint could not be told: {error}; its board gives the traffic back within 30 s")
-        self._record(version, target.folder, "rolled-back", reason)
 
     def _end(self, version: str) -> None:
-        """A version that nobody is sent to any more ends, once its last answer has."""
+        """A version that nobody is sent to any more ends, once its last answer has. Where it cannot, that is told."""
         route = self._watch().route
-        target = route.targets[version]
-        self._put(route.without(version))
-        self._delete(target)
-        self._say(f"{version} has ended")
+        try:
+            self._put(route.without(version))
+            self._delete(route.targets[version])
+        except _LOST as error:
+            self._say(f"{version} could not be ended: {error}; it is tried again after the next promotion")
 
     def _put(self, route: Route) -> None:
         """Change the route. Returns when every front follows it; raises PromotionError when one cannot."""
-        self._ask(self._board.put, self._model, route)
+        front.asked(self._board.put, self._model, route)
         deadline = time.monotonic() + _FOLLOW_TIMEOUT_S
-        while not (seen := self._watch()).in_force:
+        while not ((seen := self._watch()).in_force and seen.route == route):
+            if seen.route != route:  # the board was started anew before it had told anybody
+                front.asked(self._board.put, self._model, route)
             if seen.problem is not None:
                 raise PromotionError(f"a front cannot open it: {seen.problem}")
             if time.monotonic() > deadline:
@@ -193,33 +205,40 @@ class Rollout:
             time.sleep(_POLL_S)
 
     def _watch(self) -> Watched:
-        seen: Watched = self._ask(self._board.watch, self._model, renew=True)
+        seen: Watched = front.asked(self._board.watch, self._model, renew=True)
         return seen
 
-    def _ask(self, method: Any, *arguments: Any, **named: Any) -> Any:
-        try:
-            return ray.get(method.remote(*arguments, **named), timeout=_CALL_TIMEOUT_S)
-        except RayError as error:
-            raise ServeError(f"the endpoint's board does not answer: {type(error).__name__}") from error
-
     def _delete(self, target: Target) -> None:
-        if target.app in serve.status().applications:
+        if target.app not in serve.status().applications:
+            return
+        try:
             serve.delete(target.app)
+            self._say(f"{target.app} has ended")
+        except TimeoutError:  # Serve waits a minute for it, and a stream may take longer
+            self._say(f"{target.app} ends after the answers that it still gives")
 
-    def _sweep(self, routes: dict[str, Route]) -> None:
+    def _sweep(self) -> None:
         """End what a killed promotion has left: a candidate beside the live version, and applications of no route."""
-        mine, known = routes[self._model], registry.read(self._home).models.get(self._model, ModelVersions())
-        for version in known.versions:
-            if version.state == "candidate":
-                if version.id in mine.targets and version.id != mine.live:
+        route = self._watch().route
+        for version in self._known().versions:
+            if version.state == "candidate" and version.id != route.live:
+                if version.id in route.targets:
                     self._end(version.id)
                 self._record(version.id, str(Path(self._home) / version.folder), "rolled-back", "its promotion ended")
-        routes = self._ask(self._board.routes)
-        kept = {target.app for route in routes.values() for target in route.targets.values()} | {controller.APP_NAME}
+        self._record_live(route)
+        kept = {target.app for target in self._watch().route.targets.values()}
         for name in serve.status().applications:
-            if name.startswith(controller.APP_NAME) and name not in kept:
+            if name.startswith(front.app_of(self._model, "")) and name not in kept:
                 self._say(f"ending {name}, which a promotion has left behind")
-                serve.delete(name)
+                self._delete(Target(name, ""))
+
+    def _record_live(self, route: Route) -> None:
+        """Have the registry say which version answers, where somebody was killed before he wrote it down."""
+        if self._known().live != route.live:
+            self._record(route.live, route.targets[route.live].folder, "live", "is what the endpoint answers with")
+
+    def _known(self) -> ModelVersions:
+        return registry.read(self._home).models.get(self._model, ModelVersions())
 
     def _record(self, version: str, folder: str, state: State, reason: str | None = None) -> ModelVersions:
         return registry.record(self._home, self._model, version, folder, state, reason)
@@ -228,9 +247,11 @@ class Rollout:
 def _chosen(model: str | None, known: list[str]) -> str:
     if model is None and len(known) == 1:
         return known[0]
+    fix = f"use one of {', '.join(known)}"
+    if model is None:
+        raise ConfigError("has to be named: there are several", path="--model", fix=fix)
     if model not in known:
-        raise ConfigError("is not a model of this endpoint" if model else "has to be named: there are several",
-                          path="--model", value=model, fix=f"use one of {', '.join(known)}")  # fmt: skip
+        raise ConfigError("is not a model of this endpoint", path="--model", value=model, fix=fix)
     return model
 
 
@@ -247,8 +268,8 @@ def _reason(error: BaseException) -> str:
 
 
 def home_of(export: str) -> str:
-    """The folder that an export lies in, where its registry is."""
-    return os.path.dirname(os.path.abspath(export))
+    """The folder that an export lies in, where its registry is; of a link to an export, that of the export."""
+    return os.path.dirname(os.path.realpath(export))
 
 
 def running_shares(home: str) -> dict[str, dict[str, float]]:
@@ -256,8 +277,8 @@ def running_shares(home: str) -> dict[str, dict[str, float]]:
     record = registry.read_endpoint(home)
     if record is None:
         return {}
-    with suppress(PlanError, ServeError, RayError), session(record.address, token=record.token):
-        routes: dict[str, Route] = ray.get(front.board().routes.remote(), timeout=_CALL_TIMEOUT_S)
+    with suppress(PlanError, ServeError), session(record.address, token=record.token):
+        routes: dict[str, Route] = front.asked(front.board_of(record).routes)
         return {name: {version: route.weights.get(version, 0.0) for version in route.targets}
                 for name, route in routes.items()}  # fmt: skip
     return {}

@@ -15,8 +15,8 @@ from rayswift.serving.traffic import Tally
 
 LEASE_S = 30.0
 """In which whoever shifts traffic has to ask again; then the live version has all of it back."""
-FRONT_SILENT_S = 10.0
-"""After which a front that is not heard from is not waited for."""
+FRONT_SILENT_S = 30.0
+"""After which a front that is not heard from is not waited for; Serve looks after it at least as often."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Route:
         """With another version that nobody is sent to yet."""
         return replace(self, targets={**self.targets, version: target})
 
+    def alone(self) -> Route:
+        """The live version without any other."""
+        return replace(self.settled(), targets={self.live: self.targets[self.live]})
+
     def shared(self, version: str, share: float) -> Route:
         """The version has this share of the requests, the live one the rest."""
         return replace(self, weights={self.live: 1 - share, version: share})
@@ -71,14 +75,26 @@ class Routing:
     revision: int
     routes: Mapping[str, Route]
 
+    def alone(self) -> Routing:
+        """The live version of each model without any other."""
+        return replace(self, routes={model: route.alone() for model, route in self.routes.items()})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a front cannot follow a routing."""
+
+    revision: int
+    text: str
+
 
 @dataclass(frozen=True)
 class Report:
-    """What a front tells: by what it routes, why it cannot follow, and its counts since its start."""
+    """What a front tells: by what it routes, what it cannot follow, and its counts since its start."""
 
     front: str
     routing: Routing | None = None
-    problem: str | None = None
+    problem: Problem | None = None
     tallies: Mapping[str, Mapping[str, Tally]] = field(default_factory=dict)
     """By model and version."""
 
@@ -103,9 +119,13 @@ class Board:
     """
 
     def __init__(
-        self, routes: Mapping[str, Route], spec: ServeSpec | None = None, now_s: Callable[[], float] = time.monotonic
+        self,
+        routes: Mapping[str, Route],
+        spec: ServeSpec | None = None,
+        endpoint: str = "",
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._routing, self._spec, self._now_s = Routing(1, dict(routes)), spec, now_s
+        self._routing, self._spec, self._endpoint, self._now_s = Routing(1, dict(routes)), spec, endpoint, now_s
         self._reports: dict[str, Report] = {}
         self._heard: dict[str, float] = {}
         self._leases: dict[str, float] = {}
@@ -134,13 +154,11 @@ class Board:
         if renew and model in self._leases:
             self._leases[model] = self._now_s() + LEASE_S
         here = [self._reports[front] for front, at in self._heard.items() if self._now_s() - at < FRONT_SILENT_S]
-        agreed = [report.routing is not None and report.routing.revision == self._routing.revision for report in here]
-        return Watched(
-            self._routing.routes[model],
-            bool(agreed) and all(agreed),
-            next((report.problem for report in here if report.problem), None),
-            self._tallies(model),
-        )
+        # The whole of it: a board that was started anew may give a revision that some front has seen a second time.
+        in_force = bool(here) and all(report.routing == self._routing for report in here)
+        problems = [report.problem for report in here if report.problem is not None]
+        problem = next((one.text for one in problems if one.revision == self._routing.revision), None)
+        return Watched(self._routing.routes[model], in_force, problem, self._tallies(model))
 
     def routes(self) -> Mapping[str, Route]:
         """The route of each model."""
@@ -149,6 +167,10 @@ class Board:
     def spec(self) -> ServeSpec | None:
         """What versions are started by: the endpoint's own spec, without its keys."""
         return self._spec
+
+    def endpoint(self) -> str:
+        """The id of the endpoint, as in its `registry.EndpointRecord`."""
+        return self._endpoint
 
     def _tallies(self, model: str) -> dict[str, Tally]:
         found: dict[str, Tally] = {}

@@ -5,6 +5,7 @@ Knows the engine protocol and the files of a folder; knows no route, and not whe
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,8 +32,6 @@ class ServedModel:
     """Of the export that it was started from; None for any other folder."""
     lineage: dict[str, Any] | None = None
     """What clients may know of where it comes from; None for a folder that is no export."""
-    fallback: ServedModel | None = None
-    """What answers a request of which this one could not begin the answer."""
 
     @property
     def takes_media(self) -> bool:
@@ -49,6 +48,10 @@ class ServedModel:
         if version not in (None, self.version):
             raise unknown_version()
         return self
+
+    def instead_of(self, failed: ServedModel) -> ServedModel | None:
+        """None: there is no other version."""
+        return None
 
     def check(self) -> None:
         """Raises ServeError when it cannot answer any more."""
@@ -73,6 +76,9 @@ class Served(Protocol):
     def pick(self, version: str | None) -> ServedModel:
         """The version that answers a request which asks for this one, or for none. Raises ApiError (404)."""
 
+    def instead_of(self, failed: ServedModel) -> ServedModel | None:
+        """What answers a request of which this one could not begin the answer; None where nothing else can."""
+
     def check(self) -> None:
         """Raises ServeError when it cannot answer any more."""
 
@@ -86,6 +92,7 @@ async def open_model(spec: ServeSpec, folder: str) -> ServedModel:
 async def started(spec: ServeSpec, folder: str, engine: Engine) -> ServedModel:
     """The model of an engine, which is started first. Raises ConfigError or ServeError when it cannot."""
     await engine.start()
-    prompts = PromptBuilder(load_tokenizer(folder), engine.media_encoder, spec.max_media, engine.max_model_len)
+    tokenizer = await asyncio.to_thread(load_tokenizer, folder)  # others are answered meanwhile
+    prompts = PromptBuilder(tokenizer, engine.media_encoder, spec.max_media, engine.max_model_len)
     places = Admission(spec.max_concurrency, spec.max_queued)
     return ServedModel(engine, prompts, places, version_of(folder), lineage=lineage_of(folder))

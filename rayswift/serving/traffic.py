@@ -147,6 +147,10 @@ class CountedEngine:
             took_s = time.monotonic() - began
             self._end(outcome, took_s, took_s)
 
+    def miss(self) -> None:
+        """Count an answer that it was not asked for because it is down."""
+        self.tally = replace(self.tally, started=self.tally.started + 1, failed=self.tally.failed + 1)
+
     def _end(self, outcome: str, first_s: float | None, whole_s: float) -> None:
         now = replace(self.tally, **{outcome: getattr(self.tally, outcome) + 1})
         if outcome == "answered" and first_s is not None:
@@ -187,9 +191,6 @@ class Versions:
 
     def __init__(self, models: Mapping[str, ServedModel], weights: Mapping[str, float], live: str) -> None:
         self._models, self._live, self._weights = dict(models), live, dict(weights)
-        self._falling_back = {
-            name: model if name == live else replace(model, fallback=models[live]) for name, model in models.items()
-        }
         self._next = WeightedPick(weights)
 
     @property
@@ -220,13 +221,21 @@ class Versions:
         return self._models[version]
 
     def _well(self, version: str) -> ServedModel:
-        """The version, or the live one where this one is known to be down."""
+        """The version, or the live one where this one is known to be down, which counts as a failure of it."""
+        model = self._models[version]
         if version != self._live:
             try:
-                self._models[version].check()
+                model.check()
             except ServeError:
+                if isinstance(model.engine, CountedEngine):
+                    model.engine.miss()
                 return self._models[self._live]
-        return self._falling_back[version]
+        return model
+
+    def instead_of(self, failed: ServedModel) -> ServedModel | None:
+        """The live version. For a request that began before it was live, that is another than the one of then."""
+        live = self._models[self._live]
+        return None if failed is live else live
 
     def check(self) -> None:
         """Raises ServeError when no version can answer any more."""

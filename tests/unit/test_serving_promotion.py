@@ -65,10 +65,24 @@ def test_steps_grow_to_all_of_the_traffic(steps: tuple[float, ...]) -> None:
         Policy(steps=steps)
 
 
-@pytest.mark.parametrize("field", ["step_s", "min_requests", "max_error_rate", "max_latency_ratio"])
-def test_bounds_below_sense_are_refused(field: str) -> None:
-    with pytest.raises(ConfigError, match="is too small"):
-        replace(_POLICY, **{field: -1})
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("step_s", -1), ("min_requests", -1), ("max_wait_s", -1), ("max_error_rate", -1), ("max_latency_ratio", 0.5),
+     ("max_answer_loss", -0.1), ("min_agreement", 90), ("max_error_rate", 2), ("step_s", float("nan"))],
+)  # fmt: skip
+def test_bounds_beyond_sense_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match="is out of bounds; write a number"):
+        replace(_POLICY, **{field: value})
+
+
+def test_a_step_without_traffic_is_held_for_a_while_and_then_goes_back() -> None:
+    policy = replace(_POLICY, max_wait_s=30)
+    few = Window(0, _tally(3), _tally(100))
+    assert policy.decide(replace(few, elapsed_s=89)) == Hold(needs_requests=True)
+    found = policy.decide(replace(few, elapsed_s=90))
+    assert isinstance(found, RollBack)
+    assert "3 of 20 answers in 90 s; lower --min-requests" in found.reason
+    assert replace(policy, min_requests=0).decide(replace(few, elapsed_s=60)) == Advance()
 
 
 def test_answers_are_judged() -> None:

@@ -62,10 +62,35 @@ def test_only_one_changes_it_at_a_time(tmp_path: Path) -> None:
 
 def test_the_record_of_the_endpoint_is_for_its_user_and_taken_back_by_who_wrote_it(tmp_path: Path) -> None:
     assert registry.read_endpoint(tmp_path) is None
-    record = EndpointRecord(address="127.0.0.1:1", url="http://127.0.0.1:8000/v1", pid=os.getpid())
+    record = EndpointRecord(id="e", address="127.0.0.1:1", url="http://127.0.0.1:8000/v1", pid=os.getpid())
     registry.write_endpoint(tmp_path, record)
     assert (tmp_path / registry.ENDPOINT_FILE).stat().st_mode & 0o777 == 0o600
     registry.forget_endpoint(tmp_path, os.getpid() + 1)
     assert registry.read_endpoint(tmp_path) == record
     registry.forget_endpoint(tmp_path, os.getpid())
+    assert registry.read_endpoint(tmp_path) is None
+
+
+def test_what_an_endpoint_serves_is_announced_while_it_runs(tmp_path: Path) -> None:
+    (home := tmp_path / "exports").mkdir()
+    record = EndpointRecord(id="e", address="127.0.0.1:1", url="http://127.0.0.1:8000/v1", pid=os.getpid())
+    served = {name: (_A, str(home / "v1")) for name in ("m", "n")}  # one export under two names
+    with registry.announced(served, record):
+        assert registry.read_endpoint(home) == record
+        assert {name: found.live for name, found in registry.read(home).models.items()} == {"m": _A, "n": _A}
+    assert registry.read_endpoint(home) is None
+    with registry.announced({"m": (_A, str(home / "v1"))}, record):  # nothing new
+        assert [one.what for one in registry.read(home).models["m"].history] == [
+            "live: served from the start of the endpoint"
+        ]
+    with registry.announced({"m": (_B, str(home / "v2"))}, record):  # another one than was live
+        found = registry.read(home).models["m"]
+        assert (found.live, found.previous, found.get(_A).state) == (_B, _A, "retired")
+
+
+def test_a_folder_that_is_being_changed_is_not_announced(tmp_path: Path) -> None:
+    record = EndpointRecord(id="e", address="127.0.0.1:1", url="http://127.0.0.1:8000/v1", pid=os.getpid())
+    refused = pytest.raises(ConfigError, match="another promotion or rollback")
+    with registry.locked(tmp_path), refused, registry.announced({"m": (_A, str(tmp_path / "v1"))}, record):
+        pass
     assert registry.read_endpoint(tmp_path) is None

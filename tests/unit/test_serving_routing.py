@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayswift.serving.routing import FRONT_SILENT_S, LEASE_S, Board, Report, Route, Target
+from rayswift.serving.routing import FRONT_SILENT_S, LEASE_S, Board, Problem, Report, Route, Target
 from rayswift.serving.traffic import Tally
 
 _OLD, _NEW = "0" * 12, "1" * 12
@@ -50,9 +50,13 @@ def test_a_route_is_in_force_once_every_front_that_lives_follows_it(board: Board
 
 def test_a_front_that_cannot_follow_says_why(board: Board) -> None:
     board.put("m", _BOTH)
-    board.sync(Report("one", problem="no such folder"))
+    told = board.sync(Report("one", problem=Problem(1, "an older one")))
+    assert board.watch("m").problem is None
+    board.sync(Report("one", problem=Problem(told.revision, "no such folder")))
     seen = board.watch("m")
     assert (seen.in_force, seen.problem) == (False, "no such folder")
+    board.put("m", _ROUTE)  # back again: what was told of the other one is no reason against this one
+    assert board.watch("m").problem is None
 
 
 def test_the_live_version_has_everything_back_when_nobody_renews(board: Board, clock: _Clock) -> None:
@@ -95,3 +99,23 @@ def test_routes_keep_a_version_that_answers() -> None:
     assert _BOTH.shared(_NEW, 0.5).without(_NEW) == _ROUTE
     with pytest.raises(AssertionError):
         promoted.without(_NEW)
+
+
+def test_a_revision_that_was_given_twice_is_not_in_force_where_the_first_is_followed(board: Board) -> None:
+    followed = board.sync(Report("one"))
+    board.sync(Report("two", followed))
+    board.put("m", _BOTH)
+    first = board.sync(Report("one", followed))
+    anew = Board({"m": _ROUTE})  # died before the second front had heard
+    anew.sync(Report("two", followed))
+    anew.put("m", _BOTH.shared(_NEW, 0.5))
+    second = anew.sync(Report("two", followed))
+    anew.sync(Report("two", second))
+    assert anew.sync(Report("one", first)) == second != first
+    assert not anew.watch("m").in_force
+    anew.sync(Report("one", second))
+    assert anew.watch("m").in_force
+
+
+def test_alone_is_the_live_version() -> None:
+    assert _BOTH.shared(_NEW, 0.5).alone() == _ROUTE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayswift.errors import ServeError
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving.admission import Admission
-from rayswift.serving.engine import FakeEngine, Prompt, Request, Sampling
+from rayswift.serving.engine import Delta, FakeEngine, Prompt, Request, Sampling
 from rayswift.serving.http import build_asgi
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.served import ServedModel
@@ -135,6 +137,32 @@ def test_a_new_version_that_is_known_to_be_down_is_not_tried(tiny_model_dir: Pat
     assert {reply.headers["X-RaySwift-Version"] for reply in pair.ask(6)} == {_OLD, _NEW}
 
 
+def test_a_version_that_is_down_fails_by_every_request_that_was_meant_for_it(tiny_model_dir: Path) -> None:
+    pair = _Pair(tiny_model_dir, 0.5)
+    counted_new = CountedEngine(pair.new)
+    models = {**pair.models, _NEW: replace(pair.models[_NEW], engine=counted_new)}
+    versions = Versions(models, {_OLD: 0.5, _NEW: 0.5}, _OLD)
+    pair.new.failure = "broken"
+    assert {versions.pick(None).version for _ in range(6)} == {_OLD}
+    assert (counted_new.tally.started, counted_new.tally.failed, counted_new.tally.running) == (3, 3, 0)
+
+
+def test_a_request_that_was_meant_for_a_replaced_version_is_answered(tiny_model_dir: Path) -> None:
+    """It chose the version while that one was live, and begins when it has ended."""
+    pair = _Pair(tiny_model_dir, 0)
+    served = {"m": Versions(pair.models, {_OLD: 1}, _OLD)}
+    pair.app = build_asgi(ServeSpec(models={"m": "unused"}), served)
+
+    async def ended(request: Request) -> AsyncGenerator[Delta, None]:
+        served["m"] = Versions({_NEW: pair.models[_NEW]}, {_NEW: 1}, _NEW)
+        raise ServeError("was lost with its replica")
+        yield
+
+    pair.old.generate = ended  # type: ignore[method-assign]
+    (reply,) = pair.ask()
+    assert (reply.status_code, reply.headers["X-RaySwift-Version"]) == (200, _NEW)
+
+
 def test_health_is_good_while_one_version_is_well(tiny_model_dir: Path) -> None:
     pair = _Pair(tiny_model_dir, 0.5)
     versions = Versions(pair.models, {_OLD: 1}, _OLD)
@@ -144,4 +172,3 @@ def test_health_is_good_while_one_version_is_well(tiny_model_dir: Path) -> None:
     with pytest.raises(Exception, match="broken"):
         versions.check()
     assert not versions.takes_media
-    assert replace(pair.models[_OLD], fallback=None) == pair.models[_OLD]

@@ -1,0 +1,112 @@
+"""A version's replicas behind Ray Serve's own handle: errors in their own type, streams that end when nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from ray import serve
+
+from rayswift.errors import ServeError
+from rayswift.serving.api_errors import ApiError
+from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Refused, Request, Sampling
+from rayswift.serving.remote import RemoteEngine, VersionReplica
+from rayswift.serving.served import ServedModel
+from rayswift.serving.spec import ServeSpec
+
+pytestmark = pytest.mark.ray
+_SPEC = ServeSpec(models={"m": "exports/v1"})
+
+
+class _Engine(FakeEngine):
+    """Fails by what it is asked for, and streams for ever where its first token is 9."""
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        first = request.prompt.ids[0]
+        if first == 1:
+            raise Refused("token 1 is not known")
+        if first == 2:
+            raise ApiError("too long", status=413, code="too_large")
+        if first == 3:
+            raise ValueError("a bug")
+        if first == 4:
+            os._exit(1)
+        self.running += 1
+        try:
+            while first == 9:
+                yield Delta("x", 1)
+                await asyncio.sleep(0.01)
+            yield Delta("done", 1, "stop")
+        finally:
+            self.running -= 1
+
+
+class _Replica(VersionReplica):
+    async def __init__(self) -> None:  # type: ignore[misc]
+        engine = _Engine(embedding=Embedding(3))
+        self._model = ServedModel(engine, None, None)  # type: ignore[arg-type]  # no prompt is made here
+
+    async def running(self) -> int:
+        return self._model.engine.running  # type: ignore[attr-defined,no-any-return]
+
+
+@pytest.fixture
+def handle(ray_local: None) -> Iterator[Any]:
+    deployment: Any = serve.deployment(ray_actor_options={"num_cpus": 0.1})(_Replica)
+    serve.start(proxy_location="Disabled")
+    try:
+        yield serve.run(deployment.bind(), name="version", route_prefix=None)
+    finally:
+        serve.shutdown()
+
+
+def _request(first: int) -> Request:
+    return Request("r", Prompt((first,)), Sampling(4))
+
+
+async def _all(engine: RemoteEngine, first: int) -> str:
+    return "".join([delta.text async for delta in engine.generate(_request(first))])
+
+
+async def _leave(engine: RemoteEngine) -> None:
+    deltas = engine.generate(_request(9))
+    await anext(deltas)
+    await deltas.aclose()
+
+
+def test_errors_keep_their_type_and_streams_end(handle: Any) -> None:
+    async def scenario() -> None:
+        engine = RemoteEngine(handle, _SPEC, "exports/v1")
+        await engine.start()
+        assert await _all(engine, 0) == "done"
+        assert np.array_equal(await engine.embed([5]), [5, 1, 1])
+        with pytest.raises(Refused, match="token 1 is not known"):
+            await _all(engine, 1)
+        with pytest.raises(ApiError, match="too long") as caught:
+            await _all(engine, 2)
+        assert (caught.value.status, caught.value.code) == (413, "too_large")
+        with pytest.raises(ServeError, match="failed inside its replica: ValueError"):
+            await _all(engine, 3)
+        await _leave(engine)
+        task = asyncio.create_task(_all(engine, 9))
+        await _until(handle, 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await _until(handle, 0)
+        with pytest.raises(ServeError, match="was lost with its replica"):
+            await _all(engine, 4)
+
+    asyncio.run(scenario())
+
+
+async def _until(handle: Any, num_running: int) -> None:
+    deadline = time.monotonic() + 30
+    while await handle.running.remote() != num_running:
+        assert time.monotonic() < deadline, "a stream that nobody reads goes on"
+        await asyncio.sleep(0.02)

@@ -1,0 +1,156 @@
+"""A front and the board it follows: what it does while a version opens, and when one cannot be opened."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.serve.exceptions import RayServeException
+
+from rayswift.errors import ServeError
+from rayswift.serving import front
+from rayswift.serving.engine import FakeEngine
+from rayswift.serving.front import FrontReplica
+from rayswift.serving.routing import Board, Report, Route, Routing, Target
+from rayswift.serving.spec import ServeSpec
+from rayswift.serving.traffic import CountedEngine
+
+_OLD, _NEW = "0" * 12, "1" * 12
+_ROUTE = Route(_OLD, {_OLD: Target("a", "exports/a")}, {_OLD: 1.0})
+_BOTH = _ROUTE.beside(_NEW, Target("b", "exports/b"))
+
+
+class _Front(FrontReplica):
+    def __del__(self) -> None:  # type: ignore[override]  # the collector awaits nothing
+        for task in self._tasks:
+            assert task.done()
+
+
+@dataclass
+class _World:
+    """A board in this process, and what becomes of opening each folder."""
+
+    board: Board = field(default_factory=lambda: Board({"m": _ROUTE}))
+    open: Callable[[str], Awaitable[None]] | None = None
+    heard: list[Report] = field(default_factory=list)
+
+    def sync(self, report: Report) -> Any:
+        async def answered() -> Routing:
+            self.heard.append(report)
+            return self.board.sync(report)
+
+        return answered()
+
+    async def started(self, spec: ServeSpec, folder: str, engine: CountedEngine) -> Any:
+        if self.open is not None:
+            await self.open(folder)
+        return SimpleNamespace(engine=CountedEngine(FakeEngine()), version=folder, check=lambda: None)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> _World:
+    made = _World()
+    monkeypatch.setattr(front, "board", lambda: SimpleNamespace(sync=SimpleNamespace(remote=made.sync)))
+    monkeypatch.setattr(front.serve, "get_app_handle", lambda app: None)
+    monkeypatch.setattr(front, "started", made.started)
+    monkeypatch.setattr(front, "_SYNC_S", 0.01)
+    monkeypatch.setattr(front.gc, "freeze", lambda: None)
+    return made
+
+
+def _run(world: _World, scenario: Callable[[_Front], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        made: Any = _Front.__new__(_Front)
+        await made.__init__(ServeSpec(models={"m": "exports/a"}))
+        try:
+            await scenario(made)
+        finally:
+            await FrontReplica.__del__(made)
+            await asyncio.gather(*made._tasks, return_exceptions=True)
+
+    asyncio.run(whole())
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def _broken(folder: str) -> None:
+    if folder == "exports/b":
+        raise RayServeException("Application 'b' does not exist.")
+
+
+def test_a_front_goes_on_as_before_and_says_what_it_cannot_open(world: _World) -> None:
+    async def scenario(made: _Front) -> None:
+        world.open = _broken
+        world.board.put("m", _BOTH.shared(_NEW, 0.5))
+        await _until(lambda: world.board.watch("m").problem is not None)
+        seen = world.board.watch("m")
+        assert not seen.in_force
+        assert seen.problem == "RayServeException: Application 'b' does not exist."
+        assert {made._models["m"].pick(None).version for _ in range(4)} == {"exports/a"}
+        await made.check_health()  # a version of no use is no reason to replace it
+        world.open = None
+        await _until(lambda: world.board.watch("m").in_force)
+        assert {made._models["m"].pick(None).version for _ in range(4)} == {"exports/a", "exports/b"}
+
+    _run(world, scenario)
+
+
+def test_a_front_is_heard_while_it_opens_a_version_and_is_waited_for(world: _World) -> None:
+    async def scenario(made: _Front) -> None:
+        gate = asyncio.Event()
+
+        async def slow(folder: str) -> None:
+            await gate.wait()
+
+        world.open = slow
+        world.board.put("m", _BOTH)
+        num_heard = len(world.heard)
+        await _until(lambda: len(world.heard) > num_heard + 3)
+        assert not world.board.watch("m").in_force
+        gate.set()
+        await _until(lambda: world.board.watch("m").in_force)
+
+    _run(world, scenario)
+
+
+def test_a_front_that_starts_answers_without_what_a_promotion_has_left(
+    world: _World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "_OPEN_TIMEOUT_S", 0.05)
+    world.board.put("m", _BOTH)
+
+    async def without_replicas(folder: str) -> None:
+        if folder == "exports/b":
+            await asyncio.Event().wait()
+
+    world.open = without_replicas
+
+    async def scenario(made: _Front) -> None:
+        assert made._models["m"].pick(None).version == "exports/a"
+        await _until(lambda: world.board.watch("m").problem is not None)
+        assert "exports/b could not be opened within 0.05 s" in str(world.board.watch("m").problem)
+        assert world.board.routes() == {"m": _BOTH}  # the board does not learn from it
+        world.open = None
+        await _until(lambda: world.board.watch("m").in_force)
+
+    _run(world, scenario)
+
+
+def test_a_front_without_the_live_version_does_not_start(world: _World) -> None:
+    async def broken(folder: str) -> None:
+        raise KeyError("added_tokens")
+
+    async def scenario(made: _Front) -> None:
+        raise AssertionError("it has started")
+
+    world.open = broken
+    with pytest.raises(ServeError, match="KeyError: 'added_tokens'"):
+        _run(world, scenario)

@@ -1,0 +1,222 @@
+"""What stands for an engine in a front: deltas through a handle, its failures in our words, and what a front gives up.
+
+The handle is a fake; that Ray Serve's behaves like it is proved in `tests/ray/test_serving_remote.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+from rayswift.errors import ServeError
+from rayswift.serving import remote
+from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Refused, Request, Sampling
+from rayswift.serving.remote import Facts, RemoteEngine, VersionReplica
+from rayswift.serving.spec import ServeSpec
+
+_REQUEST = Request("r", Prompt((1,)), Sampling(4))
+_SPEC = ServeSpec(models={"m": "exports/v1"})
+
+
+class _Stream:
+    """A response generator of Serve, as far as it is used. What a replica could not take is raised again by cancel."""
+
+    def __init__(self, items: AsyncGenerator[Any, None]) -> None:
+        self._items, self._refused, self.cancelled = items, None, False
+
+    def __aiter__(self) -> _Stream:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await anext(self._items)
+        except BackPressureError as error:
+            self._refused = error
+            raise
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        if self._refused is not None:
+            raise self._refused
+
+
+class _Method:
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def options(self, *, stream: bool) -> _Method:
+        assert stream
+        return self
+
+    def remote(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+
+class _Handle:
+    """The handle of one replica over a fake engine."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        # No instance of it: one that no replica ends would be ended by the collector.
+        self.replica: Any = SimpleNamespace(_model=SimpleNamespace(engine=engine))
+        self.streams: list[_Stream] = []
+        self.unreachable: Exception | None = None
+        self.hangs = False
+
+    @property
+    def facts(self) -> _Method:
+        return _Method(self._facts)
+
+    @property
+    def generate(self) -> _Method:
+        return _Method(lambda request: self._stream(VersionReplica.generate(self.replica, request)))
+
+    @property
+    def embed(self) -> _Method:
+        return _Method(lambda ids, num_dims: self._stream(VersionReplica.embed(self.replica, ids, num_dims)))
+
+    async def _facts(self) -> Facts:
+        await self._reached()
+        return await VersionReplica.facts(self.replica)
+
+    def _stream(self, items: AsyncGenerator[Any, None]) -> _Stream:
+        self.streams.append(_Stream(self._as_serve_does(items)))
+        return self.streams[-1]
+
+    async def _as_serve_does(self, items: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        await self._reached()
+        try:
+            async for item in items:
+                yield item
+        except ServeError as error:
+            raise RayTaskError("generate", "traceback", error).as_instanceof_cause() from None
+        finally:
+            await items.aclose()
+
+    async def _reached(self) -> None:
+        if self.hangs:
+            await asyncio.Event().wait()
+        if self.unreachable is not None:
+            raise self.unreachable
+
+
+def _started(fake: FakeEngine) -> tuple[_Handle, RemoteEngine]:
+    handle = _Handle(fake)
+    engine = RemoteEngine(handle, _SPEC, "exports/v1")
+    with pytest.raises(ServeError, match="was not started"):
+        _ = engine.max_model_len
+    asyncio.run(engine.start())
+    return handle, engine
+
+
+async def _all(engine: RemoteEngine) -> list[Delta]:
+    return [delta async for delta in engine.generate(_REQUEST)]
+
+
+def test_an_answer_is_the_engines_own() -> None:
+    fake = FakeEngine(can_constrain=True)
+    handle, engine = _started(fake)
+    assert (engine.max_model_len, engine.can_constrain, engine.embedding, engine.media_encoder) == (
+        64,
+        True,
+        None,
+        None,
+    )
+    assert [delta.text for delta in asyncio.run(_all(engine))] == list(fake.pieces)
+    assert not handle.streams[0].cancelled  # it had ended
+
+
+def test_a_vector_is_the_engines_own() -> None:
+    handle, engine = _started(FakeEngine(embedding=Embedding(4)))
+    assert engine.embedding == Embedding(4)
+    assert np.array_equal(asyncio.run(engine.embed([7, 8])), [7, 8, 1, 1])
+    assert np.array_equal(asyncio.run(engine.embed([7, 8], 2)), [7, 8])
+    assert not handle.streams[0].cancelled
+
+
+def test_an_answer_that_nobody_reads_is_cancelled() -> None:
+    handle, engine = _started(FakeEngine())
+
+    async def leave() -> None:
+        deltas = engine.generate(_REQUEST)
+        await anext(deltas)
+        await deltas.aclose()
+
+    asyncio.run(leave())
+    assert handle.streams[0].cancelled
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_what_no_replica_takes_is_given_up_and_known(monkeypatch: pytest.MonkeyPatch, embeds: bool) -> None:
+    handle, engine = _started(FakeEngine(embedding=Embedding(4) if embeds else None))
+    engine.check()
+    monkeypatch.setattr(remote, "_TAKEN_TIMEOUT_S", 0.01)
+    handle.hangs = True
+    with pytest.raises(ServeError, match=r"exports/v1 has taken a request within 0\.01 s"):
+        asyncio.run(engine.embed([1]) if embeds else _all(engine))  # type: ignore[arg-type]
+    assert handle.streams[0].cancelled
+    with pytest.raises(ServeError, match="has taken a request"):
+        engine.check()
+    handle.hangs = False
+    asyncio.run(engine.ping())
+    engine.check()
+
+
+@pytest.mark.parametrize("lost", [BackPressureError(1, 1), ActorDiedError()])
+def test_what_serve_raises_is_told_as_a_lost_replica(lost: Exception) -> None:
+    handle, engine = _started(FakeEngine())
+    handle.unreachable = lost
+    with pytest.raises(ServeError, match=f"was lost with its replica: {type(lost).__name__}"):
+        asyncio.run(_all(engine))
+
+
+def test_a_ping_tells_and_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle, engine = _started(FakeEngine())
+    handle.unreachable = ActorDiedError()
+    asyncio.run(engine.ping())
+    with pytest.raises(ServeError, match="no replica of exports/v1 answers: was lost"):
+        engine.check()
+    handle.unreachable = None
+    asyncio.run(engine.ping())
+    engine.check()
+    monkeypatch.setattr(remote, "_PING_TIMEOUT_S", 0.01)
+    handle.hangs = True
+    asyncio.run(engine.ping())
+    with pytest.raises(ServeError, match=r"answers: not within 0\.01 s"):
+        engine.check()
+
+
+def test_what_the_engine_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeEngine(failure="out of cache")
+    _, engine = _started(fake)
+    with pytest.raises(ServeError, match="out of cache"):
+        asyncio.run(_all(engine))
+    engine.check()  # a replica has taken it
+
+    async def refuse(request: Request) -> AsyncGenerator[Delta, None]:
+        raise Refused("no such adapter")
+        yield
+
+    monkeypatch.setattr(fake, "generate", refuse)
+    with pytest.raises(Refused, match="no such adapter"):
+        asyncio.run(_all(engine))
+
+
+def test_a_version_lacks_what_clients_of_another_would_be_refused() -> None:
+    text, vectors = Facts(64, False, False, None), Facts(64, False, False, Embedding(4))
+    sees = replace(text, takes_media=True)
+    for mine, live, told in [
+        (text, sees, "text only"), (replace(text, max_model_len=63), text, "63 tokens beside 64"),
+        (text, vectors, "vectors"), (vectors, text, "vectors"),
+        (replace(vectors, embedding=Embedding(3)), vectors, "3 numbers beside 4"),
+    ]:  # fmt: skip
+        assert told in str(mine.lacks(live))
+    for mine, live in [(text, text), (sees, text), (vectors, vectors), (replace(text, max_model_len=65), text)]:
+        assert mine.lacks(live) is None
