@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt .ci/setup
 
 serve-env: $(SERVE_STAMP)  ## build .venv-serve, the environment of vLLM, once; serving then uses it
 
-$(SERVE_STAMP): $(STAMP) pyproject.toml constraints-serve.txt .ci/setup-serve .ci/name_vllm.py
+$(SERVE_STAMP): $(STAMP) pyproject.toml constraints-serve.txt .ci/setup-serve .ci/name_vllm.py .ci/torchvision_python.py
 	@bash .ci/setup-serve
 	@touch $(SERVE_STAMP)
 

@@ -123,7 +123,8 @@ def _qwen2_5_vl(folder: Path, seed: int) -> None:
 def _qwen3_vl(folder: Path, seed: int) -> None:
     tokenizer = tokenizer_with(folder, _QWEN_TOKENS, image=_QWEN_MEDIA["image"], video=_QWEN_MEDIA["video"])
     config = tf.Qwen3VLConfig(
-        text_config={**TEXT, "head_dim": 8, "rope_parameters": {**_QWEN_ROPE, "mrope_interleaved": True}},
+        text_config={**TEXT, "head_dim": TEXT["hidden_size"] // TEXT["num_attention_heads"],
+                     "rope_parameters": {**_QWEN_ROPE, "mrope_interleaved": True}},
         vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
                        "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
                        "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},

@@ -97,12 +97,27 @@ def test_local_is_asked_for_by_name_without_a_note() -> None:
 
 def test_a_model_of_images_is_served_by_local(python: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text("{}")
-    seeing = ServeSpec(models={"eyes": str(tmp_path)}, engine_python=python())
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    seeing = ServeSpec(models={"eyes": str(tmp_path)}, engine_python=python(torchvision="0.28.0"))
     spec, note = environment.resolved(seeing)
     assert spec.engine == "local"
     assert note is not None
     assert "eyes takes images" in note
     assert environment.resolved(seeing.model_copy(update={"max_media": 0}))[0].engine == "vllm"
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_model_that_vllm_was_proved_to_see_with_is_served_by_it(
+    python: Callable[..., str], tmp_path: Path, family: str
+) -> None:
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    seeing = ServeSpec(models={"eyes": str(tmp_path)}, engine_python=python(torchvision="0.28.0"))
+    assert environment.resolved(seeing)[0].engine == "vllm"
+    spec, note = environment.resolved(seeing.model_copy(update={"engine_python": python(torchvision=None)}))
+    assert spec.engine == "local"
+    assert note is not None
+    assert "has no torchvision" in note
 
 
 @pytest.mark.parametrize(("flag", "gpus", "engine"), [(False, 0, "local"), (True, 0, "vllm"), (False, 1, "vllm")])

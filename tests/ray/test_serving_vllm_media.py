@@ -1,0 +1,143 @@
+"""Images in the real vLLM behind the endpoint: prompts are those of training, log-probabilities transformers'."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import torch
+
+from rayswift.cluster.session import worker_python
+from rayswift.config.job import ModelSpec
+from rayswift.data.types import NUM_PLACEHOLDERS
+from rayswift.models.loading import load_model, load_tokenizer
+from rayswift.serving import environment
+from rayswift.serving.app import RunningEndpoint, serve_in_background
+from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.spec import ServeSpec
+from rayswift.training.media import load_encoder
+from tests import multimodal_models
+from tests.serving_media_cases import asked, image_part, picture, png, text_part
+
+_FOUND = environment.interpreter_of("vllm", None)
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.ray,
+    pytest.mark.skipif(_FOUND.problem is not None, reason=f"no serving environment: {_FOUND.problem}"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept"),  # processors asked directly
+]
+_FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+_NUM_TOKENS = 6
+_ONE, _TWO = image_part(png(picture(1))), image_part(png(picture(2, 70, 90)))
+_QUESTIONS = (
+    [_ONE, text_part("What is it?")],
+    [text_part("a"), _TWO],
+    [_ONE, text_part(" and "), _TWO, text_part("What is it?")],
+    [text_part("Who are they? A digit.")],
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Models with a head of 32 numbers, for which vLLM's attention on a CPU has a kernel."""
+    root = tmp_path_factory.mktemp("eyes")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            patch.setitem(multimodal_models.TEXT, name, 1)
+        patch.setitem(multimodal_models._QWEN_ROPE, "mrope_section", [4, 6, 6])
+        yield {name: multimodal_models.make(name, root / name) for name in _FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def endpoint(folders: dict[str, Path], ray_temp_dir: str) -> Iterator[RunningEndpoint]:
+    import ray
+
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    ray.init(
+        address="local", num_cpus=2, _temp_dir=ray_temp_dir, include_dashboard=False, log_to_driver=False,
+        configure_logging=False, object_store_memory=100 * 2**20, runtime_env=worker_python(),
+    )  # fmt: skip
+    spec = ServeSpec(
+        models={name: str(folder) for name, folder in folders.items()}, port=port, max_concurrency=4, max_media=2,
+        max_media_pixels=20_000, max_model_len=512, kv_cache_bytes=2**27,
+    )  # fmt: skip
+    assert environment.resolved(spec)[0].engine == "vllm"
+    try:
+        with serve_in_background(spec) as running:
+            yield running
+    finally:
+        ray.shutdown()
+
+
+def _ask(url: str, model: str, parts: Any) -> Any:
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
+        return client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": parts}], temperature=0, max_tokens=_NUM_TOKENS,
+            logprobs=True, top_logprobs=0,
+        )  # fmt: skip
+
+
+class _Reference:
+    """Greedy answers of transformers alone to the prompts of training."""
+
+    def __init__(self, folder: Path, spec: ServeSpec) -> None:
+        self._model: Any = load_model(ModelSpec(path=str(folder)), dtype=torch.float32).eval()
+        self._prompts = PromptBuilder(load_tokenizer(str(folder)), load_encoder(str(folder), spec.media))
+
+    def answer(self, parts: Any) -> tuple[int, list[float]]:
+        """(tokens of the prompt, log-probability of each token of the answer)."""
+        prompt = self._prompts.chat(asked(*parts))
+        names = [name for name in (prompt.media[0] if prompt.media else ()) if name != NUM_PLACEHOLDERS]
+        more = {name: torch.from_numpy(np.concatenate([one[name] for one in prompt.media])) for name in names}
+        ids, found = list(prompt.ids), list[float]()
+        while len(found) < _NUM_TOKENS:
+            ids_BT = torch.tensor([ids])
+            kinds_BT = (ids_BT == self._model.config.image_token_id).int()
+            with torch.no_grad():
+                logits = self._model(
+                    input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), mm_token_type_ids=kinds_BT, **more
+                ).logits[0, -1]
+            best = logits.float().log_softmax(-1).max(-1)
+            ids.append(int(best.indices))
+            found.append(float(best.values))
+            if ids[-1] == self._model.generation_config.eos_token_id:
+                break
+        return len(prompt.ids), found
+
+
+@pytest.mark.parametrize("family", _FAMILIES)
+def test_answers_about_images_are_those_of_transformers_in_any_company(
+    endpoint: RunningEndpoint, folders: dict[str, Path], family: str
+) -> None:
+    reference = _Reference(folders[family], endpoint.spec)
+    wanted = [reference.answer(parts) for parts in _QUESTIONS]
+    assert len({round(logprobs[0], 4) for _, logprobs in wanted}) == len(_QUESTIONS), "what is shown matters"
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda parts: _ask(endpoint.url, family, parts), _QUESTIONS * 2))
+    for reply, (num_tokens, logprobs) in zip(replies, wanted * 2, strict=True):
+        assert reply.usage.prompt_tokens == num_tokens
+        scored = [one.logprob for one in reply.choices[0].logprobs.content]
+        assert scored == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_bounds_and_what_it_cannot_see_are_refused_and_the_next_one_passes(endpoint: RunningEndpoint) -> None:
+    sound = {"type": "input_audio", "input_audio": {"data": "UklGRgAAAABXQVZF", "format": "wav"}}
+    for parts, told in (
+        ([_ONE, _ONE, _ONE], "more than 2 images"),
+        ([image_part(png(picture(1, 200, 101)))], "max_media_pixels"),
+        ([image_part(png(picture(1))[:200])], "cannot be decoded"),
+        ([image_part(png(picture(1, 20, 5000 // 20))), text_part("word " * 2000)], "maximum context length"),
+        ([sound], "does not take"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=told):
+            _ask(endpoint.url, "qwen2_5_vl", parts)
+    assert _ask(endpoint.url, "qwen2_5_vl", _QUESTIONS[0]).choices
