@@ -3,8 +3,9 @@
 Both servers run at the same time over the same model with the same flags and are asked in turn, so that both see the
 same machine. Streams of greedy completions from prompts of token ids; needs `make serve-env`.
 
-    python bench/serve_overhead.py [--rounds 3] [--hidden 512] [--layers 8] [--haproxy]
+    python bench/serve_overhead.py [--rounds 3] [--hidden 512] [--layers 8] [--haproxy] [--promotable]
 
+With --promotable fronts stand before the replicas, as promotions need them.
 With --haproxy Ray Serve puts HAProxy before the replicas instead of a proxy of its own in Python.
 
 Claim: throughput at least 0.95 of bare vLLM, median time to the first token at most +5 ms or 1.10x.
@@ -46,7 +47,7 @@ class Measured:
     first_token_s: float
 
 
-def make_model(folder: Path, hidden: int, layers: int) -> None:
+def make_model(folder: Path, hidden: int, layers: int, *, as_export: bool) -> None:
     from rayswift.models.init import init_model
 
     text = folder.parent / "text.txt"
@@ -55,6 +56,11 @@ def make_model(folder: Path, hidden: int, layers: int) -> None:
         str(folder), arch="qwen3", layers=layers, hidden_size=hidden, heads=hidden // 64, kv_heads=hidden // 128,
         vocab_size=4096, train_tokenizer_files=[str(text)], seed=0,
     )  # fmt: skip
+
+    if as_export:
+        from rayswift.export.pipeline import export
+
+        export(str(folder), str(folder.with_name("export")), verify=False)
 
 
 def free_port() -> int:
@@ -85,14 +91,14 @@ def running(command: list[str], port: int, log: Path, variables: dict[str, str])
 
 
 def servers(
-    model: Path, place: Path, python: str, *, haproxy: bool
+    model: Path, place: Path, python: str, *, haproxy: bool, promotable: bool
 ) -> tuple[tuple[str, list[str], int, dict[str, str]], ...]:
     """(name, command, port, variables) of RaySwift's endpoint and of bare vLLM."""
     ours, bare = free_port(), free_port()
     spec = place / "serve.yaml"
     spec.write_text(json.dumps({
         "models": {"m": str(model)}, "port": ours, "engine": "vllm", "max_concurrency": 32, "max_queued": 64,
-        "max_model_len": _MAX_MODEL_LEN, "kv_cache_bytes": _KV_BYTES,
+        "max_model_len": _MAX_MODEL_LEN, "kv_cache_bytes": _KV_BYTES, "promotable": promotable,
     }))  # fmt: skip
     flags = ["--max-model-len", str(_MAX_MODEL_LEN), "--max-num-seqs", "32", "--enforce-eager", "--dtype", "float32",
              "--kv-cache-memory-bytes", str(_KV_BYTES), "--disable-log-stats", "--served-model-name", "m",
@@ -158,6 +164,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--haproxy", action="store_true")
+    parser.add_argument("--promotable", action="store_true")
     args = parser.parse_args()
     from rayswift.serving.environment import interpreter_of
 
@@ -166,10 +173,14 @@ def main() -> None:
         sys.exit(found.problem)
     with tempfile.TemporaryDirectory(prefix="rayswift-bench-") as place, ExitStack() as stack:
         model = Path(place) / "model"
-        make_model(model, args.hidden, args.layers)
+        make_model(model, args.hidden, args.layers, as_export=args.promotable)
+        if args.promotable:  # only exports have versions
+            model = model.with_name("export")
         urls = {
             name: stack.enter_context(running(command, port, Path(place) / f"{port}.log", variables))
-            for name, command, port, variables in servers(model, Path(place), found.path, haproxy=args.haproxy)
+            for name, command, port, variables in servers(
+                model, Path(place), found.path, haproxy=args.haproxy, promotable=args.promotable
+            )
         }
         print("concurrency  server       tokens/s   first token   (medians of", args.rounds, "rounds, asked in turn)")
         for concurrency in _CONCURRENCY:

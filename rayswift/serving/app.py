@@ -67,10 +67,10 @@ def build_app(spec: ServeSpec) -> serve.Application:
             "needs several applications, and this is one", path="promotable", value=True,
             fix="use `rayswift serve --promotable`; under Ray Serve's own commands an update is another `serve deploy`",
         )  # fmt: skip
-    return _application(_checked(spec))
+    return application(checked(spec))
 
 
-def _checked(spec: ServeSpec) -> ServeSpec:
+def checked(spec: ServeSpec) -> ServeSpec:
     """The spec with keys, folders and engine looked at; what was chosen for the user is told."""
     spec, note = environment.resolved(_with_checked_models(auth.secured(spec)))
     if note:
@@ -78,7 +78,8 @@ def _checked(spec: ServeSpec) -> ServeSpec:
     return spec
 
 
-def _application(spec: ServeSpec) -> serve.Application:
+def application(spec: ServeSpec) -> serve.Application:
+    """The Ray Serve application of a spec that is `checked` and not promotable."""
     deployment: Any = serve.deployment(
         name="endpoint", **replica_options(spec), **serve_options(spec), ray_actor_options=actor_options(spec)
     )(serve.ingress()(EndpointReplica))
@@ -109,14 +110,14 @@ def serve_in_background(spec: ServeSpec, *, address: str | None = None) -> Runni
     Raises ConfigError, ExportError or ServeError; then nothing is left running.
     """
     process.check_port(spec.host, spec.port)
-    spec = _checked(spec)
+    spec = checked(spec)
     with ExitStack() as resources:
         resources.enter_context(session(address))
         resources.enter_context(controller.serving(spec))
         if spec.promotable:
             resources.enter_context(front.serving_versions(spec))
         else:
-            controller.deploy(APP_NAME, _application(spec), route_prefix="/")
+            controller.deploy(APP_NAME, application(spec), route_prefix="/")
             controller.wait_until_answering(spec)
         return RunningEndpoint(spec, resources.pop_all())
 
