@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -103,14 +104,16 @@ class FrontReplica:
         """Route by this from now on; where a version cannot be opened, go on as before and say why."""
         if routing == self._routing:
             return None
-        try:
-            models = {model: await self._versions(model, route) for model, route in routing.routes.items()}
-        except Exception as error:  # whatever an export makes a tokenizer raise, the others are answered as before
-            problem = Problem(routing.revision, f"{type(error).__name__}: {error}")
-            if problem != self._problem:
-                _log.warning("revision %d cannot be followed: %s", routing.revision, problem.text)
-            self._problem = problem
-            return problem
+        models = {}
+        for model, route in routing.routes.items():
+            try:
+                models[model] = await self._versions(model, route)
+            except Exception as error:  # whatever an export makes a tokenizer raise, clients are answered as before
+                problem = Problem(routing.revision, model, f"{type(error).__name__}: {error}")
+                if problem != self._problem:
+                    _log.warning("revision %d cannot be followed: %s", routing.revision, problem.text)
+                self._problem = problem
+                return problem
         self._models.update(models)
         self._routing, self._problem = routing, None
         wanted = {(model, version) for model, route in routing.routes.items() for version in route.targets}
@@ -236,12 +239,24 @@ def front_application(spec: ServeSpec) -> serve.Application:
     return application
 
 
+def _check_home(model: str, folder: str) -> None:
+    """Raises ConfigError where versions cannot be written down, before one is loaded for nothing.
+
+    Who starts another version than the one that was live is told.
+    """
+    home = Path(folder).resolve().parent
+    with registry.locked(home):
+        known = registry.read(home).models.get(model)
+    live, version = known.live if known else None, version_of(folder)
+    if live not in (None, version):
+        print(f"note: {model} is served as version {version}; {live} was live in {home}", file=sys.stderr)
+
+
 @contextmanager
 def serving_versions(spec: ServeSpec) -> Iterator[None]:
     """Boards, versions and fronts of a spec run for the duration, and their registry knows where. Raises ServeError."""
-    for home in {Path(folder).resolve().parent for folder in spec.models.values()}:
-        with registry.locked(home):
-            registry.read(home)  # before a model is loaded for nothing
+    for model, folder in spec.models.items():
+        _check_home(model, folder)
     start_board(spec, endpoint := uuid.uuid4().hex)
     try:
         routes = {model: _first_route(model, folder) for model, folder in spec.models.items()}

@@ -85,6 +85,8 @@ class Problem:
     """Why a front cannot follow a routing."""
 
     revision: int
+    model: str
+    """The one whose version it cannot open."""
     text: str
 
 
@@ -157,8 +159,8 @@ class Board:
         # The whole of it: a board that was started anew may give a revision that some front has seen a second time.
         in_force = bool(here) and all(report.routing == self._routing for report in here)
         problems = [report.problem for report in here if report.problem is not None]
-        problem = next((one.text for one in problems if one.revision == self._routing.revision), None)
-        return Watched(self._routing.routes[model], in_force, problem, self._tallies(model))
+        mine = [one.text for one in problems if (one.revision, one.model) == (self._routing.revision, model)]
+        return Watched(self._routing.routes[model], in_force, mine[0] if mine else None, self._tallies(model))
 
     def routes(self) -> Mapping[str, Route]:
         """The route of each model."""

@@ -179,11 +179,12 @@ class ServeSpec(Section):
             raise ValueError("routing=prefix needs fronts that know the prompt; set promotable: true")
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             raise ValueError(f"max_replicas={self.max_replicas} is less than num_replicas={self.num_replicas}")
-        wanted = self.tensor_parallel * len(self.models)
+        num_models = 1 if self.promotable else len(self.models)  # of a replica
+        wanted = self.tensor_parallel * num_models
         if self.tensor_parallel > 1 and 0 < self.gpus_per_replica < wanted:
             raise ValueError(
                 f"gpus_per_replica={self.gpus_per_replica:g} is less than tensor_parallel={self.tensor_parallel} for "
-                f"each of {len(self.models)} models; set it to {wanted}"
+                f"each of {num_models} models; set it to {wanted}"
             )
         return self
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.serve.exceptions import RayServeException
 
-from rayswift.errors import ServeError
-from rayswift.serving import front
+from rayswift.errors import ConfigError, ServeError
+from rayswift.serving import front, registry
 from rayswift.serving.engine import FakeEngine
 from rayswift.serving.front import FrontReplica
 from rayswift.serving.routing import Board, Report, Route, Routing, Target
@@ -154,3 +155,17 @@ def test_a_front_without_the_live_version_does_not_start(world: _World) -> None:
     world.open = broken
     with pytest.raises(ServeError, match="KeyError: 'added_tokens'"):
         _run(world, scenario)
+
+
+def test_an_endpoint_says_at_once_what_its_folder_has_against_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder := tmp_path / "v1").mkdir()
+    (folder / "rayswift.json").write_text("{}")
+    front._check_home("m", str(folder))
+    assert not capsys.readouterr().err
+    registry.record(tmp_path, "m", _NEW, tmp_path / "v2", "live")
+    front._check_home("m", str(folder))
+    assert f"{_NEW} was live in {tmp_path}" in capsys.readouterr().err
+    with registry.locked(tmp_path), pytest.raises(ConfigError, match="another promotion or rollback"):
+        front._check_home("m", str(folder))

@@ -48,7 +48,7 @@ class _FollowedBoard(Board):
     def watch(self, model: str, *, renew: bool = False) -> Watched:
         told = self.sync(self._report())
         unknown = [one for one in told.routes[model].targets if self._world.name(one) in self._world.cannot_open]
-        problem = Problem(told.revision, "no such file") if unknown else None
+        problem = Problem(told.revision, "m", "no such file") if unknown else None
         if not unknown:
             self._followed = told
             for version in (one for one, share in told.routes[model].weights.items() if share > 0):

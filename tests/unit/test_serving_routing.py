@@ -50,11 +50,13 @@ def test_a_route_is_in_force_once_every_front_that_lives_follows_it(board: Board
 
 def test_a_front_that_cannot_follow_says_why(board: Board) -> None:
     board.put("m", _BOTH)
-    told = board.sync(Report("one", problem=Problem(1, "an older one")))
+    told = board.sync(Report("one", problem=Problem(1, "m", "an older one")))
     assert board.watch("m").problem is None
-    board.sync(Report("one", problem=Problem(told.revision, "no such folder")))
+    board.sync(Report("one", problem=Problem(told.revision, "m", "no such folder")))
     seen = board.watch("m")
     assert (seen.in_force, seen.problem) == (False, "no such folder")
+    board.sync(Report("one", problem=Problem(told.revision, "another", "no such folder")))
+    assert board.watch("m").problem is None  # that is a matter of who promotes the other model
     board.put("m", _ROUTE)  # back again: what was told of the other one is no reason against this one
     assert board.watch("m").problem is None
 

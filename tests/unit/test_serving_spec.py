@@ -244,3 +244,10 @@ def test_processes_get_what_the_spec_asks_for() -> None:
     assert [engine_options(made, folder).adapters for folder in ("x", "y")] == [False, True]
     assert engine_options(made, "x").gpu_memory_fraction == 0.45
     assert "py_executable" not in actor_options(ServeSpec(models={"a": "x"}, engine="local"))["runtime_env"]
+
+
+def test_a_replica_of_a_promotable_endpoint_has_one_model() -> None:
+    two = {"a": "exports/a", "b": "exports/b"}
+    assert ServeSpec(models=two, promotable=True, tensor_parallel=2, gpus_per_replica=2).gpus_per_replica == 2
+    with pytest.raises(ValueError, match="each of 2 models; set it to 4"):
+        ServeSpec(models=two, tensor_parallel=2, gpus_per_replica=2)
