@@ -109,8 +109,10 @@ def _better_local(spec: ServeSpec, python: str) -> str | None:
     """Why a spec is better served by `local` although vLLM is here, in the environment of this interpreter."""
     seeing = {name: folder for name, folder in spec.models.items() if os.path.isdir(folder) and has_processor(folder)}
     if seeing and spec.max_media:
-        if unproved := [name for name, folder in seeing.items() if not media.is_proved(folder)]:
-            return f"{unproved[0]} takes images or sounds, and engine vllm is given text alone of such a model"
+        unproved = [name for name, folder in seeing.items() if name in spec.adapters or not media.is_proved(folder)]
+        if unproved:
+            beside = " with adapters" if unproved[0] in spec.adapters else ""
+            return f"{unproved[0]} takes images or sounds, and engine vllm is given text alone of such a model{beside}"
         if _versions(python, media.LIBRARY)[media.LIBRARY] is None:
             return f"{next(iter(seeing))} takes images, and {python} has no {media.LIBRARY}, which vLLM needs for them"
     if spec.device not in ("auto", "cpu", "cuda"):

@@ -118,6 +118,8 @@ def test_a_model_that_vllm_was_proved_to_see_with_is_served_by_it(
     assert spec.engine == "local"
     assert note is not None
     assert "has no torchvision" in note
+    with pytest.raises(ConfigError, match="given text alone of such a model with adapters"):
+        environment.resolved(seeing.model_copy(update={"adapters": {"eyes": "folder"}}))
 
 
 @pytest.mark.parametrize(("flag", "gpus", "engine"), [(False, 0, "local"), (True, 0, "vllm"), (False, 1, "vllm")])

@@ -9,7 +9,6 @@ import pytest
 
 from rayswift.config.job import MediaSpec
 from rayswift.data.types import NUM_PLACEHOLDERS
-from rayswift.serving.engine import Prompt
 from rayswift.serving.vllm import media
 from tests.multimodal_models import make
 
@@ -32,10 +31,6 @@ def test_without_what_vllm_imports_for_images_a_model_gets_text_alone(
     assert encoder is not None
     assert encoder.spec.max_pixels == 5
     assert media.arguments(encoder, on_cpu=False)["mm_device_do_normalize"] is False
-
-
-def test_a_prompt_of_text_is_its_ids() -> None:
-    assert media.inputs(None, Prompt((1, 2)), None) == {"prompt_token_ids": [1, 2]}
 
 
 def test_images_are_known_by_every_feature() -> None:

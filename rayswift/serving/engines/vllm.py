@@ -6,6 +6,7 @@ Knows how a request becomes vLLM's and vLLM's outputs become deltas. Runs in the
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
@@ -166,7 +167,9 @@ class Vllm:
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         params, lora = self._params(request.sampling), await self._lora(request)
         llm = self._started()
-        given = media.inputs(llm, request.prompt, self._media_encoder)
+        given: Any = {"prompt_token_ids": list(request.prompt.ids)}
+        if request.prompt.media:  # in a thread: the features of a large image are hundreds of MB
+            given = await asyncio.to_thread(media.inputs, llm, request.prompt, self._media_encoder)
         outputs = llm.generate(given, params, request.request_id, lora_request=lora)
         try:
             with _told():

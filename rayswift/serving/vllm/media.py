@@ -58,9 +58,7 @@ def arguments(encoder: MediaEncoder | None, *, on_cpu: bool) -> dict[str, Any]:
 
 
 def inputs(llm: Any, prompt: Prompt, encoder: MediaEncoder | None) -> dict[str, Any]:
-    """A prompt as AsyncLLM takes it. Raises Refused for media that are no images."""
-    if not prompt.media:
-        return {"prompt_token_ids": list(prompt.ids)}
+    """A prompt with media as AsyncLLM takes it. Raises Refused for media that are no images."""
     from vllm.inputs.engine import mm_input
     from vllm.multimodal.inputs import MultiModalKwargsItems
 
