@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -319,7 +319,7 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_and_then_ends_the_chat(served: Sta
 
 
 def _interrupt(process: subprocess.Popen[Any], is_heard: Callable[[], bool]) -> None:
-    """Presses Ctrl-C, and again where nothing came of it: Python misses one that comes just before it starts to wait."""
+    """Presses Ctrl-C, and again where nothing came of it: Python misses one just before it starts to wait."""
     for _ in range(12):
         process.send_signal(signal.SIGINT)
         deadline = time.monotonic() + 5
