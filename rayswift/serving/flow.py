@@ -68,10 +68,31 @@ def too_large(max_bytes: int) -> ApiError:
     return ApiError(f"the body is larger than {max_bytes} bytes", status=413, code="request_too_large")
 
 
-async def choice_deltas(
+def choice_deltas(
     engine: Engine, requests: Sequence[Request], deadline: float
 ) -> AsyncGenerator[tuple[int, Delta], None]:
     """(choice, delta) of all choices as they come. Closing it stops every answer."""
+    if len(requests) == 1:
+        return _alone(engine.generate(requests[0]), deadline)
+    return _together(engine, requests, deadline)
+
+
+async def _alone(deltas: AsyncGenerator[Delta, None], deadline: float) -> AsyncGenerator[tuple[int, Delta], None]:
+    """One answer, asked for as it is wanted: an engine gives a slow reader fewer, larger deltas."""
+    try:
+        while True:
+            try:
+                delta = await before(deadline, anext(deltas))
+            except StopAsyncIteration:
+                return
+            yield 0, delta
+    finally:
+        await deltas.aclose()
+
+
+async def _together(
+    engine: Engine, requests: Sequence[Request], deadline: float
+) -> AsyncGenerator[tuple[int, Delta], None]:
     queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
     tasks: list[asyncio.Task[None]] = []
     try:
