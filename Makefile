@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup serve-env quickstart quickstart-vision test test-long test-serve test-unit parity check format bench clean \
+.PHONY: help setup serve-env quickstart quickstart-vision test test-long test-serve test-serve-long test-unit parity check format bench clean \
         deepspeed-ops browser
 
 PY := .venv/bin/python
@@ -49,10 +49,13 @@ browser:  ## install Debian's Chromium, which the test of the chat page needs (i
 	@bash .ci/browser
 
 test-long: $(STAMP) $(OPS_STAMP)  ## the tests that take minutes each
-	@$(PY) -m pytest -m long --durations=25
+	@$(PY) -m pytest -m "long and not vllm" --durations=25
 
 test-serve: $(STAMP) $(SERVE_STAMP)  ## the tests of the real vLLM, in the environment that this builds
-	@$(PY) -m pytest -m vllm --durations=25
+	@$(PY) -m pytest -m "vllm and not long" --durations=25
+
+test-serve-long: $(STAMP) $(SERVE_STAMP)  ## more of them: images, embeddings, S3, beside vLLM's own server
+	@$(PY) -m pytest -m "vllm and long" --durations=25
 
 test-unit: $(STAMP)  ## unit and property tests only
 	@$(PY) -m pytest tests/unit tests/property --durations=10

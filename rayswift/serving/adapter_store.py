@@ -26,6 +26,8 @@ from rayswift.serving.engine import Adapter, Refused
 _FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BINDING)
 _MAX_LISTED, _MAX_TRIES = 1000, 3
 _MAX_BYTES = 4 * 2**30
+LISTING = "rayswift-list-adapters"
+"""The name of threads that look at a storage."""
 LOOK_EVERY_S = 10.0
 """How often a storage is asked whether an adapter was written again, and what it holds: not with every request."""
 _PATIENCE_S = 60.0
@@ -71,7 +73,7 @@ class AdapterStore:
         if self._is_remote:
             is_due = time.monotonic() - self._listed_at >= LOOK_EVERY_S
             if is_due and self._listing.acquire(blocking=False):
-                threading.Thread(target=self._list, daemon=True).start()
+                threading.Thread(target=self._list, name=LISTING, daemon=True).start()
             return list(self._listed)
         found: list[str] = []
         with suppress(OSError):

@@ -15,7 +15,9 @@ Rayswift = Callable[..., subprocess.CompletedProcess[str]]
 PROMISED = {"job.yaml", "plan.json", "metrics.jsonl", "curves.png", "report.json", "report.md", "checkpoints"}
 
 
-@pytest.mark.parametrize("example", ["sft", "sft-lora", "pretrain"])
+@pytest.mark.parametrize(
+    "example", ["sft", *(pytest.param(name, marks=pytest.mark.long) for name in ("sft-lora", "pretrain"))]
+)
 def test_an_example_runs(rayswift: Rayswift, example_model: Path, tmp_path: Path, example: str) -> None:
     runs = tmp_path / "runs with space"
     done = rayswift("train", f"examples/{example}.yaml", f"model.path={example_model}", f"output={runs}", "--json")

@@ -30,7 +30,7 @@ import psutil
 import pytest
 import yaml
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.long]
 
 SHAPE = "rayswift.io/node-shape"
 HEAD_TYPE = "ray.head.default"  # the name that Ray's fake provider gives its head

@@ -82,6 +82,7 @@ def own_copy(root: Path, folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.long
 def test_rayswift_submit_passes_the_exit_code_on(
     dashboard: str, root: Path, rayswift: Rayswift, example_model: Path, tmp_path: Path
 ) -> None:

@@ -72,7 +72,7 @@ def figures(order: WorkOrder, key: str) -> list[float]:
     return [record[key] for record in RunDir(order.job.run_dir).read_jsonl("metrics.jsonl") if key in record]
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.long)], ids=["packed", "unpacked"])
 def test_the_number_of_ranks_changes_no_loss_and_no_row(
     tmp_path: Path, tiny_model_dir: Path, rows: Path, packing: bool
 ) -> None:

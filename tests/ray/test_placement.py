@@ -145,6 +145,7 @@ def test_the_cluster_is_known_by_the_labels_of_its_nodes(names: dict[str, str]) 
         place(Layout(tp=4, dp_shard=1), replace(cluster_spec("cpu"), num_cpus=8))
 
 
+@pytest.mark.long
 def test_groups_are_kept_whole_where_packing_counts_workers_only_and_after_a_node_is_lost(
     tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +226,7 @@ def test_groups_without_a_node_end_the_run_at_the_deadline(
     assert lines["b"] == ["h100-8x80", "0", "CPU", "3", "of", "3"]
 
 
+@pytest.mark.long
 def test_a_run_whose_ranks_changed_seats_computes_the_same_losses(
     tmp_path: Path, tiny_model_dir: Path, names: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from rayswift.serving.spec import ServeSpec
 _FOUND = interpreter_of("vllm", None)
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.long,
     pytest.mark.ray,
     pytest.mark.skipif(_FOUND.problem is not None, reason=f"no serving environment: {_FOUND.problem}"),
 ]

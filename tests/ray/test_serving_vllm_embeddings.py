@@ -22,6 +22,7 @@ from tests.embedding_cases import MAX_TOKENS, TEXTS, expected, make_bert, make_q
 _FOUND = interpreter_of("vllm", None)
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.long,
     pytest.mark.ray,
     pytest.mark.skipif(_FOUND.problem is not None, reason=f"no serving environment: {_FOUND.problem}"),
 ]

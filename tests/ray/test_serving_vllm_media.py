@@ -29,6 +29,7 @@ from tests.serving_media_cases import asked, image_part, picture, png, text_part
 _FOUND = environment.interpreter_of("vllm", None)
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.long,
     pytest.mark.ray,
     pytest.mark.skipif(_FOUND.problem is not None, reason=f"no serving environment: {_FOUND.problem}"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept"),  # processors asked directly

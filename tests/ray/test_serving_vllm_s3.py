@@ -25,6 +25,7 @@ from tests.s3_cases import s3_bucket
 _FOUND = interpreter_of("vllm", None)
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.long,
     pytest.mark.ray,
     pytest.mark.skipif(_FOUND.problem is not None, reason=f"no serving environment: {_FOUND.problem}"),
 ]

@@ -65,7 +65,7 @@ def make_job(name: str, output: Path, model: Path, rows: Path, **changes: Any) -
     return Job.model_validate(plain)
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.long)], ids=["packed", "unpacked"])
 def test_two_workers_compute_the_losses_of_one(tmp_path: Path, tiny_model_dir: Path, rows: Path, packing: bool) -> None:
     one = make_job("one", tmp_path, tiny_model_dir, rows, data__packing=packing, train__micro_batch_size=4)
     two = make_job("two", tmp_path, tiny_model_dir, rows, data__packing=packing, cluster__workers=2,
@@ -77,6 +77,7 @@ def test_two_workers_compute_the_losses_of_one(tmp_path: Path, tiny_model_dir: P
     assert json.loads((tmp_path / "two" / "plan.json").read_text())["layout"]["dp_shard"] == 2
 
 
+@pytest.mark.long
 def test_a_run_changes_its_layout_and_not_its_losses(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
     """Started tensor parallel, continued as a pipeline, exported from there: the run of one worker.
 
@@ -113,6 +114,7 @@ def _kill_worker_after(run_dir: Path, step: int) -> None:
     os.kill(start["pid"], signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_run_is_extended_and_finished_once(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
     whole = api.run(make_job("long", tmp_path, tiny_model_dir, rows, train__max_steps=6))
     api.run(make_job("short", tmp_path, tiny_model_dir, rows, train__max_steps=3))

@@ -15,7 +15,7 @@ from rayswift.config.job import Job
 from rayswift.training import checkpoint
 from tests.s3_cases import s3_bucket
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 @pytest.fixture

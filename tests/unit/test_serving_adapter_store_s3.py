@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,13 @@ WEIGHTS = "adapter_model.safetensors"
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(adapter_store, "LOOK_EVERY_S", 0.0)
-    yield from s3_bucket(monkeypatch)
+    opened = s3_bucket(monkeypatch)
+    yield next(opened)
+    for thread in threading.enumerate():  # what still looks at this storage would tell of it in another test
+        if thread.name == adapter_store.LISTING:
+            thread.join(60)
+            assert not thread.is_alive()
+    next(opened, None)
 
 
 def upload(bucket: Any, path: str, weights: bytes, **config: Any) -> None:
