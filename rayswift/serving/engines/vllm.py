@@ -1,7 +1,8 @@
 """The `vllm` engine: vLLM's AsyncLLM in this replica's process, with its core in a process beside it.
 
-Knows how a request becomes vLLM's and vLLM's outputs become deltas. Runs in the serving environment alone (see
-`serving/environment.py`): vLLM is imported inside the functions that need it.
+Knows what vLLM is started with and when an answer is aborted; what images, adapters, vectors and sampling are to it is
+known by the modules of `serving/vllm`. Runs in the serving environment alone (see `serving/environment.py`): vLLM is
+imported inside the functions that need it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from rayswift.models.folder import stored_dtype
 from rayswift.models.loading import load_config, load_tokenizer, local_folder
 from rayswift.models.pooling import Pooling, read_pooling
 from rayswift.models.processor import has_processor
-from rayswift.serving.engine import Delta, Embedding, EngineOptions, Prompt, Refused, Request, Sampling, TokenLogprob
+from rayswift.serving.engine import Delta, Embedding, EngineOptions, Prompt, Refused, Request, Sampling
 from rayswift.serving.stopping import stop_ids
-from rayswift.serving.vllm import cpu, media, pooled
+from rayswift.serving.vllm import cpu, media, pooled, sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from rayswift.serving.vllm.adapters import Adapters
 
 _log = logging.getLogger("rayswift.serving")
-_MAX_LOGPROBS = 20
 _SHUTDOWN_S = 3.0
 _MAX_MODEL_LEN_ON_CPU = 32_768
 """Longer ones are asked for: the cache of keys and values on a CPU is bounded by `kv_cache_bytes`."""
@@ -152,7 +152,7 @@ class Vllm:
             load_format="safetensors",
             trust_remote_code=False,
             max_num_seqs=options.max_concurrency,
-            max_logprobs=_MAX_LOGPROBS,
+            max_logprobs=sampling.MAX_LOGPROBS,
             tensor_parallel_size=options.tensor_parallel,
             gpu_memory_utilization=options.gpu_memory_fraction,
             enforce_eager=on_cpu,  # compiled graphs cost a CPU minutes at each start
@@ -165,7 +165,7 @@ class Vllm:
         )
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        params, lora = self._params(request.sampling), await self._lora(request)
+        params, lora = sampling.params(request.sampling, self._stop_ids), await self._lora(request)
         llm = self._started()
         given: Any = {"prompt_token_ids": list(request.prompt.ids)}
         if request.prompt.media:  # in a thread: the features of a large image are hundreds of MB
@@ -174,7 +174,7 @@ class Vllm:
         try:
             with _told():
                 async for output in outputs:
-                    delta = _delta(output.outputs[0], request.sampling.logprobs)
+                    delta = sampling.delta(output.outputs[0], request.sampling.logprobs)
                     yield delta
                     if delta.finish_reason is not None:
                         return
@@ -209,24 +209,6 @@ class Vllm:
         """What vLLM is told of the request's adapter; None for the base where no adapter is served beside it."""
         return None if self._adapters is None else await self._adapters.request(self._started(), request.adapter)
 
-    def _params(self, sampling: Sampling) -> Any:
-        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
-
-        schema = sampling.json_schema
-        structured = StructuredOutputsParams(json=schema) if schema is not None else None
-        return SamplingParams(
-            max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            stop=list(sampling.stop),
-            stop_token_ids=list(self._stop_ids),
-            seed=sampling.seed,
-            logprobs=sampling.logprobs,
-            structured_outputs=structured,
-            spaces_between_special_tokens=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-
     def check(self) -> None:
         if self._started().errored:
             raise ServeError("vLLM's core has ended", path="engine", value="vllm", fix="restart the replica")
@@ -254,26 +236,6 @@ def _told() -> Iterator[None]:
         raise Refused(_reason(error)) from error
     except (EngineDeadError, EngineGenerateError) as error:
         raise ServeError(_reason(error), path="engine", value="vllm", fix="restart the replica") from error
-
-
-def _delta(output: Any, num_logprobs: int | None) -> Delta:
-    reason = output.finish_reason
-    if reason not in (None, "stop", "length"):
-        raise ServeError(f"ended an answer with {reason}", path="engine", value="vllm", fix="ask again")
-    scored = () if num_logprobs is None or output.logprobs is None else output.logprobs
-    found = tuple(_scored(token, at, num_logprobs or 0) for token, at in zip(output.token_ids, scored, strict=False))
-    return Delta(output.text, len(output.token_ids), reason, found)
-
-
-def _scored(token: int, alternatives: Mapping[int, Any], wanted: int) -> TokenLogprob:
-    ranked = sorted(alternatives.values(), key=lambda one: one.rank)[:wanted]
-    chosen = alternatives[token]
-    return TokenLogprob(_text(chosen), chosen.logprob, tuple((_text(one), one.logprob) for one in ranked))
-
-
-def _text(scored: Any) -> str:
-    """A token's text; of a part of a character, for which vLLM has none, the mark that decoders write."""
-    return scored.decoded_token or "\ufffd"
 
 
 def _on_cpu() -> bool:
