@@ -32,13 +32,7 @@ def small_model(folder: Path) -> None:
 def plan_of_rows(path: Path, **data: Any) -> Any:
     """The stream over one file as a job with `data` would have it: packed into 1,024 tokens, shuffled."""
     from rayswift.config.job import DataSource, DataSpec
-    from rayswift.data.inspect import preflight
-    from rayswift.data.sources import index_sources
-    from rayswift.data.stream import plan_stream
+    from rayswift.data.inspect import open_sources
 
     sources = (DataSource(path=str(path)),)
-    files = index_sources(sources)
-    spec = DataSpec(train=sources, **data)
-    return plan_stream(
-        files, sources, preflight(sources, files), data=spec, rendering="chat", epochs=1, seed=0
-    )  # fmt: skip
+    return open_sources(sources).stream(DataSpec(train=sources, **data), "chat")

@@ -40,24 +40,18 @@ def preview(job: Job, *, num_rows: int, embeddings: bool | None = None) -> Previ
     Raises ConfigError or DataError as training would.
     """
     from rayswift.data.hub_sources import settled
-    from rayswift.data.inspect import media_kinds, preflight
-    from rayswift.data.sources import index_sources
-    from rayswift.data.stream import plan_stream
+    from rayswift.data.inspect import open_sources
     from rayswift.models.loading import check_folder, load_tokenizer
     from rayswift.training.media import media_encoder
 
     rendering = plugins.load("methods", job.method.name, path="method.name").rendering
     check_folder(job.model.path, chat_template=rendering == "chat")
     given = tuple(settled(source, place=f"data.train.{number}") for number, source in enumerate(job.data.train))
-    files = index_sources(given)
-    formats = preflight(given, files)
-    kinds = media_kinds(given, files, formats) if job.data.media.kinds == "auto" else job.data.media.kinds
-    settings = plan_stream(
-        files, given, formats, data=job.data, rendering=rendering, epochs=1, seed=0, media_kinds=kinds
-    ).settings
+    opened = open_sources(given, kinds=job.data.media.kinds)
+    settings = opened.stream(job.data, rendering).settings
     look = _Look(job, settings, load_tokenizer(job.model.path), media_encoder(job.model.path, settings), embeddings)
     sources = tuple(
-        look.at(source, formats[number], [f for f in files if f.source == number], num_rows)
+        look.at(source, opened.formats[number], [f for f in opened.files if f.source == number], num_rows)
         for number, source in enumerate(given)
     )
     return Preview(job.method.name, job.data.max_length, sources)

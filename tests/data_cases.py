@@ -12,9 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from rayswift.config.job import DataSource, DataSpec
-from rayswift.data.inspect import preflight
-from rayswift.data.sources import index_sources
-from rayswift.data.stream import StreamPlan, plan_stream
+from rayswift.data.inspect import open_sources
+from rayswift.data.stream import StreamPlan
 
 _SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>",
@@ -139,10 +138,8 @@ def plan_of(
 ) -> StreamPlan:
     """The stream over some files, planned as a job would."""
     given = tuple(one if isinstance(one, DataSource) else DataSource(path=str(one)) for one in sources)
-    files = index_sources(given)
     spec = DataSpec(train=given, **data)
-    formats = preflight(given, files)
-    return plan_stream(files, given, formats, data=spec, rendering=rendering, epochs=epochs, seed=seed)  # type: ignore[arg-type]
+    return open_sources(given).stream(spec, rendering, epochs=epochs, seed=seed)  # type: ignore[arg-type]
 
 
 def pairs(count: int, words: int = 6) -> list[dict[str, str]]:

@@ -14,11 +14,10 @@ from rayswift.config.job import DataSource, DataSpec, MediaSpec, ModelSpec
 from rayswift.data.blocks import packed_sequences
 from rayswift.data.collate import PackedSequence, collate
 from rayswift.data.dataset_info import expand
-from rayswift.data.inspect import media_kinds, preflight
+from rayswift.data.inspect import open_sources
 from rayswift.data.media.encoder import MediaEncoder
 from rayswift.data.prepare import prepare_chunk
-from rayswift.data.sources import index_sources
-from rayswift.data.stream import StreamPlan, plan_stream
+from rayswift.data.stream import StreamPlan
 from rayswift.models.loading import load_model, load_tokenizer
 from rayswift.training.media import media_encoder
 from tests.multimodal_models import FAMILIES, make
@@ -99,10 +98,5 @@ def media_plan(path: Path, dataset: str | None = None, **data: Any) -> StreamPla
     """The stream over a file of rows, or a dataset of a `dataset_info.json`, planned as a job would."""
     source = DataSource(path=str(path), dataset=dataset)
     sources = (source if dataset is None else expand(source, place="data.train.0"),)
-    files = index_sources(sources)
-    formats = preflight(sources, files)
     spec = DataSpec(train=sources, **({"max_length": 2048, "media": SPEC} | data))
-    kinds = media_kinds(sources, files, formats) if spec.media.kinds == "auto" else spec.media.kinds
-    return plan_stream(
-        files, sources, formats, data=spec, rendering="chat", epochs=1, seed=0, media_kinds=kinds
-    )  # fmt: skip
+    return open_sources(sources, kinds=spec.media.kinds).stream(spec, "chat")

@@ -17,11 +17,11 @@ from rayswift.cluster import existing
 from rayswift.config import deepspeed_check
 from rayswift.config.job import DataSource, Job, MixingSpec, ParallelSpec
 from rayswift.data.hub_sources import settled
-from rayswift.data.inspect import media_kinds, preflight
+from rayswift.data.inspect import open_sources
 from rayswift.data.mixing import quotas
 from rayswift.data.rendering import Rendering
-from rayswift.data.sources import FileIndex, index_sources
-from rayswift.data.stream import StreamPlan, plan_stream
+from rayswift.data.sources import FileIndex
+from rayswift.data.stream import StreamPlan
 from rayswift.errors import ConfigError
 from rayswift.models.config_sizes import num_positions
 from rayswift.models.cutting import model_plan
@@ -170,21 +170,12 @@ def _check_positions(job: Job, config: Mapping[str, Any]) -> None:
 
 
 def _stream(job: Job, sources: tuple[DataSource, ...], path: str, rendering: Rendering, *, epochs: int) -> StreamPlan:
-    files = index_sources(sources, path=path)
-    formats = preflight(sources, files, path=path)
+    opened = open_sources(sources, path=path, kinds=job.data.media.kinds)
     held_out = path == "data.eval"
     mixing = MixingSpec() if held_out else job.data.mixing
-    _check_weights(sources, files, path, mixing)
-    return plan_stream(
-        files,
-        sources,
-        formats,
-        data=job.data.model_copy(update={"shuffle": False, "mixing": mixing}) if held_out else job.data,
-        rendering=rendering,
-        epochs=epochs,
-        seed=job.train.seed,
-        media_kinds=media_kinds(sources, files, formats) if (kinds := job.data.media.kinds) == "auto" else kinds,
-    )
+    _check_weights(sources, opened.files, path, mixing)
+    data = job.data.model_copy(update={"shuffle": False, "mixing": mixing}) if held_out else job.data
+    return opened.stream(data, rendering, epochs=epochs, seed=job.train.seed)
 
 
 def _check_weights(sources: Sequence[DataSource], files: Sequence[FileIndex], path: str, mixing: MixingSpec) -> None:

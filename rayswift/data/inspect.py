@@ -4,19 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
-from rayswift.config.job import DataSource
+from rayswift.config.job import DataSource, DataSpec
 from rayswift.data.detect import detect, load_format, normalise, renamed
 from rayswift.data.formats import RowError
 from rayswift.data.media import KINDS
 from rayswift.data.quarantine import describe
-from rayswift.data.sources import FileIndex, RawRow, bad_row, read_rows
+from rayswift.data.rendering import Rendering
+from rayswift.data.sources import FileIndex, RawRow, bad_row, index_sources, read_rows
+from rayswift.data.stream import StreamPlan, plan_stream
 from rayswift.data.types import BadRow, MediaKind
 from rayswift.errors import ConfigError, DataError
 
 PREFLIGHT_ROWS = 100
+
+
+@dataclass(frozen=True)
+class OpenedSources:
+    """Sources whose files are indexed and whose first rows were looked at: what a stream is planned over."""
+
+    sources: tuple[DataSource, ...]
+    files: tuple[FileIndex, ...]
+    formats: tuple[str, ...]
+    """Of each source."""
+    media_kinds: tuple[MediaKind, ...]
+
+    def stream(self, data: DataSpec, rendering: Rendering, *, epochs: int = 1, seed: int = 0) -> StreamPlan:
+        """The stream over all rows as `data` says, its own sources left aside. Raises as `plan_stream`."""
+        return plan_stream(
+            self.files, self.sources, self.formats,
+            data=data, rendering=rendering, epochs=epochs, seed=seed, media_kinds=self.media_kinds,
+        )  # fmt: skip
+
+
+def open_sources(
+    sources: Sequence[DataSource],
+    *,
+    path: str = "data.train",
+    kinds: tuple[MediaKind, ...] | Literal["auto"] = "auto",
+) -> OpenedSources:
+    """The sources, found, indexed and looked at. `path` is what errors call them, `kinds` a `MediaSpec.kinds`.
+
+    Raises as `index_sources`, then as `preflight`.
+    """
+    files = index_sources(sources, path=path)
+    formats = preflight(sources, files, path=path)
+    found = media_kinds(sources, files, formats) if kinds == "auto" else kinds
+    return OpenedSources(tuple(sources), files, formats, found)
 
 
 def preflight(

@@ -13,13 +13,13 @@ from rayswift.config.job import DataSource, DataSpec
 from rayswift.data.detect import normalise
 from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.hub_sources import settled
-from rayswift.data.inspect import media_kinds, preflight
+from rayswift.data.inspect import OpenedSources, open_sources
 from rayswift.data.media import MARKS
 from rayswift.data.quarantine import place
 from rayswift.data.rendering import last_answer
 from rayswift.data.row_keys import key_of
-from rayswift.data.sources import FileIndex, bad_row, index_sources, read_rows
-from rayswift.data.stream import StreamPlan, plan_stream
+from rayswift.data.sources import FileIndex, bad_row, read_rows
+from rayswift.data.stream import StreamPlan
 from rayswift.data.types import BadRow, Sample
 
 _FIELD = "--rows"
@@ -27,11 +27,24 @@ _FIELD = "--rows"
 
 @dataclass(frozen=True)
 class Rows:
-    """One source of rows, its files indexed and its format known."""
+    """One source of rows, opened."""
 
-    source: DataSource
-    files: tuple[FileIndex, ...]
-    format: str
+    opened: OpenedSources
+
+    @property
+    def source(self) -> DataSource:
+        """Where they are from."""
+        return self.opened.sources[0]
+
+    @property
+    def files(self) -> tuple[FileIndex, ...]:
+        """The files they stand in."""
+        return self.opened.files
+
+    @property
+    def format(self) -> str:
+        """The format they have."""
+        return self.opened.formats[0]
 
     @property
     def num_rows(self) -> int:
@@ -40,12 +53,8 @@ class Rows:
 
     def stream(self, max_length: int) -> StreamPlan:
         """The rows once, in file order, a document per sequence; answers of conversations count, and all of a text."""
-        sources, formats = (self.source,), (self.format,)
-        data = DataSpec(train=sources, packing=False, shuffle=False, max_length=max_length)
-        kinds = media_kinds(sources, self.files, formats)
-        return plan_stream(
-            self.files, sources, formats, data=data, rendering="chat", epochs=1, seed=0, media_kinds=kinds
-        )
+        data = DataSpec(train=self.opened.sources, packing=False, shuffle=False, max_length=max_length)
+        return self.opened.stream(data, "chat")
 
     def samples(self) -> Iterator[tuple[int, BadRow, Sample | None]]:
         """(key, the row as a BadRow without or with a reason, the row as a Sample or None) of each row."""
@@ -74,9 +83,7 @@ def open_rows(path: str, *, format_name: str = "auto", limit: int | None = None)
     Raises ConfigError where there are none or their format is unknown, DataError when none of the first can be used.
     """
     source = settled(DataSource(path=path, format=format_name, limit=limit), place=_FIELD)
-    files = index_sources((source,), path=_FIELD)
-    (found,) = preflight((source,), files, path=_FIELD)
-    return Rows(source, files, found)
+    return Rows(open_sources((source,), path=_FIELD))
 
 
 @dataclass(frozen=True)

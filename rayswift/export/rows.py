@@ -15,11 +15,10 @@ import numpy as np
 
 from rayswift.config.job import DataSource, DataSpec
 from rayswift.data.blocks import packed_sequences
-from rayswift.data.inspect import media_kinds, preflight
+from rayswift.data.inspect import open_sources
 from rayswift.data.prepare import prepare_chunk
 from rayswift.data.rendering import Rendering
-from rayswift.data.sources import index_sources
-from rayswift.data.stream import StreamPlan, plan_stream
+from rayswift.data.stream import StreamPlan
 from rayswift.data.types import Example
 from rayswift.errors import ConfigError, RaySwiftError
 from rayswift.export.manifest import RowsUsed
@@ -93,18 +92,14 @@ def _data_of(what: Source, tokenizer: PreTrainedTokenizerBase, path: str | None)
 
 def _plan(data: DataSpec, sources: Sequence[DataSource], rendering: Rendering, place: str) -> StreamPlan:
     try:
-        files = index_sources(tuple(sources), path=place)
-        formats = preflight(tuple(sources), files, path=place)
-        kinds = media_kinds(tuple(sources), files, formats)
+        opened = open_sources(sources, path=place)
     except RaySwiftError as error:
         if place == OPTION:
             raise
         raise ConfigError(
             f"cannot be read again: {error}", path=OPTION, value="the job's data", fix=f"give {OPTION} rows.jsonl"
         ) from error
-    return plan_stream(
-        files, tuple(sources), formats, data=data, rendering=rendering, epochs=1, seed=0, media_kinds=kinds
-    )
+    return opened.stream(data, rendering)
 
 
 def _examples(plan: StreamPlan, tokenizer: PreTrainedTokenizerBase, base: str) -> Iterator[Example]:
