@@ -1,6 +1,6 @@
 """The held-out loss of a loaded model: the rows as training prepares them, without packing and without gradients.
 
-The loss is that of `Evaluator.loss` of a run: a sum over all tokens that count, divided by what they count.
+The loss is that of `Evaluator.loss` of a run: a `LossSum` over all tokens that count.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rayswift.data.stream import StreamPlan
 from rayswift.data.types import BadRow
 from rayswift.methods.sft import Sft
 from rayswift.parallel.forward import batch_logprobs, to_device
+from rayswift.training.evaluate import LossSum
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,11 +32,9 @@ _BATCH_TOKENS = 2048
 
 @dataclass
 class HeldOut:
-    """What was measured. `loss_sum` in nats; `count` is what the tokens count together: their number, unless rows weigh
-    messages. `rows`, `cut` and `unusable` are keys of rows."""
+    """What was measured. `rows`, `cut` and `unusable` are keys of rows."""
 
-    loss_sum: float = 0.0
-    count: float = 0.0
+    total: LossSum = field(default_factory=LossSum)
     num_tokens: int = 0
     num_trained_tokens: int = 0
     rows: set[int] = field(default_factory=set)
@@ -70,8 +69,7 @@ def measure(
         for sequences in _batches(packed_sequences(table)):
             batch = to_device(collate(sequences, pad_id), model.device)
             with torch.inference_mode():
-                found.loss_sum += float(method.loss(batch_logprobs(model, batch), batch))
-            found.count += float(method.count(batch))
+                found.total.add(method, batch_logprobs(model, batch), batch)
             found.num_tokens += sum(len(one.input_ids) for one in sequences)
             found.num_trained_tokens += int((batch.weights_BT > 0).sum())
     return found

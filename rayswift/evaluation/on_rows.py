@@ -97,9 +97,9 @@ def from_model(
 
 def _loss(held_out: HeldOut) -> tuple[float | None, str | None]:
     """The mean loss, or why there is none."""
-    if not held_out.count:
+    if not held_out.total.count:
         return None, "no token of the rows counts"
-    loss = held_out.loss_sum / held_out.count
+    loss = held_out.total.mean
     return (loss, None) if math.isfinite(loss) else (None, f"it is {loss}, no number")
 
 

@@ -1,6 +1,6 @@
 """What a quantized model makes of rows that it was not calibrated on, beside what the model made of them before.
 
-Shape legend: T positions of a document, V tokens of the vocabulary.
+Shape legend: B documents, one at a time; T positions of a document, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -10,9 +10,15 @@ from dataclasses import dataclass
 from math import exp
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from rayswift.data.collate import PackedSequence, collate
 from rayswift.data.media.features import model_inputs
-from rayswift.data.types import Example
+from rayswift.data.types import Example, PackedBatch
 from rayswift.export.manifest import HeldOut
+from rayswift.methods.sft import Sft
+from rayswift.parallel.logprobs import token_logprobs
+from rayswift.training.evaluate import LossSum
 
 if TYPE_CHECKING:
     import torch
@@ -33,21 +39,27 @@ class Said:
 
 
 def said_of(model: torch.nn.Module, examples: Sequence[Example]) -> Said:
-    """What a model makes of documents, each alone, in float32; trained tokens count by their weight in the loss."""
+    """What a model makes of documents, each alone, in float32; trained tokens count by their weight in the loss.
+
+    The loss is that of a run. The forward pass is not: it is that of the calibration, and its logits are needed too.
+    """
     import torch
 
     model.eval()
-    total = weight = 0.0
-    likeliest: list[int] = []
+    method, total, likeliest = Sft(Sft.Config()), LossSum(), list[int]()
     for example in examples:
+        batch = _batch(example)
         with torch.no_grad():
-            logits_TV = model(**model_inputs(example), use_cache=False).logits[0, :-1].float()
-        weights_T = torch.tensor(example.loss_mask[1:], dtype=torch.float64)
-        chosen_T = torch.log_softmax(logits_TV, dim=-1).gather(-1, torch.tensor(example.input_ids[1:])[:, None])[:, 0]
-        total -= float((chosen_T.double() * weights_T).sum())
-        weight += float(weights_T.sum())
-        likeliest += logits_TV.argmax(-1)[weights_T > 0].tolist()
-    return Said(total / weight, tuple(likeliest))
+            logits_BTV = model(**model_inputs(example), use_cache=False).logits
+            total.add(method, token_logprobs(logits_BTV, batch.targets_BT), batch)
+        likeliest += logits_BTV.argmax(-1)[batch.weights_BT > 0].tolist()
+    return Said(total.mean, tuple(likeliest))
+
+
+def _batch(example: Example) -> PackedBatch:
+    """A document as training has it, without padding; for its targets and weights."""
+    ids, weights = np.array(example.input_ids), np.array(example.loss_mask)
+    return collate([PackedSequence(ids, weights, [len(ids)])], pad_id=0, multiple_of=1)
 
 
 def greedy_of(model: torch.nn.Module, prompts: Sequence[list[int]]) -> tuple[list[int], ...]:

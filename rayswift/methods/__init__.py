@@ -16,14 +16,8 @@ if TYPE_CHECKING:
     from rayswift.data.types import PackedBatch
 
 
-class Method(Protocol):
-    """What the loop and the engines ask of a method."""
-
-    Config: ClassVar[type[BaseModel]]
-    needs: ClassVar[frozenset[str]]
-    """What an engine must support beside plain log-probabilities: `reference`, `rollout`, `scalar_head`."""
-    rendering: ClassVar[Literal["text", "chat"]]
-    """How rows become tokens: plain text trained everywhere, or conversations trained on assistant turns."""
+class Loss(Protocol):
+    """What measuring asks of a method."""
 
     def count(self, batch: PackedBatch) -> torch.Tensor:
         """What `loss` is divided by, as a scalar: the sum of the weights of this micro-batch."""
@@ -32,3 +26,13 @@ class Method(Protocol):
     def loss(self, logprobs_BT: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """The SUM of the loss over this micro-batch, as a scalar in float32."""
         ...
+
+
+class Method(Loss, Protocol):
+    """What the loop and the engines ask of a method."""
+
+    Config: ClassVar[type[BaseModel]]
+    needs: ClassVar[frozenset[str]]
+    """What an engine must support beside plain log-probabilities: `reference`, `rollout`, `scalar_head`."""
+    rendering: ClassVar[Literal["text", "chat"]]
+    """How rows become tokens: plain text trained everywhere, or conversations trained on assistant turns."""

@@ -1,13 +1,40 @@
-"""The held-out loss: the same method over the held-out rows, without gradients."""
+"""The held-out loss: the same method over the held-out rows, without gradients.
+
+`LossSum` is what a mean loss is made of wherever one is measured: in a run, by `rayswift eval`, of an export.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rayswift.data.types import BadRow, StepInput
+from rayswift.data.types import BadRow, PackedBatch, StepInput
 from rayswift.errors import DataError
-from rayswift.methods import Method
+from rayswift.methods import Loss, Method
 from rayswift.parallel.engine import Engine
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class LossSum:
+    """A method's loss over all batches added, in nats, and what their tokens count together: their number, unless rows
+    weigh messages."""
+
+    loss_sum: float = 0.0
+    count: float = 0.0
+
+    def add(self, method: Loss, logprobs_BT: torch.Tensor, batch: PackedBatch) -> None:
+        """Add a batch by the log-probabilities of its targets."""
+        self.loss_sum += float(method.loss(logprobs_BT.to(batch.weights_BT.device), batch))
+        self.count += float(method.count(batch))
+
+    @property
+    def mean(self) -> float:
+        """The loss of a token that counts 1. Raises ZeroDivisionError where nothing counts."""
+        return self.loss_sum / self.count
 
 
 class Evaluator:
@@ -32,13 +59,11 @@ class Evaluator:
         """
         self.read()
         assert self._shares is not None, "read keeps the shares"
-        loss_sum, count = 0.0, 0.0
+        own = LossSum()
         for share in self._shares:
             for batch in share.micro_batches:
-                logprobs_BT = self._engine.forward(batch).to(batch.weights_BT.device)
-                loss_sum += float(self._method.loss(logprobs_BT, batch))
-                count += float(self._method.count(batch))
-        loss_sum, count = self._engine.sum_over_data([loss_sum, count])
-        if not count:
+                own.add(self._method, self._engine.forward(batch), batch)
+        total = LossSum(*self._engine.sum_over_data([own.loss_sum, own.count]))
+        if not total.count:
             raise DataError("data.eval has no row that can be used; repair the rows, or leave data.eval out")
-        return loss_sum / count
+        return total.mean
