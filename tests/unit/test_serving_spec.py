@@ -246,6 +246,12 @@ def test_processes_get_what_the_spec_asks_for() -> None:
     assert "py_executable" not in actor_options(ServeSpec(models={"a": "x"}, engine="local"))["runtime_env"]
 
 
+def test_adapters_of_a_model_whose_versions_change_are_refused_for_what_binds_them() -> None:
+    bound = "adapters are bound to their base by its sha256, and another version of the base is another base"
+    with pytest.raises(ValueError, match=bound):
+        ServeSpec(models={"a": "exports/a"}, adapters={"a": "adapters"}, promotable=True)
+
+
 def test_a_replica_of_a_promotable_endpoint_has_one_model() -> None:
     two = {"a": "exports/a", "b": "exports/b"}
     assert ServeSpec(models=two, promotable=True, tensor_parallel=2, gpus_per_replica=2).gpus_per_replica == 2
