@@ -25,11 +25,13 @@ def promote(
     max_wait: Annotated[float, typer.Option(help="Seconds to wait for those before it goes back.")] = 900.0,
     max_error_rate: Annotated[float, typer.Option(help="Most failed answers, as a fraction.")] = 0.01,
     max_latency_ratio: Annotated[float, typer.Option(help="Most p50 and p95, beside the live version's.")] = 1.5,
+    max_token_wait: Annotated[float, typer.Option(help="Seconds without a token after which an answer failed.")] = 30.0,
     prompts: Annotated[str | None, typer.Option(help="Verification prompts: rows with the right answers.")] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Use the first so many.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer to one, in tokens.")] = 128,
     max_answer_loss: Annotated[float, typer.Option(help="How many fewer may be right, as a fraction.")] = 0.02,
     min_agreement: Annotated[float, typer.Option(help="Least fraction answered as by the live version.")] = 0.0,
+    min_similarity: Annotated[float, typer.Option(help="Least mean cosine to the live version's vectors.")] = 0.8,
     keep_old: Annotated[
         bool, typer.Option("--keep-old", help="Keep the old one running: `rollback` is instant.")
     ] = False,
@@ -38,8 +40,8 @@ def promote(
     """Gives a new version of a served model the traffic, step by step; it goes back by itself when it is worse.
 
     The endpoint is one of `rayswift serve --promotable`, found by the folder that EXPORT lies in. The version starts
-    beside the old one, answers the verification prompts, and is watched in every step: failed answers, latencies,
-    the prompts again. Rolled back is exit code 5. Ctrl-C rolls back too; no request is lost either way.
+    beside the old one, answers the verification prompts, and is watched in every step: answers that fail or hang,
+    latencies, the prompts again. Rolled back is exit code 5. Ctrl-C rolls back too; no request is lost either way.
 
     Example: rayswift serve promote exports/sft-v2 --steps 0.1,0.5,1 --prompts data/held_out.jsonl
     """
@@ -48,11 +50,12 @@ def promote(
 
     policy = Policy(
         _shares(steps), step_seconds, min_requests, max_wait, max_error_rate, max_latency_ratio, max_answer_loss,
-        min_agreement,
+        min_agreement, max_token_wait, min_similarity,
     )  # fmt: skip
+    kind = questions.kind_of(export)
     asked, place = (
-        questions.of_export(export, num_prompts, max_new_tokens) if prompts is None
-        else (questions.of_rows(prompts, num_prompts, max_new_tokens), prompts)
+        questions.of_export(export, num_prompts, max_new_tokens, kind) if prompts is None
+        else (questions.of_rows(prompts, num_prompts, max_new_tokens, kind), prompts)
     )  # fmt: skip
     _say(f"{len(asked)} verification prompts: {place}")
     with rollout.opened(exports or rollout.home_of(export), model, _say) as running:

@@ -11,7 +11,6 @@ import asyncio
 import gc
 import hashlib
 import logging
-import os
 import re
 import sys
 import uuid
@@ -29,6 +28,7 @@ from rayswift.errors import ServeError
 from rayswift.serving import controller, registry
 from rayswift.serving.controller import APP_NAME
 from rayswift.serving.http import build_asgi
+from rayswift.serving.owners import this_process
 from rayswift.serving.placement import (
     actor_options,
     front_options,
@@ -46,7 +46,7 @@ from rayswift.serving.versions import version_of
 
 BOARD, NAMESPACE = "rayswift-board", "rayswift"
 _SYNC_S, _PING_EVERY_S, _BOARD_TIMEOUT_S, _OPEN_TIMEOUT_S = 0.5, 5.0, 10.0, 60.0
-_CALL_TIMEOUT_S = 60.0
+_CALL_TIMEOUT_S, _PATIENCE_S = 60.0, 10.0
 _log = logging.getLogger("rayswift.serving")
 
 
@@ -115,10 +115,20 @@ class FrontReplica:
                 self._problem = problem
                 return problem
         self._models.update(models)
+        if self._routing is not None:
+            self._give_up(self._routing, routing)
         self._routing, self._problem = routing, None
         wanted = {(model, version) for model, route in routing.routes.items() for version in route.targets}
         self._opened = {key: model for key, model in self._opened.items() if key in wanted}
         return None
+
+    def _give_up(self, before: Routing, now: Routing) -> None:
+        """What a version that was taken back has not begun to answer soon, the live one answers: it may hang."""
+        for model, route in before.routes.items():
+            for version in route.taken_back(now.routes[model]):
+                engine = self._opened[model, version].engine
+                assert isinstance(engine, CountedEngine)
+                engine.give_up(_PATIENCE_S)
 
     async def _versions(self, model: str, route: Route) -> Versions:
         for version, target in route.targets.items():
@@ -239,15 +249,18 @@ def front_application(spec: ServeSpec) -> serve.Application:
     return application
 
 
-def _check_home(model: str, folder: str) -> None:
+def _check_home(model: str, folder: str, endpoint: EndpointRecord) -> None:
     """Raises ConfigError where versions cannot be written down, before one is loaded for nothing.
 
-    Who starts another version than the one that was live is told.
+    Who starts another version than the one that was live is told, and whose place is taken.
     """
     home = Path(folder).resolve().parent
     with registry.locked(home):
-        known = registry.read(home).models.get(model)
+        known, stale = registry.read(home).models.get(model), registry.stale_owner(home, endpoint)
     live, version = known.live if known else None, version_of(folder)
+    if stale is not None:
+        print(f"note: {home} was served at {stale.url}, which does not run any more (process {stale.pid})",
+              file=sys.stderr)  # fmt: skip
     if live not in (None, version):
         print(f"note: {model} is served as version {version}; {live} was live in {home}", file=sys.stderr)
 
@@ -255,9 +268,10 @@ def _check_home(model: str, folder: str) -> None:
 @contextmanager
 def serving_versions(spec: ServeSpec) -> Iterator[None]:
     """Boards, versions and fronts of a spec run for the duration, and their registry knows where. Raises ServeError."""
+    endpoint = _record(spec)
     for model, folder in spec.models.items():
-        _check_home(model, folder)
-    start_board(spec, endpoint := uuid.uuid4().hex)
+        _check_home(model, folder, endpoint)
+    start_board(spec, endpoint.id)
     try:
         routes = {model: _first_route(model, folder) for model, folder in spec.models.items()}
         for model, route in routes.items():
@@ -267,16 +281,14 @@ def serving_versions(spec: ServeSpec) -> Iterator[None]:
             controller.wait_until_running(route.targets[route.live].app, spec)
         controller.deploy(APP_NAME, front_application(spec), route_prefix="/")
         controller.wait_until_answering(spec)
-        with registry.announced(
-            {model: (route.live, spec.models[model]) for model, route in routes.items()},
-            EndpointRecord(
-                id=endpoint,
-                address=ray.get_runtime_context().gcs_address,
-                token=is_token_asked(),
-                url=spec.url,
-                pid=os.getpid(),
-            ),
-        ):
+        served = {model: (route.live, spec.models[model]) for model, route in routes.items()}
+        with registry.announced(served, endpoint):
             yield
     finally:
         stop_board()
+
+
+def _record(spec: ServeSpec) -> EndpointRecord:
+    address, mine = ray.get_runtime_context().gcs_address, this_process()
+    return EndpointRecord(id=uuid.uuid4().hex, address=address, token=is_token_asked(), url=spec.url, pid=mine.pid,
+                          host=mine.host, started=mine.started)  # fmt: skip

@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
+import numpy as np
+
 from rayswift.errors import ConfigError
-from rayswift.serving.traffic import Tally, quantile_s
+from rayswift.serving.tallies import Tally, longer_than, quantile_s
 
 _FLOOR_S = 0.05
 """Latencies that differ by less than this are the same."""
+_WAIT_RATIO = 2.0
+"""How much longer than the live version took at most is no hang yet: prompts differ in length."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,14 @@ class Policy:
     """How much lower its fraction of right answers may be than the live version's."""
     min_agreement: float = 0.0
     """Least fraction of the live version's greedy answers that it has to give too."""
+    max_token_wait_s: float = 30.0
+    """How long an answer may wait for its next token; one that waits longer has failed.
+
+    Where the live version takes as long to its first tokens, twice the longest of those."""
+    min_similarity: float = 0.8
+    """Least mean cosine of its vectors and the live version's, beside which clients have stored those.
+
+    Quantizing costs a hundredth or so, more training a tenth; vectors of another model have nothing to do with them."""
 
     def __post_init__(self) -> None:
         rising = all(0 < step <= 1 for step in self.steps) and list(self.steps) == sorted(set(self.steps))
@@ -74,7 +86,8 @@ class Policy:
             ("step_seconds", self.step_s, 0, inf), ("min_requests", self.min_requests, 0, inf),
             ("max_wait", self.max_wait_s, 0, inf), ("max_error_rate", self.max_error_rate, 0, 1),
             ("max_latency_ratio", self.max_latency_ratio, 1, inf), ("max_answer_loss", self.max_answer_loss, 0, 1),
-            ("min_agreement", self.min_agreement, 0, 1),
+            ("min_agreement", self.min_agreement, 0, 1), ("max_token_wait", self.max_token_wait_s, 0, inf),
+            ("min_similarity", self.min_similarity, -1, 1),
         ):  # fmt: skip
             if not least <= value <= most:
                 bounds = f"from {least} to {most}" if most < inf else f"of at least {least}"
@@ -83,8 +96,9 @@ class Policy:
     def decide(self, window: Window) -> Hold | Advance | RollBack:
         """What to do now. Errors are acted on at once, latencies as soon as there are enough of both versions."""
         candidate, live = window.candidate, window.live
-        if candidate.failed > self.max_error_rate * max(candidate.ended, self.min_requests):
-            return RollBack(f"{candidate.failed} of its {candidate.ended} answers failed")
+        failing = self._failing(candidate, live)
+        if failing is not None:
+            return failing
         enough = candidate.ended >= self.min_requests
         if enough and live.ended >= self.min_requests:
             slow = self._slower(candidate, live)
@@ -98,6 +112,20 @@ class Policy:
             return Hold(needs_requests=True)
         few = f"{candidate.ended} of {self.min_requests} answers in {window.elapsed_s:.0f} s"
         return RollBack(f"there was too little traffic to judge it by, {few}; lower --min-requests")
+
+    def patience_s(self, live_s: float) -> float:
+        """How long to wait for what the live version took `live_s` for at most."""
+        return max(self.max_token_wait_s, _WAIT_RATIO * live_s)
+
+    def _failing(self, candidate: Tally, live: Tally) -> RollBack | None:
+        """Too many answers that failed, or that hang: of those nothing is heard before their time is out."""
+        bound_s = self.patience_s(quantile_s(live.first, 1) or 0)
+        hanging = longer_than(candidate.waits, bound_s)
+        failed, ended = candidate.failed + hanging, candidate.ended + hanging
+        if failed <= self.max_error_rate * max(ended, self.min_requests):
+            return None
+        how = f", {hanging} of them by waiting more than {bound_s:.0f} s for a token" if hanging else ""
+        return RollBack(f"{failed} of its {ended} answers failed{how}")
 
     def _slower(self, candidate: Tally, live: Tally) -> RollBack | None:
         pairs = (("first token", candidate.first, live.first), ("whole answer", candidate.whole, live.whole))
@@ -146,4 +174,38 @@ def judged(answers: Answers, policy: Policy) -> RollBack | None:
         new, old = answers.right(answers.candidate), answers.right(answers.live)
         if new < old - policy.max_answer_loss:
             return RollBack(f"{new:.1%} of its answers are right, beside {old:.1%} of the live version's")
+    return None
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What both versions made of the verification texts; None for a vector that failed."""
+
+    live: Sequence[np.ndarray]
+    candidate: Sequence[np.ndarray | None]
+
+    @property
+    def similarity(self) -> float:
+        """The mean cosine of the vectors of one text."""
+        cosines = [_cosine(a, b) for a, b in zip(self.live, self.candidate, strict=True) if b is not None]
+        return float(np.mean(cosines)) if cosines else 1.0
+
+
+def _cosine(one: np.ndarray, other: np.ndarray) -> float:
+    lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float(one @ other) / lengths if lengths else 0.0
+
+
+def judged_vectors(vectors: Vectors, policy: Policy) -> RollBack | None:
+    """As `judged`."""
+    failed = sum(vector is None for vector in vectors.candidate)
+    if failed:
+        return RollBack(f"{failed} of {len(vectors.candidate)} verification texts got no vector")
+    useless = sum(vector is not None and not (np.isfinite(vector).all() and vector.any())
+                  for vector in vectors.candidate)  # fmt: skip
+    if useless:
+        return RollBack(f"{useless} verification texts got a vector that is zero or not finite")
+    if vectors.similarity < policy.min_similarity:
+        cosine = f"{vectors.similarity:.3f}"
+        return RollBack(f"its vectors have a mean cosine of {cosine} to the live version's, less than --min-similarity")
     return None

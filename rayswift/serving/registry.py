@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from socket import gethostname
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rayswift.config import problems
 from rayswift.errors import ConfigError
 from rayswift.models.staging import sync_folder
+from rayswift.serving.owners import Process
 
 FILE = "rayswift-registry.json"
 ENDPOINT_FILE = ".rayswift-endpoint.json"
@@ -108,6 +110,14 @@ class EndpointRecord(_Record):
     """Whether that asks for this user's Ray token."""
     url: str
     pid: int
+    host: str = ""
+    started: int | None = None
+    """With `host`, which of all processes of number `pid` it is; see `owners.Process`."""
+
+    @property
+    def process(self) -> Process:
+        """The one that serves."""
+        return Process(self.host or gethostname(), self.pid, self.started)
 
 
 def read(folder: str | os.PathLike[str]) -> Registry:
@@ -136,11 +146,29 @@ def write_endpoint(folder: str | os.PathLike[str], record: EndpointRecord) -> No
     _write(Path(folder) / ENDPOINT_FILE, record, 0o600)
 
 
-def forget_endpoint(folder: str | os.PathLike[str], pid: int) -> None:
-    """Take back what the endpoint of this process wrote."""
+def stale_owner(folder: str | os.PathLike[str], mine: EndpointRecord) -> EndpointRecord | None:
+    """The endpoint that has kept its versions here and does not run any more; the caller holds the lock.
+
+    Raises ConfigError while another one does: its promotions would look for it, and find this one.
+    """
+    known = read_endpoint(folder)
+    if known is None or known.id == mine.id:
+        return None
+    # On one cluster, and in one process, there is one endpoint.
+    if mine.address != known.address and mine.process != known.process and known.process.runs(known.address):
+        raise ConfigError(
+            f"keeps the versions of another endpoint that runs, the one at {known.url} (process {known.pid} of "
+            f"{known.process.host})", path="registry", value=str(Path(folder) / FILE),
+            fix=f"stop that one, serve from another folder, or remove {Path(folder) / ENDPOINT_FILE} where it is gone",
+        )  # fmt: skip
+    return known
+
+
+def forget_endpoint(folder: str | os.PathLike[str], endpoint: str) -> None:
+    """Take back what the endpoint of this id wrote."""
     with suppress(ConfigError, FileNotFoundError):
         record = read_endpoint(folder)
-        if record is not None and record.pid == pid:
+        if record is not None and record.id == endpoint:
             (Path(folder) / ENDPOINT_FILE).unlink()
 
 
@@ -148,19 +176,21 @@ def forget_endpoint(folder: str | os.PathLike[str], pid: int) -> None:
 def announced(served: Mapping[str, tuple[str, str]], endpoint: EndpointRecord) -> Iterator[None]:
     """For the duration, the folders of exports say where they are served; model -> (version, its export), all live.
 
-    Raises ConfigError for a folder that cannot be written to, or whose versions are being changed.
+    Raises ConfigError for a folder that cannot be written to, whose versions are being changed, or that has another
+    endpoint.
     """
     homes = {model: Path(export).resolve().parent for model, (_, export) in served.items()}
     try:
         for model, (version, export) in served.items():
             with locked(homes[model]):
+                stale_owner(homes[model], endpoint)
                 if read(homes[model]).models.get(model, ModelVersions()).live != version:
                     record(homes[model], model, version, export, "live", "served from the start of the endpoint")
                 write_endpoint(homes[model], endpoint)
         yield
     finally:
         for home in set(homes.values()):
-            forget_endpoint(home, endpoint.pid)
+            forget_endpoint(home, endpoint.id)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 
 from rayswift.errors import ServeError
+from rayswift.serving.api_errors import ApiError, overloaded
 from rayswift.serving.engine import Delta, Embedding, Request, Sampling
 from rayswift.serving.served import open_model
 from rayswift.serving.spec import ServeSpec
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from rayswift.data.media.encoder import MediaEncoder
 
 _PING_TIMEOUT_S, _TAKEN_TIMEOUT_S = 20.0, 10.0
+_RETRY_AFTER_S = 2
+"""What clients of a full version are told to wait, where Serve does not say it."""
 _log = logging.getLogger("rayswift.serving")
 
 
@@ -80,14 +85,28 @@ class VersionReplica:
         yield None
         yield await self._model.engine.embed(ids, num_dims)
 
-    async def answer(self, turns: list[dict[str, Any]], max_new_tokens: int) -> str:
-        """The greedy answer to a conversation of text, its prompt made as for any client. Raises ServeError."""
-        prompt = await asyncio.to_thread(self._model.prompts.conversation, turns)
+    async def answer(self, asked: list[dict[str, Any]] | str, max_new_tokens: int) -> str:
+        """The greedy answer to a conversation of text, or what continues a text, its prompt made as for any client.
+
+        Raises ServeError.
+        """
+        prompts = self._model.prompts
+        if isinstance(asked, str):
+            prompt = await asyncio.to_thread(prompts.text, asked)
+        else:
+            prompt = await asyncio.to_thread(prompts.conversation, asked)
         room = min(max_new_tokens, self._model.engine.max_model_len - len(prompt.ids))
         if room < 1:
             raise ServeError(f"a prompt of {len(prompt.ids)} tokens leaves no room for an answer")
         request = Request(f"verify-{id(prompt)}", prompt, Sampling(max_new_tokens=room, temperature=0))
         return "".join([delta.text async for delta in self._model.engine.generate(request)])
+
+    async def vector(self, text: str) -> np.ndarray:
+        """The vector of a text. Raises ServeError."""
+        prompt = await asyncio.to_thread(self._model.prompts.text, text)
+        if len(prompt.ids) > self._model.engine.max_model_len:
+            raise ServeError(f"a text of {len(prompt.ids)} tokens is too long")
+        return await self._model.engine.embed(prompt.ids)
 
     async def check_health(self) -> None:
         """Raises when the engine cannot answer any more; Serve then replaces this replica."""
@@ -98,13 +117,18 @@ class VersionReplica:
 
 
 class RemoteEngine:
-    """An `Engine` (see the protocol) whose answers come from the replicas behind a handle of `VersionReplica`."""
+    """An `Engine` (see the protocol) whose answers come from the replicas behind a handle of `VersionReplica`.
+
+    Where no replica takes a request it is down until a ping is answered; where all that answer are full it is not, and
+    the request is told so: ApiError (429).
+    """
 
     def __init__(self, handle: Any, spec: ServeSpec, folder: str) -> None:
         self._handle, self._spec, self._folder = handle, spec, folder
         self._facts: Facts | None = None
         self._media_encoder: MediaEncoder | None = None
         self._failure: str | None = None
+        self._heard_at = -math.inf
 
     @property
     def max_model_len(self) -> int:
@@ -137,6 +161,7 @@ class RemoteEngine:
             await self._taken(deltas)
             with _in_own_words():
                 async for delta in deltas:
+                    self._heard_at = time.monotonic()
                     ended = delta.finish_reason is not None
                     yield delta
                     if ended:
@@ -147,16 +172,22 @@ class RemoteEngine:
 
     async def _taken(self, deltas: Any) -> None:
         """Returns when a replica has the request: while there is none, Serve would have it wait for one to start."""
+        asked_at = time.monotonic()
         try:
             with _in_own_words():
                 async with asyncio.timeout(_TAKEN_TIMEOUT_S):
                     await anext(deltas)
+        except ApiError:
+            raise  # full, which is not down
         except ServeError as error:
             self._failure = f"no replica of {self._folder} has taken a request: {error}"
             raise
         except TimeoutError:
+            if self._heard_at > asked_at:  # others are being answered meanwhile
+                raise overloaded(_RETRY_AFTER_S) from None
             self._failure = f"no replica of {self._folder} has taken a request within {_TAKEN_TIMEOUT_S:g} s"
             raise ServeError(self._failure) from None
+        self._heard_at = time.monotonic()
 
     async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
         vectors = self._handle.embed.options(stream=True).remote(list(ids), num_dims)
@@ -176,12 +207,17 @@ class RemoteEngine:
             raise ServeError(self._failure)
 
     async def ping(self) -> None:
-        """Ask whether a replica answers; `check` tells."""
+        """Ask whether a replica answers; `check` tells. One that is too full to say so has not failed by that."""
+        asked_at = time.monotonic()
         try:
             with _in_own_words():
                 async with asyncio.timeout(_PING_TIMEOUT_S):
                     await self._handle.facts.remote()
+        except ApiError:
+            return
         except (ServeError, TimeoutError) as error:
+            if isinstance(error, TimeoutError) and self._heard_at > asked_at:
+                return
             self._failure = f"no replica of {self._folder} answers: {str(error) or f'not within {_PING_TIMEOUT_S:g} s'}"
             _log.warning(self._failure)
         else:
@@ -204,9 +240,11 @@ def _cancel(stream: Any) -> None:
 
 @contextmanager
 def _in_own_words() -> Iterator[None]:
-    """Errors of a replica as it raised them, and those of Ray about it as ServeError."""
+    """Errors of a replica as it raised them, full queues as ApiError (429), others of Ray about it as ServeError."""
     try:
         yield
+    except BackPressureError as error:
+        raise overloaded(math.ceil(error.retry_after_s or _RETRY_AFTER_S)) from error
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, ServeError) else None
         raise cause or ServeError(f"failed inside its replica: {type(error.cause or error).__name__}") from error

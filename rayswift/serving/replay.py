@@ -14,11 +14,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from rayswift.errors import PromotionError, ServeError
-from rayswift.serving.promotion import Answers, Policy, judged
+from rayswift.serving.promotion import Answers, Policy, RollBack, Vectors, judged, judged_vectors
 from rayswift.serving.questions import Question
 from rayswift.serving.routing import Target
 
-_AT_ONCE, _MEANWHILE_S = 8, 5.0
+_AT_ONCE, _MEANWHILE_S, _LEAST_S = 8, 5.0, 0.1
 Say = Callable[[str], None]
 
 
@@ -30,55 +30,76 @@ class Replay:
     ) -> None:
         """`meanwhile` is called at least every few seconds while answers are waited for."""
         self._questions, self._timeout_s, self._say, self._meanwhile = list(questions), timeout_s, say, meanwhile
-        self._live: list[str | None] = []
+        self._live: list[Any] = []
+        self._live_s, self._embeds = 0.0, False
 
     def compare(self, live: Target, candidate: Target) -> None:
         """Raises PromotionError when the candidate cannot take what the live version takes."""
-        old, new = (self._result(serve.get_app_handle(one.app).facts.remote()) for one in (live, candidate))
+        until = time.monotonic() + self._timeout_s
+        asked = [serve.get_app_handle(one.app).facts.remote() for one in (live, candidate)]
+        old, new = (self._result(response, until) for response in asked)
         lack = new.lacks(old) if old is not None and new is not None else "it does not say what it takes"
         if lack is not None:
             raise PromotionError(lack)
+        self._embeds = old.embedding is not None
 
     def hear(self, live: Target) -> None:
         """Ask the live version. What it cannot answer is no measure of another one, and left out."""
-        answers = self._answers(live)
+        answers, self._live_s = self._answers(live, self._timeout_s)
         kept = [(one, said) for one, said in zip(self._questions, answers, strict=True) if said is not None]
         if len(kept) < len(answers):
             self._say(f"{len(answers) - len(kept)} of {len(answers)} prompts are not answered by the live version")
         self._questions, self._live = [one for one, _ in kept], [said for _, said in kept]
 
     def judge(self, candidate: Target, policy: Policy) -> None:
-        """Raises PromotionError when the candidate's answers are worse than allowed."""
+        """Raises PromotionError when the candidate's answers are worse than allowed, or do not come."""
         if not self._questions:
             return
-        expected = [one.expected for one in self._questions]
-        known = [text for text in expected if text is not None]
-        answers = Answers(self._live, self._answers(candidate), known if len(known) == len(expected) else None)
-        verdict = judged(answers, policy)
+        said, _ = self._answers(candidate, min(self._timeout_s, policy.patience_s(self._live_s)))
+        verdict, told = self._judged_vectors(said, policy) if self._embeds else self._judged(said, policy)
         if verdict is not None:
             raise PromotionError(verdict.reason)
-        self._say(f"{len(self._questions)} prompts answered, {answers.agreement:.0%} as the live version does")
+        self._say(f"{len(self._questions)} prompts answered, {told}")
 
-    def _answers(self, target: Target) -> list[str | None]:
-        handle = serve.get_app_handle(target.app)
-        found: list[str | None] = []
+    def _judged(self, said: list[Any], policy: Policy) -> tuple[RollBack | None, str]:
+        expected = [one.expected for one in self._questions]
+        known = [text for text in expected if text is not None]
+        answers = Answers(self._live, said, known if len(known) == len(expected) else None)
+        return judged(answers, policy), f"{answers.agreement:.0%} as the live version does"
+
+    def _judged_vectors(self, said: list[Any], policy: Policy) -> tuple[RollBack | None, str]:
+        vectors = Vectors(self._live, said)
+        return judged_vectors(vectors, policy), f"with a mean cosine of {vectors.similarity:.3f} to the live version's"
+
+    def _answers(self, target: Target, timeout_s: float) -> tuple[list[Any], float]:
+        """What a version says, or the vectors it makes, and the seconds that those asked at once took at most.
+
+        None for what has failed, or was not there in time.
+        """
+        handle, slowest_s = serve.get_app_handle(target.app), 0.0
+        found: list[Any] = []
         for start in range(0, len(self._questions), _AT_ONCE):
-            asked = [handle.answer.remote(one.turns, one.max_new_tokens)
-                     for one in self._questions[start : start + _AT_ONCE]]  # fmt: skip
-            found += [self._result(response) for response in asked]
-        return found
+            began = time.monotonic()
+            asked = [self._ask(handle, one) for one in self._questions[start : start + _AT_ONCE]]
+            found += [self._result(response, began + timeout_s) for response in asked]
+            slowest_s = max(slowest_s, time.monotonic() - began)
+        return found, slowest_s
 
-    def _result(self, response: Any) -> Any:
-        """What a replica returns; None where it fails or takes too long."""
-        until = time.monotonic() + self._timeout_s
+    def _ask(self, handle: Any, question: Question) -> Any:
+        if self._embeds:
+            return handle.vector.remote(question.text)
+        return handle.answer.remote(question.asked, question.max_new_tokens)
+
+    def _result(self, response: Any, until: float) -> Any:
+        """What a replica returns; None where it fails or has not by then."""
         while True:
             self._meanwhile()
             try:
-                return response.result(timeout_s=_MEANWHILE_S)
+                return response.result(timeout_s=min(_MEANWHILE_S, max(_LEAST_S, until - time.monotonic())))
             except RayTaskError:
                 return None
             except TimeoutError:  # GetTimeoutError is a RayError too
-                if time.monotonic() > until:
+                if time.monotonic() >= until:
                     response.cancel()
                     return None
             except (RayError, RayServeException, ServeError):

@@ -28,7 +28,7 @@ from rayswift.serving.registry import ModelVersions, State
 from rayswift.serving.replay import Replay, Say
 from rayswift.serving.routing import Route, Target, Watched
 from rayswift.serving.spec import ServeSpec
-from rayswift.serving.traffic import Tally
+from rayswift.serving.tallies import Tally
 from rayswift.serving.versions import version_of
 
 _POLL_S, _FOLLOW_TIMEOUT_S = 0.25, 120.0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from rayswift.serving.spec import ServeSpec
-from rayswift.serving.traffic import Tally
+from rayswift.serving.tallies import Tally
 
 LEASE_S = 30.0
 """In which whoever shifts traffic has to ask again; then the live version has all of it back."""
@@ -66,6 +66,16 @@ class Route:
         """The version, which is not the live one, is sent nobody and may end."""
         targets = {name: target for name, target in self.targets.items() if name != version}
         return replace(self.settled(), targets=targets)
+
+    def taken_back(self, later: Route) -> list[str]:
+        """The versions whose traffic a later route gives to its live one, and not because they are replaced by it.
+
+        The live version that a promotion replaces has lost its traffic by the last step, when it is still the live one.
+        """
+        return [
+            version for version, share in self.weights.items()
+            if share > 0 and not later.weights.get(version) and version != later.live
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)

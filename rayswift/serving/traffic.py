@@ -1,89 +1,41 @@
-"""Which version answers the next request, and how each is doing: weights, counts and latencies of several versions.
+"""Which version answers the next request, and how each is doing: weights and counted answers of several versions.
 
 Knows the engine protocol and one event loop. Where the weights come from and who looks at the counts is not known here.
 """
 
 from __future__ import annotations
 
-import bisect
+import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from rayswift.errors import ServeError
-from rayswift.serving.api_errors import unknown_version
+from rayswift.serving.api_errors import ApiError, unknown_version
 from rayswift.serving.engine import Delta, Embedding, Engine, Refused, Request
 from rayswift.serving.served import ServedModel
+from rayswift.serving.tallies import Tally, counted
 
 if TYPE_CHECKING:
     from rayswift.data.media.encoder import MediaEncoder
 
-EDGES_S = tuple(0.001 * 1.25**power for power in range(64))
-"""Upper edges of the latency buckets: 1 ms to 21 minutes, each a quarter wider than the one before."""
-_NONE_YET = (0,) * (len(EDGES_S) + 1)
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Tally:
-    """Counts of answers since a start. Invariant: started >= answered + failed + abandoned.
+@dataclass(eq=False)
+class _Answer:
+    """One that runs."""
 
-    `first` and `whole` count the seconds to the first token and to the last, by bucket. A request that was refused as
-    its client's fault is answered; one whose client went away, or that ran out of time, is abandoned.
-    """
-
-    started: int = 0
-    answered: int = 0
-    failed: int = 0
-    abandoned: int = 0
-    first: tuple[int, ...] = _NONE_YET
-    whole: tuple[int, ...] = _NONE_YET
-
-    @property
-    def ended(self) -> int:
-        """Answers that were given or failed."""
-        return self.answered + self.failed
-
-    @property
-    def running(self) -> int:
-        """Answers that have not ended yet."""
-        return self.started - self.ended - self.abandoned
-
-    def __add__(self, other: Tally) -> Tally:
-        """Both together."""
-        return self._with(other, 1)
-
-    def __sub__(self, earlier: Tally) -> Tally:
-        """What was counted since an earlier tally of the same."""
-        return self._with(earlier, -1)
-
-    def _with(self, other: Tally, sign: int) -> Tally:
-        return Tally(
-            self.started + sign * other.started,
-            self.answered + sign * other.answered,
-            self.failed + sign * other.failed,
-            self.abandoned + sign * other.abandoned,
-            tuple(a + sign * b for a, b in zip(self.first, other.first, strict=True)),
-            tuple(a + sign * b for a, b in zip(self.whole, other.whole, strict=True)),
-        )
-
-
-def counted(buckets: tuple[int, ...], seconds: float) -> tuple[int, ...]:
-    """The buckets with one more latency in them."""
-    place = bisect.bisect_left(EDGES_S, seconds)
-    return (*buckets[:place], buckets[place] + 1, *buckets[place + 1 :])
-
-
-def quantile_s(buckets: tuple[int, ...], fraction: float) -> float | None:
-    """The upper edge of the bucket that holds this quantile, in seconds; None where nothing was counted."""
-    wanted, seen = fraction * sum(buckets), 0
-    for edge, count in zip((*EDGES_S, EDGES_S[-1] * 1.25), buckets, strict=True):
-        seen += count
-        if count and seen >= wanted:
-            return edge
-    return None
+    began: float
+    waits_since: float | None
+    """When its next token was asked for; None while that one is read."""
+    first_s: float | None = None
+    outcome: Literal["answered", "failed", "abandoned"] = "abandoned"
+    patience: asyncio.Timeout | None = None
+    """What ends the wait for its first token."""
 
 
 @dataclass
@@ -91,7 +43,17 @@ class CountedEngine:
     """An engine whose answers are counted."""
 
     inner: Engine
-    tally: Tally = field(default_factory=Tally)
+    _counts: Tally = field(default_factory=Tally)
+    _running: set[_Answer] = field(default_factory=set)
+
+    @property
+    def tally(self) -> Tally:
+        """The counts, with how long those that run have waited by now."""
+        now, waits = time.monotonic(), self._counts.waits
+        for answer in self._running:
+            if answer.waits_since is not None:
+                waits = counted(waits, now - answer.waits_since)
+        return replace(self._counts, waits=waits)
 
     @property
     def max_model_len(self) -> int:
@@ -113,55 +75,92 @@ class CountedEngine:
         await self.inner.start()
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        began, first_s, outcome = time.monotonic(), None, "abandoned"
-        self.tally = replace(self.tally, started=self.tally.started + 1)
-        deltas = self.inner.generate(request)
+        answer, deltas = self._begin(), self.inner.generate(request)
         try:
-            async for delta in deltas:
-                first_s = first_s or time.monotonic() - began
+            delta = await _first(answer, anext(deltas, None))
+            while delta is not None:
                 if delta.finish_reason is not None:
-                    outcome = "answered"  # before it is taken: who has the end of an answer does not ask for more
+                    answer.outcome = "answered"  # before it is taken: who has the end of an answer asks for no more
+                answer.waits_since = None
                 yield delta
-            outcome = "answered"
-        except Refused:
-            outcome = "answered"
-            raise
-        except Exception:
-            outcome = "failed"
+                answer.waits_since = time.monotonic()
+                delta = await anext(deltas, None)
+            answer.outcome = "answered"
+        except Exception as error:
+            answer.outcome = _outcome_of(error)
             raise
         finally:
-            self._end(outcome, first_s, time.monotonic() - began)
+            self._end(answer)
             await deltas.aclose()
 
     async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
-        began, outcome = time.monotonic(), "abandoned"
-        self.tally = replace(self.tally, started=self.tally.started + 1)
+        answer = self._begin()
         try:
-            vector = await self.inner.embed(ids, num_dims)
-            outcome = "answered"
+            vector = await _first(answer, self.inner.embed(ids, num_dims))
+            answer.outcome = "answered"
             return vector
         except Exception as error:
-            outcome = "answered" if isinstance(error, Refused) else "failed"
+            answer.outcome = _outcome_of(error)
             raise
         finally:
-            took_s = time.monotonic() - began
-            self._end(outcome, took_s, took_s)
+            self._end(answer)
 
     def miss(self) -> None:
         """Count an answer that it was not asked for because it is down."""
-        self.tally = replace(self.tally, started=self.tally.started + 1, failed=self.tally.failed + 1)
+        self._counts = replace(self._counts, started=self._counts.started + 1, failed=self._counts.failed + 1)
 
-    def _end(self, outcome: str, first_s: float | None, whole_s: float) -> None:
-        now = replace(self.tally, **{outcome: getattr(self.tally, outcome) + 1})
-        if outcome == "answered" and first_s is not None:
-            now = replace(now, first=counted(now.first, first_s), whole=counted(now.whole, whole_s))
-        self.tally = now
+    def give_up(self, patience_s: float) -> None:
+        """Have every answer fail that has no token `patience_s` after its beginning: another version can give it."""
+        now, loop = time.monotonic(), asyncio.get_running_loop()
+        for answer in self._running:
+            if answer.patience is not None:
+                answer.patience.reschedule(loop.time() + max(0.0, answer.began + patience_s - now))
+                answer.patience = None
+
+    def _begin(self) -> _Answer:
+        self._counts = replace(self._counts, started=self._counts.started + 1)
+        answer = _Answer(began := time.monotonic(), began)
+        self._running.add(answer)
+        return answer
+
+    def _end(self, answer: _Answer) -> None:
+        self._running.discard(answer)
+        now, then = time.monotonic(), self._counts
+        counts = replace(then, **{answer.outcome: getattr(then, answer.outcome) + 1})
+        if answer.outcome == "abandoned" and answer.waits_since is not None:
+            counts = replace(counts, waits=counted(counts.waits, now - answer.waits_since))
+        if answer.outcome == "answered" and answer.first_s is not None:
+            whole = counted(counts.whole, now - answer.began)
+            counts = replace(counts, first=counted(counts.first, answer.first_s), whole=whole)
+        self._counts = counts
 
     def check(self) -> None:
         self.inner.check()
 
     async def close(self) -> None:
         await self.inner.close()
+
+
+async def _first(answer: _Answer, token: Awaitable[_T]) -> _T:
+    """What an answer begins with, for which is waited until `give_up`. Raises ServeError then."""
+    patience = answer.patience = asyncio.timeout(None)
+    try:
+        async with patience:
+            found = await token
+    except TimeoutError:
+        if not patience.expired():
+            raise
+        raise ServeError("was given up: its version has lost its traffic and had not begun to answer") from None
+    finally:
+        answer.patience = None
+    answer.first_s = time.monotonic() - answer.began
+    return found
+
+
+def _outcome_of(error: Exception) -> Literal["answered", "failed", "abandoned"]:
+    if isinstance(error, ApiError) and error.status == 429:
+        return "abandoned"
+    return "answered" if isinstance(error, Refused) else "failed"
 
 
 class WeightedPick:

@@ -34,6 +34,40 @@ pytestmark = [pytest.mark.ray, pytest.mark.long]
 _QUICK = ("--steps", "0.3,1", "--step-seconds", "2", "--min-requests", "5", "--max-latency-ratio", "20")
 
 
+_ENGINE = '''"""The local engine, which hangs while there is a file EXPORT.hangs."""
+
+import asyncio
+from pathlib import Path
+
+from rayswift.serving.engines.local import Local
+
+
+class Sleepy(Local):
+    def __init__(self, folder, options):
+        super().__init__(folder, options)
+        self._sleeps = Path(f"{folder}.hangs")
+
+    async def generate(self, request):
+        if self._sleeps.exists():
+            await asyncio.Event().wait()
+        deltas = super().generate(request)
+        try:
+            async for delta in deltas:
+                yield delta
+        finally:
+            await deltas.aclose()
+'''
+
+
+def _plugin(folder: Path) -> Path:
+    """A folder on whose path the engine `sleepy` is installed."""
+    (folder / "sleepy_engine.py").write_text(_ENGINE)
+    (about := folder / "sleepy_engine-1.dist-info").mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: sleepy-engine\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[rayswift.serving.engines]\nsleepy = sleepy_engine\n")
+    return folder
+
+
 def _start(*arguments: str, out: IO[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "rayswift.cli", *arguments]
@@ -92,11 +126,12 @@ def endpoint(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     folder = tmp_path_factory.mktemp("endpoint")
-    spec = {"models": {"m": str(exports / "one")}, "port": port, "engine": "local", "device": "cpu",
+    spec = {"models": {"m": str(exports / "one")}, "port": port, "engine": "sleepy", "device": "cpu",
             "max_model_len": 512, "promotable": True, "cpus_per_replica": 0.5}  # fmt: skip
     (folder / "serve.yaml").write_text(yaml.safe_dump(spec))
     log = folder / "log"
-    with log.open("w") as out:
+    with pytest.MonkeyPatch.context() as patch, log.open("w") as out:
+        patch.setenv("PYTHONPATH", str(_plugin(tmp_path_factory.mktemp("plugin"))), prepend=os.pathsep)
         running = _start("serve", str(folder / "serve.yaml"), out=out)
         try:
             _until(lambda: "Serving" in log.read_text() or running.poll() is not None, "the endpoint answers", 240)
@@ -218,6 +253,27 @@ def _replica_of(endpoint: _Endpoint, version: str) -> int:
             if "ServeReplica" in title and version in title:
                 return int(folder.name)
     raise AssertionError(f"no process runs {version}")
+
+
+def test_a_version_that_hangs_goes_back_and_the_live_one_answers_what_it_was_asked(
+    endpoint: _Endpoint, tmp_path: Path
+) -> None:
+    hangs = endpoint.exports / "two.hangs"
+    options = ["--steps", "0.5,1", "--step-seconds", "100", "--max-token-wait", "3"]
+    try:
+        with _Load(endpoint) as load, (tmp_path / "log").open("w") as out:
+            running = _promoting(endpoint, "two", out, options)
+            hangs.touch()
+            began = time.monotonic()
+            assert running.wait(120) == 5
+            took_s = time.monotonic() - began
+            _until(lambda: endpoint.served() == {endpoint.version("one"): 1.0}, "the live version has everything")
+    finally:
+        hangs.unlink(missing_ok=True)
+    said = (tmp_path / "log").read_text()
+    assert "by waiting more than 3 s for a token" in said
+    assert took_s < 60, said
+    assert not load.lost
 
 
 def test_an_interrupted_promotion_goes_back(endpoint: _Endpoint, tmp_path: Path) -> None:

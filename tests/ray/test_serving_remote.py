@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from ray import serve
 
 from rayswift.errors import ServeError
+from rayswift.serving import remote
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Refused, Request, Sampling
 from rayswift.serving.remote import RemoteEngine, VersionReplica
@@ -55,14 +57,20 @@ class _Replica(VersionReplica):
         return self._model.engine.running  # type: ignore[attr-defined,no-any-return]
 
 
-@pytest.fixture
-def handle(ray_local: None) -> Iterator[Any]:
-    deployment: Any = serve.deployment(ray_actor_options={"num_cpus": 0.1})(_Replica)
+@contextmanager
+def _running(**options: Any) -> Iterator[Any]:
+    deployment: Any = serve.deployment(ray_actor_options={"num_cpus": 0.1}, **options)(_Replica)
     serve.start(proxy_location="Disabled")
     try:
         yield serve.run(deployment.bind(), name="version", route_prefix=None)
     finally:
         serve.shutdown()
+
+
+@pytest.fixture
+def handle(ray_local: None) -> Iterator[Any]:
+    with _running() as found:
+        yield found
 
 
 def _request(first: int) -> Request:
@@ -103,6 +111,30 @@ def test_errors_keep_their_type_and_streams_end(handle: Any) -> None:
             await _all(engine, 4)
 
     asyncio.run(scenario())
+
+
+def test_a_full_replica_is_not_down(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place and one that waits for it: the third is refused by Serve at once, the second in time by us."""
+    monkeypatch.setattr(remote, "_TAKEN_TIMEOUT_S", 2)
+
+    async def scenario(handle: Any) -> None:
+        engine = RemoteEngine(handle, _SPEC, "exports/v1")
+        await engine.start()
+        running = engine.generate(_request(9))
+        await anext(running)
+        refused = [asyncio.create_task(_all(engine, 0)) for _ in range(2)]
+        while not all(task.done() for task in refused):
+            await anext(running)
+        for task in refused:
+            error = task.exception()
+            assert isinstance(error, ApiError), error
+            assert (error.status, error.headers) == (429, {"Retry-After": "2"})
+        engine.check()
+        await running.aclose()
+        assert await _all(engine, 0) == "done"  # as soon as there is a place
+
+    with _running(max_ongoing_requests=1, max_queued_requests=1) as handle:
+        asyncio.run(scenario(handle))
 
 
 async def _until(handle: Any, num_running: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,9 @@ from ray.serve.exceptions import RayServeException
 
 from rayswift.errors import ConfigError, ServeError
 from rayswift.serving import front, registry
-from rayswift.serving.engine import FakeEngine
+from rayswift.serving.engine import Embedding, FakeEngine
 from rayswift.serving.front import FrontReplica
+from rayswift.serving.registry import EndpointRecord
 from rayswift.serving.routing import Board, Report, Route, Routing, Target
 from rayswift.serving.spec import ServeSpec
 from rayswift.serving.traffic import CountedEngine
@@ -122,6 +124,28 @@ def test_a_front_is_heard_while_it_opens_a_version_and_is_waited_for(world: _Wor
     _run(world, scenario)
 
 
+def test_what_hangs_in_a_version_that_is_taken_back_is_given_up(world: _World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_PATIENCE_S", 0.01)
+
+    async def scenario(made: _Front) -> None:
+        world.board.put("m", _BOTH.shared(_NEW, 0.5))
+        await _until(lambda: world.board.watch("m").in_force)
+        engine = made._opened["m", _NEW].engine
+        assert isinstance(engine, CountedEngine)
+        assert isinstance(engine.inner, FakeEngine)
+        engine.inner.gate, engine.inner.embedding = asyncio.Event(), Embedding(2)
+        asked = asyncio.create_task(engine.embed([1]))
+        await _until(lambda: engine.tally.running == 1)
+        world.board.put("m", _BOTH.shared(_NEW, 0.9))
+        await _until(lambda: world.board.watch("m").in_force)
+        assert not asked.done()
+        world.board.put("m", _ROUTE)
+        with pytest.raises(ServeError, match="was given up"):
+            await asyncio.wait_for(asked, 10)
+
+    _run(world, scenario)
+
+
 def test_a_front_that_starts_answers_without_what_a_promotion_has_left(
     world: _World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,10 +186,14 @@ def test_an_endpoint_says_at_once_what_its_folder_has_against_it(
 ) -> None:
     (folder := tmp_path / "v1").mkdir()
     (folder / "rayswift.json").write_text("{}")
-    front._check_home("m", str(folder))
+    mine = EndpointRecord(id="e", address="127.0.0.1:1", url="http://127.0.0.1:8000/v1", pid=os.getpid())
+    front._check_home("m", str(folder), mine)
     assert not capsys.readouterr().err
     registry.record(tmp_path, "m", _NEW, tmp_path / "v2", "live")
-    front._check_home("m", str(folder))
+    front._check_home("m", str(folder), mine)
     assert f"{_NEW} was live in {tmp_path}" in capsys.readouterr().err
+    registry.write_endpoint(tmp_path, mine.model_copy(update={"id": "another", "url": "http://127.0.0.1:8001/v1"}))
+    front._check_home("m", str(folder), mine)
+    assert f"{tmp_path} was served at http://127.0.0.1:8001/v1, which does not run any more" in capsys.readouterr().err
     with registry.locked(tmp_path), pytest.raises(ConfigError, match="another promotion or rollback"):
-        front._check_home("m", str(folder))
+        front._check_home("m", str(folder), mine)

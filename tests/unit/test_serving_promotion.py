@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rayswift.errors import ConfigError
-from rayswift.serving.promotion import Advance, Answers, Hold, Policy, RollBack, Window, judged
-from rayswift.serving.traffic import Tally, counted
+from rayswift.serving.promotion import (
+    Advance,
+    Answers,
+    Hold,
+    Policy,
+    RollBack,
+    Vectors,
+    Window,
+    judged,
+    judged_vectors,
+)
+from rayswift.serving.tallies import Tally, counted
 
 _POLICY = Policy(step_s=60, min_requests=20)
 
@@ -33,6 +44,19 @@ def test_one_error_is_too_many_among_few_and_allowed_among_many() -> None:
     found = _POLICY.decide(Window(1, _tally(3, failed=1), _tally(50)))
     assert found == RollBack("1 of its 4 answers failed")
     assert _POLICY.decide(Window(60, _tally(299, failed=1), _tally(50))) == Advance()
+
+
+def test_an_answer_that_waits_too_long_for_a_token_has_failed() -> None:
+    policy = replace(_POLICY, max_token_wait_s=10)
+    hangs = replace(_tally(3), started=5, waits=counted(counted(Tally().waits, 20), 2))
+    assert policy.decide(Window(1, hangs, _tally(50))) == RollBack(
+        "1 of its 4 answers failed, 1 of them by waiting more than 10 s for a token"
+    )
+    assert policy.decide(Window(1, hangs, Tally())) == policy.decide(Window(1, hangs, _tally(50)))
+    # Where the live version took 15 s once, 20 s are no hang; and many good answers outweigh a bad one.
+    slow = replace(_tally(50), first=counted(_tally(50).first, 15))
+    assert policy.decide(Window(1, hangs, slow)) == Hold()
+    assert policy.decide(Window(60, replace(_tally(299), waits=hangs.waits), _tally(50))) == Advance()
 
 
 def test_a_slow_version_goes_back_before_the_step_ends() -> None:
@@ -68,7 +92,8 @@ def test_steps_grow_to_all_of_the_traffic(steps: tuple[float, ...]) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("step_s", -1), ("min_requests", -1), ("max_wait_s", -1), ("max_error_rate", -1), ("max_latency_ratio", 0.5),
-     ("max_answer_loss", -0.1), ("min_agreement", 90), ("max_error_rate", 2), ("step_s", float("nan"))],
+     ("max_answer_loss", -0.1), ("min_agreement", 90), ("max_error_rate", 2), ("step_s", float("nan")),
+     ("max_token_wait_s", -1), ("min_similarity", 2)],
 )  # fmt: skip
 def test_bounds_beyond_sense_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match="is out of bounds; write a number"):
@@ -97,3 +122,22 @@ def test_answers_are_judged() -> None:
         assert found is not None
         assert reason in found.reason
     assert judged(Answers(["x", "b"], ["a ", "b"], ["a", "b"]), _POLICY) is None
+
+
+def test_vectors_are_judged_by_their_cosine() -> None:
+    one, other = np.array([1.0, 0.0]), np.array([0.6, 0.8])
+    assert Vectors([one, one], [one, other]).similarity == pytest.approx(0.8)
+    assert judged_vectors(Vectors([one, one], [2 * one, other]), replace(_POLICY, min_similarity=0.75)) is None
+    assert judged_vectors(Vectors([one], [-one]), replace(_POLICY, min_similarity=-1)) is None
+    for candidate, reason in [
+        ([other, one * 0.5, None], "1 of 3 verification texts got no vector"),
+        ([one, np.zeros(2), np.array([1, np.nan])], "2 verification texts got a vector that is zero or not finite"),
+        ([one, other, -one], "a mean cosine of 0.200 to the live version's, less than --min-similarity"),
+    ]:
+        found = judged_vectors(Vectors([one] * 3, candidate), _POLICY)
+        assert found is not None
+        assert reason in found.reason
+
+
+def test_patience_follows_the_live_version() -> None:
+    assert [replace(_POLICY, max_token_wait_s=10).patience_s(live_s) for live_s in (0, 4, 8)] == [10, 10, 16]

@@ -68,6 +68,7 @@ def test_wrong_bounds_are_refused_before_anything_is_done(
 def test_without_an_endpoint_nothing_is_promoted_or_taken_back(
     exports: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(questions, "kind_of", lambda _: "chat")
     monkeypatch.setattr(questions, "of_export", lambda *_: ([], "plain prompts"))
     for command, argument in (("promote", exports / "v2"), ("rollback", exports)):
         code, _, err = _call(capsys, command, str(argument))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rayswift.errors import ConfigError
 from rayswift.serving import registry
+from rayswift.serving.owners import Process, started, this_process
 from rayswift.serving.registry import FILE, EndpointRecord
 
 _A, _B = "a" * 12, "b" * 12
@@ -65,9 +69,9 @@ def test_the_record_of_the_endpoint_is_for_its_user_and_taken_back_by_who_wrote_
     record = EndpointRecord(id="e", address="127.0.0.1:1", url="http://127.0.0.1:8000/v1", pid=os.getpid())
     registry.write_endpoint(tmp_path, record)
     assert (tmp_path / registry.ENDPOINT_FILE).stat().st_mode & 0o777 == 0o600
-    registry.forget_endpoint(tmp_path, os.getpid() + 1)
+    registry.forget_endpoint(tmp_path, "another")
     assert registry.read_endpoint(tmp_path) == record
-    registry.forget_endpoint(tmp_path, os.getpid())
+    registry.forget_endpoint(tmp_path, "e")
     assert registry.read_endpoint(tmp_path) is None
 
 
@@ -94,3 +98,58 @@ def test_a_folder_that_is_being_changed_is_not_announced(tmp_path: Path) -> None
     with registry.locked(tmp_path), refused, registry.announced({"m": (_A, str(tmp_path / "v1"))}, record):
         pass
     assert registry.read_endpoint(tmp_path) is None
+
+
+def _record(process: Process, name: str) -> EndpointRecord:
+    return EndpointRecord(id=name, address="127.0.0.1:1", url=f"http://{name}/v1", pid=process.pid, host=process.host,
+                          started=process.started)  # fmt: skip
+
+
+@pytest.fixture
+def other() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that runs until its stdin is closed."""
+    running = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    yield running
+    running.kill()
+    running.communicate()
+
+
+def test_a_folder_has_one_endpoint_at_a_time(tmp_path: Path, other: subprocess.Popen[bytes]) -> None:
+    theirs = Process(socket.gethostname(), other.pid, started(other.pid))
+    first, second = _record(theirs, "first"), _record(this_process(), "second")
+    second = second.model_copy(update={"address": "127.0.0.1:2"})
+    served = {"m": (_A, str(tmp_path / "v1"))}
+    with registry.announced(served, first):
+        refused = pytest.raises(
+            ConfigError,
+            match=rf"another endpoint that runs, the one at http://first/v1 \(process {other.pid} of .*; stop",
+        )
+        with refused, registry.announced({"n": (_B, str(tmp_path / "v2"))}, second):
+            pass
+        assert registry.read_endpoint(tmp_path) == first  # who is refused takes nothing with him
+        assert set(registry.read(tmp_path).models) == {"m"}
+        other.kill()
+        other.wait()
+        assert registry.stale_owner(tmp_path, second) == first
+        with registry.announced(served, second):
+            assert registry.read_endpoint(tmp_path) == second
+            registry.forget_endpoint(tmp_path, "first")
+            assert registry.read_endpoint(tmp_path) == second
+    assert registry.stale_owner(tmp_path, second) is None
+
+
+def test_who_has_taken_the_place_of_an_endpoint_is_not_taken_for_it(
+    tmp_path: Path, other: subprocess.Popen[bytes]
+) -> None:
+    """Its number belongs to another process by now, or its cluster and its process are ours."""
+    mine, began = _record(this_process(), "second"), started(other.pid)
+    assert began is not None
+    theirs = _record(Process(socket.gethostname(), other.pid, began), "first")
+    registry.write_endpoint(tmp_path, theirs)
+    assert registry.stale_owner(tmp_path, mine) == theirs  # one cluster has one endpoint
+    elsewhere = mine.model_copy(update={"address": "127.0.0.1:2"})
+    with pytest.raises(ConfigError, match="another endpoint that runs"):
+        registry.stale_owner(tmp_path, elsewhere)
+    for gone in (theirs.model_copy(update={"started": began - 1}), _record(this_process(), "first")):
+        registry.write_endpoint(tmp_path, gone)
+        assert registry.stale_owner(tmp_path, elsewhere) == gone

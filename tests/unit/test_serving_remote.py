@@ -8,17 +8,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from rayswift.errors import ServeError
+from rayswift.models.loading import load_tokenizer
 from rayswift.serving import remote
+from rayswift.serving.api_errors import ApiError
 from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Refused, Request, Sampling
+from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.remote import Facts, RemoteEngine, VersionReplica
 from rayswift.serving.spec import ServeSpec
 
@@ -169,7 +173,55 @@ def test_what_no_replica_takes_is_given_up_and_known(monkeypatch: pytest.MonkeyP
     engine.check()
 
 
-@pytest.mark.parametrize("lost", [BackPressureError(1, 1), ActorDiedError()])
+@pytest.mark.parametrize("embeds", [False, True])
+@pytest.mark.parametrize(("retry_after_s", "told"), [(None, "2"), (6.5, "7")])
+def test_a_full_version_is_not_down(embeds: bool, retry_after_s: float | None, told: str) -> None:
+    handle, engine = _started(FakeEngine(embedding=Embedding(4) if embeds else None))
+    full = BackPressureError(1, 1, retry_after_s=retry_after_s)
+    for refusal in (full, RayTaskError("generate", "traceback", full).as_instanceof_cause()):
+        handle.unreachable = refusal
+        with pytest.raises(ApiError, match="at its limit of waiting requests") as caught:
+            asyncio.run(engine.embed([1]) if embeds else _all(engine))  # type: ignore[arg-type]
+        assert (caught.value.status, caught.value.headers) == (429, {"Retry-After": told})
+        engine.check()
+        asyncio.run(engine.ping())  # nor by a ping that finds no place
+        engine.check()
+
+
+def test_a_ping_that_finds_no_place_does_not_raise_a_version_that_is_down() -> None:
+    handle, engine = _started(FakeEngine())
+    handle.unreachable = ActorDiedError()
+    asyncio.run(engine.ping())
+    handle.unreachable = BackPressureError(1, 1)
+    asyncio.run(engine.ping())
+    with pytest.raises(ServeError, match="no replica of exports/v1 answers: was lost"):
+        engine.check()
+
+
+def test_who_is_heard_meanwhile_is_too_full_to_take_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its replicas have no place for waits in Serve's queue, without a word."""
+    handle, engine = _started(FakeEngine())
+    monkeypatch.setattr(remote, "_TAKEN_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(remote, "_PING_TIMEOUT_S", 0.05)
+
+    async def scenario() -> None:
+        running = engine.generate(_REQUEST)
+        await anext(running)
+        handle.hangs = True
+        refused, pinged = asyncio.create_task(_all(engine)), asyncio.create_task(engine.ping())
+        await asyncio.sleep(0)  # both have asked
+        await anext(running)
+        with pytest.raises(ApiError) as caught:
+            await refused
+        assert caught.value.status == 429
+        await pinged
+        engine.check()
+        await running.aclose()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("lost", [ReplicaUnavailableError("r"), ActorDiedError()])
 def test_what_serve_raises_is_told_as_a_lost_replica(lost: Exception) -> None:
     handle, engine = _started(FakeEngine())
     handle.unreachable = lost
@@ -207,6 +259,34 @@ def test_what_the_engine_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(fake, "generate", refuse)
     with pytest.raises(Refused, match="no such adapter"):
         asyncio.run(_all(engine))
+
+
+def _replica(folder: Path, engine: FakeEngine) -> Any:
+    prompts = PromptBuilder(load_tokenizer(str(folder)))
+    return SimpleNamespace(_model=SimpleNamespace(engine=engine, prompts=prompts))
+
+
+def test_a_replica_answers_conversations_and_continues_texts(tiny_model_dir: Path) -> None:
+    replica = _replica(tiny_model_dir, fake := FakeEngine(max_model_len=2048))
+    hello = [{"role": "user", "content": "Hello"}]
+    for asked in (hello, "Hello"):
+        assert asyncio.run(VersionReplica.answer(replica, asked, 8)) == "".join(fake.pieces)
+    chat, text = fake.seen
+    assert chat.prompt.ids == replica._model.prompts.conversation(hello).ids
+    assert text.prompt.ids == replica._model.prompts.text("Hello").ids
+    assert chat.sampling.temperature == text.sampling.temperature == 0
+    fake.max_model_len = 1
+    with pytest.raises(ServeError, match="leaves no room for an answer"):
+        asyncio.run(VersionReplica.answer(replica, "Hello", 8))
+
+
+def test_a_replica_makes_the_vector_of_a_text(tiny_model_dir: Path) -> None:
+    replica = _replica(tiny_model_dir, fake := FakeEngine(max_model_len=2048, embedding=Embedding(4)))
+    ids = replica._model.prompts.text("Hello").ids
+    assert np.array_equal(asyncio.run(VersionReplica.vector(replica, "Hello")), [*ids, 1, 1, 1, 1][:4])
+    fake.max_model_len = len(ids) - 1
+    with pytest.raises(ServeError, match="is too long"):
+        asyncio.run(VersionReplica.vector(replica, "Hello"))
 
 
 def test_a_version_lacks_what_clients_of_another_would_be_refused() -> None:

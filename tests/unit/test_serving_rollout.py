@@ -13,11 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from rayswift.errors import ConfigError, PromotionError, ServeError
 from rayswift.serving import controller, front, registry, replay, rollout
+from rayswift.serving.engine import Embedding
 from rayswift.serving.promotion import Policy
 from rayswift.serving.questions import Question
 from rayswift.serving.registry import EndpointRecord, ModelVersions
@@ -25,7 +27,7 @@ from rayswift.serving.remote import Facts
 from rayswift.serving.rollout import Rollout
 from rayswift.serving.routing import LEASE_S, Board, Problem, Report, Route, Routing, Target, Watched
 from rayswift.serving.spec import ServeSpec
-from rayswift.serving.traffic import Tally, counted
+from rayswift.serving.tallies import Tally, counted
 from rayswift.serving.versions import version_of
 
 _POLICY = Policy(steps=(0.3, 1.0), step_s=10, min_requests=20)
@@ -72,8 +74,10 @@ class _World:
     cannot_open: set[str] = field(default_factory=set)
     cannot_start: set[str] = field(default_factory=set)
     fails: set[str] = field(default_factory=set)
+    hangs: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
     says: dict[str, Callable[[], str]] = field(default_factory=dict)
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
     facts: dict[str, Facts] = field(default_factory=dict)
     at_sleep: Callable[[], None] = lambda: None
     drains: bool = False
@@ -119,6 +123,8 @@ class _World:
     def answer(self, version: str) -> Tally:
         if self.name(version) in self.fails:
             return Tally(1, 0, 1)
+        if self.name(version) in self.hangs:  # one more that waits, and those of before wait on
+            return Tally(1, waits=counted(Tally().waits, self.now))
         took_s = self.seconds.get(self.name(version), 0.2)
         return Tally(1, 1, 0, 0, counted(Tally().first, took_s), counted(Tally().whole, took_s))
 
@@ -147,7 +153,8 @@ class _World:
         say = self.says.get(self._of(app), lambda: "hi")
         facts = self.facts.get(self._of(app), Facts(64, True, False, None))
         return SimpleNamespace(
-            answer=SimpleNamespace(remote=lambda *_: SimpleNamespace(result=lambda **_: say())),
+            answer=SimpleNamespace(remote=lambda *_: SimpleNamespace(result=lambda **_: say(), cancel=lambda: None)),
+            vector=SimpleNamespace(remote=lambda _: SimpleNamespace(result=lambda **_: self.vectors[self._of(app)])),
             facts=SimpleNamespace(remote=lambda: SimpleNamespace(result=lambda **_: facts)),
         )
 
@@ -208,6 +215,7 @@ _ENDINGS = {
     "says nothing": _Ending(lambda world: world.says.update(b=lambda: ""), "empty answer"),
     "cannot be opened": _Ending(lambda world: world.cannot_open.add("b"), "a front cannot open it: no such file"),
     "fails": _Ending(lambda world: world.fails.add("b"), "answers failed"),
+    "hangs": _Ending(lambda world: world.hangs.add("b"), "by waiting more than 30 s for a token"),
     "is slow": _Ending(lambda world: world.seconds.update(b=2.0), "p50 to the first token"),
     "interrupted": _Ending(lambda world: setattr(world, "at_sleep", _interrupt), "interrupted", KeyboardInterrupt),
 }
@@ -224,6 +232,41 @@ def test_however_it_fails_everything_is_as_before_and_the_reason_is_written_down
     assert (world.route(), world.apps) == (before, apps)
     assert world.states() == {"a": "live", "b": "rolled-back"}
     assert ending.reason in str(world.known().get(world.version("b")).reason)
+
+
+def test_a_model_that_embeds_is_asked_for_vectors(world: _World) -> None:
+    world.facts = dict.fromkeys("abc", Facts(64, False, False, Embedding(2)))
+    world.vectors = {"a": np.array([1.0, 0.0]), "b": np.array([0.0, 1.0]), "c": np.array([0.8, 0.6])}
+    with pytest.raises(PromotionError, match=r"mean cosine of 0\.000 to the live"):
+        world.promote("b")
+    assert world.route() == ({"a": 1.0}, "a")
+    assert world.promote("c", replace(_POLICY, min_similarity=0.7)).live == world.version("c")
+    assert any("1 prompts answered, with a mean cosine of 0.800" in one for one in world.said)
+
+
+def test_who_hangs_at_a_prompt_is_waited_for_as_long_as_at_a_token(
+    world: _World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "time", world)
+
+    def takes(seconds: float) -> Callable[[], str]:
+        def say() -> str:
+            world.now += seconds
+            return "hi"
+
+        return say
+
+    def hangs() -> str:
+        world.now += 5
+        raise TimeoutError
+
+    world.says.update(a=takes(20), b=takes(39))
+    world.promote("b")  # twice as long as the live version is no hang
+    world.says.update(a=hangs, b=takes(20))
+    began = world.now
+    with pytest.raises(PromotionError, match="1 of 1 verification prompts were not answered"):
+        world.promote("a")
+    assert world.now - began < 80
 
 
 def test_interrupted_while_the_fronts_take_the_last_step_it_goes_back(world: _World) -> None:
@@ -392,6 +435,6 @@ def test_a_prompt_that_fails_or_takes_too_long_is_not_answered(monkeypatch: pyte
     asked = replay.Replay([], 60, lambda _: None, meanwhile=lambda: None)
     for say, times in ((late, 80), (wrong, 80)):
         response = SimpleNamespace(result=lambda say=say, **_: say(), cancel=lambda: cancelled.append(True))
-        assert asked._result(response) is None
+        assert asked._result(response, 60) is None
         assert clock.now == times
     assert cancelled == [True]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rayswift.serving.routing import FRONT_SILENT_S, LEASE_S, Board, Problem, Report, Route, Target
-from rayswift.serving.traffic import Tally
+from rayswift.serving.tallies import Tally
 
 _OLD, _NEW = "0" * 12, "1" * 12
 _ROUTE = Route(_OLD, {_OLD: Target("a", "exports/a")}, {_OLD: 1.0})
@@ -101,6 +101,17 @@ def test_routes_keep_a_version_that_answers() -> None:
     assert _BOTH.shared(_NEW, 0.5).without(_NEW) == _ROUTE
     with pytest.raises(AssertionError):
         promoted.without(_NEW)
+
+
+def test_a_version_that_loses_its_traffic_is_taken_back_unless_the_new_one_replaces_it() -> None:
+    shared, last = _BOTH.shared(_NEW, 0.5), _BOTH.shared(_NEW, 1.0)
+    promoted = last.promoted(_NEW)
+    for before, later in [(shared, shared.without(_NEW)), (last, last.settled()), (promoted, _ROUTE)]:
+        assert before.taken_back(later) == [_NEW]
+    for before, later in [
+        (_ROUTE, shared), (shared, last), (last, promoted), (promoted, promoted.without(_OLD)), (_BOTH, _ROUTE),
+    ]:  # fmt: skip
+        assert before.taken_back(later) == []
 
 
 def test_a_revision_that_was_given_twice_is_not_in_force_where_the_first_is_followed(board: Board) -> None:

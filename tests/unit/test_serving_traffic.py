@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rayswift.errors import ServeError
 from rayswift.models.loading import load_tokenizer
+from rayswift.serving import traffic
 from rayswift.serving.admission import Admission
-from rayswift.serving.engine import Delta, FakeEngine, Prompt, Request, Sampling
+from rayswift.serving.api_errors import overloaded
+from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Request, Sampling
 from rayswift.serving.http import build_asgi
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
-from rayswift.serving.traffic import EDGES_S, CountedEngine, Tally, Versions, WeightedPick, counted, quantile_s
+from rayswift.serving.tallies import EDGES_S, Tally, counted, longer_than, quantile_s
+from rayswift.serving.traffic import CountedEngine, Versions, WeightedPick
 
 _OLD, _NEW = "0" * 12, "1" * 12
 _REQUEST = Request("r", Prompt((1,)), Sampling(4))
@@ -52,8 +56,9 @@ def test_quantiles_are_upper_edges() -> None:
 
 def test_tallies_add_and_subtract() -> None:
     early = Tally(3, 1, 1, 0, counted(Tally().first, 0.1), counted(Tally().whole, 1))
-    late = early + Tally(1, 2, 0, 0)
-    assert late - early == Tally(1, 2, 0, 0)
+    more = Tally(1, 2, 0, 0, waits=counted(Tally().waits, 3))
+    late = early + more
+    assert late - early == more
     assert (late.ended, late.running) == (4, 0)
 
 
@@ -74,6 +79,153 @@ def test_answers_failures_and_clients_that_leave_are_told_apart() -> None:
     found = asyncio.run(scenario())
     assert (found.started, found.answered, found.failed, found.abandoned, found.running) == (3, 1, 1, 1, 0)
     assert sum(found.first) == sum(found.whole) == 1
+
+
+def test_only_what_is_longer_for_certain_counts() -> None:
+    buckets = Tally().waits
+    for seconds in (0.1, 29, 31, 50, 10**6):
+        buckets = counted(buckets, seconds)
+    assert longer_than(buckets, 30) == 2  # 31 s share a bucket with 30
+    assert longer_than(buckets, 10**7) == 0
+    assert longer_than(tuple(-count for count in buckets), 30) == 0  # waits that have ended
+
+
+class _Clock:
+    """The time as `traffic` reads it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    made = _Clock()
+    monkeypatch.setattr(traffic, "time", made)
+    return made
+
+
+@dataclass
+class _Hanging(FakeEngine):
+    """Gives the first tokens of an answer and then nothing more. `asked` counts the tokens that are waited for."""
+
+    num_tokens: int = 0
+    asked: int = 0
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        for _ in range(self.num_tokens):
+            yield Delta("x", 1)
+        self.asked += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.asked -= 1
+
+    async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
+        await anext(self.generate(_REQUEST))
+        raise AssertionError("it hangs")
+
+
+async def _hangs(fake: _Hanging, count: int = 1) -> None:
+    async with asyncio.timeout(10):
+        while fake.asked != count:
+            await asyncio.sleep(0)
+
+
+async def _whole(engine: CountedEngine, embeds: bool = False) -> list[Delta]:
+    if embeds:
+        await engine.embed([1])
+    return [delta async for delta in engine.generate(_REQUEST)]
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 2])
+def test_how_long_a_token_is_waited_for_is_told_while_it_is(clock: _Clock, embeds: bool, num_tokens: int) -> None:
+    async def scenario() -> None:
+        engine = CountedEngine(fake := _Hanging(num_tokens=0 if embeds else num_tokens))
+        task = asyncio.create_task(_whole(engine, embeds))
+        await _hangs(fake)
+        for waited_s in (1, 40):
+            clock.now = 100.0 + waited_s
+            assert (engine.tally.running, longer_than(engine.tally.waits, 30)) == (1, int(waited_s > 30))
+        task.cancel()  # its client leaves
+        await asyncio.gather(task, return_exceptions=True)
+        clock.now += 1000
+        assert (engine.tally.running, engine.tally.abandoned, engine.tally.failed) == (0, 1, 0)
+        assert engine.tally.waits == counted(Tally().waits, 40)  # what it had waited stays known
+
+    asyncio.run(scenario())
+
+
+def test_a_slow_reader_is_no_wait(clock: _Clock) -> None:
+    async def scenario() -> None:
+        engine = CountedEngine(_Hanging(num_tokens=1))
+        deltas = engine.generate(_REQUEST)
+        await anext(deltas)
+        clock.now += 1000
+        assert engine.tally.waits == Tally().waits
+        await deltas.aclose()
+        assert engine.tally.waits == Tally().waits
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_what_has_not_begun_in_time_is_given_up_and_the_rest_goes_on(embeds: bool) -> None:
+    async def scenario() -> None:
+        engine = CountedEngine(fake := _Hanging())
+        hanging = asyncio.create_task(_whole(engine, embeds))
+        await _hangs(fake)
+        fake.num_tokens = 1
+        streaming = engine.generate(_REQUEST)
+        await anext(streaming)
+        engine.give_up(0.01)
+        engine.give_up(0.01)  # twice is once
+        with pytest.raises(ServeError, match="was given up: its version has lost its traffic"):
+            await hanging
+        await _hangs(fake, 0)  # its place is free again
+        assert (engine.tally.failed, engine.tally.running) == (1, 1)
+        last = asyncio.create_task(anext(streaming))
+        await _hangs(fake)
+        assert not last.done()  # what has begun nobody else could continue
+        last.cancel()
+        await asyncio.gather(last, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+def test_what_begins_in_time_is_not_given_up() -> None:
+    async def scenario() -> None:
+        engine = CountedEngine(fake := FakeEngine(gate=asyncio.Event(), embedding=Embedding(2)))
+        task = asyncio.create_task(engine.embed([7]))
+        while not fake.running:
+            await asyncio.sleep(0)
+        engine.give_up(60)
+        assert fake.gate is not None
+        fake.gate.set()
+        assert list(await task) == [7, 1]
+
+    asyncio.run(scenario())
+
+
+def test_a_refusal_for_want_of_a_place_is_no_failure(tiny_model_dir: Path) -> None:
+    pair = _Pair(tiny_model_dir, 0.5)
+    counted_new = CountedEngine(pair.new)
+    models = {**pair.models, _NEW: replace(pair.models[_NEW], engine=counted_new)}
+    pair.app = build_asgi(ServeSpec(models={"m": "x"}), {"m": Versions(models, {_OLD: 0.5, _NEW: 0.5}, _OLD)})
+
+    async def full(request: Request) -> AsyncGenerator[Delta, None]:
+        raise overloaded(7)
+        yield
+
+    pair.new.generate = full  # type: ignore[method-assign]
+    for stream in (False, True):
+        replies = {reply.status_code: reply for reply in pair.ask(2, stream=stream)}
+        assert replies[429].headers["Retry-After"] == "7"
+        assert replies[200].headers["X-RaySwift-Version"] == _OLD
+    assert (counted_new.tally.abandoned, counted_new.tally.failed) == (2, 0)
 
 
 class _Pair:
@@ -145,6 +297,30 @@ def test_a_version_that_is_down_fails_by_every_request_that_was_meant_for_it(tin
     pair.new.failure = "broken"
     assert {versions.pick(None).version for _ in range(6)} == {_OLD}
     assert (counted_new.tally.started, counted_new.tally.failed, counted_new.tally.running) == (3, 3, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_hanging_version_was_asked_the_live_one_answers_once_it_is_taken_back(
+    tiny_model_dir: Path, stream: bool
+) -> None:
+    pair = _Pair(tiny_model_dir, 0)
+    hanging = CountedEngine(fake := _Hanging())
+    models = {**pair.models, _NEW: replace(pair.models[_NEW], engine=hanging)}
+    served = {"m": Versions(models, {_NEW: 1}, _OLD)}
+    app = build_asgi(ServeSpec(models={"m": "unused"}), served)
+
+    async def scenario() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            body = {"model": "m", "prompt": "x", "stream": stream}
+            asked = asyncio.create_task(client.post("/v1/completions", json=body))
+            await _hangs(fake)
+            served["m"] = Versions(pair.models, {_OLD: 1}, _OLD)
+            hanging.give_up(0)
+            return await asked
+
+    reply = asyncio.run(scenario())
+    assert (reply.status_code, reply.headers["X-RaySwift-Version"]) == (200, _OLD)
+    assert hanging.tally.failed == 1
 
 
 def test_a_request_that_was_meant_for_a_replaced_version_is_answered(tiny_model_dir: Path) -> None:
