@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rayswift.export.rows import Rows
     from rayswift.export.verify import Bounds
 
-MAX_PROMPT_TOKENS, GREEDY_TOKENS = 128, 16
 
 
 @dataclass(frozen=True)
@@ -60,28 +59,6 @@ def _batch(example: Example) -> PackedBatch:
     """A document as training has it, without padding; for its targets and weights."""
     ids, weights = np.array(example.input_ids), np.array(example.loss_mask)
     return collate([PackedSequence(ids, weights, [len(ids)])], pad_id=0, multiple_of=1)
-
-
-def greedy_of(model: torch.nn.Module, prompts: Sequence[list[int]]) -> tuple[list[int], ...]:
-    """The `GREEDY_TOKENS` most likely tokens behind each prompt, one after the other, without a cache."""
-    import torch
-
-    answers = []
-    for prompt in prompts:
-        ids = list(prompt[:MAX_PROMPT_TOKENS])
-        start = len(ids)
-        for _ in range(GREEDY_TOKENS):
-            with torch.no_grad():
-                ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        answers.append(ids[start:])
-    return tuple(answers)
-
-
-def agreement(one: Sequence[list[int]], other: Sequence[list[int]]) -> float:
-    """The fraction of tokens before the first that differs: what comes behind it answers something else."""
-    shared = [next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
-              for a, b in zip(one, other, strict=True)]  # fmt: skip
-    return sum(shared) / sum(map(len, one))
 
 
 def judged(before: Said, rows: Rows, model: PreTrainedModel, bounds: Bounds) -> HeldOut:

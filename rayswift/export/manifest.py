@@ -120,6 +120,8 @@ class Served(Record):
     """The fraction of greedy tokens before the first that differs from the unquantized model's."""
     template_equal: bool
     """Whether the server makes the ids of a chat that training made."""
+    media_equal: bool = True
+    """As `template_equal`, of the questions about media among the prompts; true for a model of text."""
     load_s: float
     tokens_per_second: float
     """Of eight answers at a time, on the machine of the export."""

@@ -80,12 +80,14 @@ def export(
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
     own_bound = quantizer.bounds.engine if quantizer else None
     is_packed = quantizer is not None and quantizer.is_packed
-    by, note = prover(engine, base, engine_bound or own_bound or ENGINE_BOUNDS[dtype], is_packed=is_packed)
+    encoder = encoder_of(base)
+    by, note = prover(
+        engine, base, engine_bound or own_bound or ENGINE_BOUNDS[dtype], is_packed=is_packed, encoder=encoder
+    )
     if note:
         print(f"note: {note}", file=sys.stderr)
     tokenizer = load_tokenizer(str(base))
     calibration, held_out = _rows(what, tokenizer, quantize, needs_rows=quantizer is not None and quantizer.needs_rows)
-    encoder = encoder_of(base)
     merged = build(what, [*(encode(tokenizer, text) for text in prompts), *shown(encoder).values()])
     reference = probe(merged.model, tokenizer, prompts, encoder, held_out, greedy=by is not None) if verify else None
     with disk_errors(output), staged_folder(output, replace=force) as stage:

@@ -11,21 +11,24 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift import plugins
+from rayswift.data.types import Example
 from rayswift.errors import ConfigError, ExportError
-from rayswift.export.judge import GREEDY_TOKENS, MAX_PROMPT_TOKENS, agreement
+from rayswift.export.greedy import GREEDY_TOKENS, MAX_PROMPT_TOKENS, agreement
 from rayswift.export.manifest import Served
 from rayswift.models.processor import has_processor
-from rayswift.serving.environment import interpreter_of
-from rayswift.serving.vllm import cpu
+from rayswift.serving.environment import interpreter_of, lacks_for_images
+from rayswift.serving.vllm import cpu, media
 
 if TYPE_CHECKING:
     import torch
+
+    from rayswift.data.media.encoder import MediaEncoder
 
 ENGINE_BOUNDS = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 """Mean difference of log-probabilities between vLLM and transformers in float32, from the same files, per dtype of what
@@ -46,12 +49,29 @@ class Prover:
     """Most by which its log-probabilities may be off transformers' on average."""
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What a serving engine is asked beside transformers: prompts of ids, and prompts with a medium of each kind.
+
+    `chat` is a conversation with the ids that training has for it.
+    """
+
+    prompts: Sequence[list[int]]
+    chat: tuple[Sequence[dict[str, Any]], list[int]] | None = None
+    media: Mapping[str, Example] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """The ids of each prompt, those of media last. Texts are cut as `greedy_of` cuts them."""
+        return [*(ids[:MAX_PROMPT_TOKENS] for ids in self.prompts), *(one.input_ids for one in self.media.values())]
+
+
 def prover(
-    asked: str, folder: str | Path, bound: float, *, is_packed: bool = False
+    asked: str, folder: str | Path, bound: float, *, is_packed: bool = False, encoder: MediaEncoder | None = None
 ) -> tuple[Prover | None, str | None]:
     """The prover asked for (`auto`: vLLM where it is there; `none`), and for a person why there is none.
 
-    `is_packed` says that the export will have packed integer weights.
+    `is_packed` says that the export will have packed integer weights; `encoder` is that of a model of more than text.
 
     Raises ConfigError for an engine asked for by name that cannot run here.
     """
@@ -60,7 +80,7 @@ def prover(
     if asked not in ("auto", "vllm"):
         raise ConfigError("is none of auto, vllm and none", path="--engine", value=asked, fix="use auto")
     found = interpreter_of("vllm", None)
-    reason = found.problem or ("vLLM is given text alone" if has_processor(str(folder)) else None)
+    reason = found.problem or _unseen(str(folder), found.path, encoder)
     if is_packed and not _has_gpu():
         reason = reason or cpu.lacks_packed()
     if reason is None:
@@ -70,24 +90,28 @@ def prover(
     return None, f"not proved in vLLM: {reason}"
 
 
-def prove(
-    by: Prover,
-    folder: str | Path,
-    prompts: Sequence[list[int]],
-    chat: tuple[Sequence[dict[str, Any]], list[int]] | None,
-    logprobs: Sequence[torch.Tensor],
-    greedy: Sequence[list[int]],
-) -> Served:
-    """What vLLM says to `prompts`, beside the `logprobs_TV` that transformers gives from the same folder.
+def _unseen(folder: str, python: str, encoder: MediaEncoder | None) -> str | None:
+    """Why vLLM of this interpreter's environment could not be shown images by this model; None for a model of text."""
+    if not has_processor(folder):
+        return None
+    if encoder is None:
+        return "its processor cannot be loaded"
+    return media.refusal(folder) or lacks_for_images(python)
 
-    `greedy` are the answers of the unquantized model, `chat` a conversation with the ids that training has for it.
-    Raises ExportError when vLLM cannot load the folder.
+
+def prove(
+    by: Prover, folder: str | Path, asked: Questions, logprobs: Sequence[torch.Tensor], greedy: Sequence[list[int]]
+) -> Served:
+    """What vLLM says when it is `asked`, beside the `logprobs_TV` that transformers gives from the same folder.
+
+    `greedy` are the answers of the unquantized model. Raises ExportError when vLLM cannot load the folder.
     """
     import torch
 
-    cut = [list(ids[:MAX_PROMPT_TOKENS]) for ids in prompts]
-    said = _ask(by, folder, cut, chat)
-    pairs = zip(said["logprobs"], logprobs, cut, strict=True)
+    said = _ask(by, folder, asked)
+    same = said["shown"] == {kind: one.input_ids for kind, one in asked.media.items()}
+    count = len(asked.ids) if same else len(asked.prompts)  # other prompts have nothing to be compared with
+    pairs = zip(said["logprobs"][:count], logprobs[:count], asked.ids[:count], strict=True)
     gaps = torch.cat([(torch.tensor(theirs) - _chosen(ours, ids)).abs() for theirs, ours, ids in pairs if len(ids) > 1])
     gaps = gaps.nan_to_num(nan=float("inf"))
     return Served(
@@ -97,8 +121,9 @@ def prove(
         mean_abs=float(gaps.mean()),
         max_abs=float(gaps.max()),
         bound_mean_abs=by.bound,
-        greedy_agreement=agreement(greedy, said["greedy"]),
-        template_equal=chat is None or said["chat"] == chat[1],
+        greedy_agreement=agreement(greedy[:count], said["greedy"][:count]),
+        template_equal=asked.chat is None or said["chat"] == asked.chat[1],
+        media_equal=same,
         load_s=said["load_s"],
         tokens_per_second=said["tokens_per_second"],
     )
@@ -115,6 +140,7 @@ def demands(served: Served | None) -> tuple[tuple[str, bool], ...]:
             served.mean_abs <= served.bound_mean_abs,
         ),
         (f"{served.engine}'s server makes other token ids of a chat than training", served.template_equal),
+        (f"{served.engine}'s server makes other token ids of a prompt with media than training", served.media_equal),
     )
 
 
@@ -124,12 +150,11 @@ def _chosen(logprobs_TV: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
     return logprobs_TV[: len(ids) - 1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
-def _ask(
-    by: Prover, folder: str | Path, prompts: Sequence[list[int]], chat: tuple[Sequence[dict[str, Any]], Any] | None
-) -> Any:
-    room = max(map(len, prompts)) + GREEDY_TOKENS + 64
-    questions = {"prompts": prompts, "max_new_tokens": GREEDY_TOKENS, "chat": list(chat[0]) if chat else None,
-                 "max_model_len": room}  # fmt: skip
+def _ask(by: Prover, folder: str | Path, asked: Questions) -> Any:
+    questions = {
+        "prompts": asked.ids[: len(asked.prompts)], "chat": list(asked.chat[0]) if asked.chat else None,
+        "max_new_tokens": GREEDY_TOKENS, "max_model_len": max(map(len, asked.ids)) + GREEDY_TOKENS + 64,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="rayswift-probe-") as place:
         out = Path(place) / "answers.json"
         try:

@@ -19,9 +19,10 @@ from rayswift.data.templates import chat_text
 from rayswift.data.types import Example
 from rayswift.errors import ExportError
 from rayswift.export import served
-from rayswift.export.judge import Said, agreement, demands, greedy_of, judged, said_of
+from rayswift.export.greedy import agreement, greedy_of
+from rayswift.export.judge import Said, demands, judged, said_of
 from rayswift.export.manifest import Difference, VerifyResult
-from rayswift.export.served import Prover, prove
+from rayswift.export.served import Prover, Questions, prove
 from rayswift.export.shown import encoder_of, same_shown, shown
 from rayswift.models.adapters import load_base
 from rayswift.models.loading import load_tokenizer
@@ -87,7 +88,12 @@ class Probe:
     said: Said | None = None
     """What the model makes of `held_out`."""
     greedy: tuple[list[int], ...] = ()
-    """The greedy answers to the prompts, where there are held-out rows."""
+    """The greedy answers to the prompts, those with media last, where they were asked for."""
+
+    @property
+    def asked(self) -> tuple[list[int] | Example, ...]:
+        """All prompts."""
+        return (*self.ids, *self.media.values())
 
 
 def probe(
@@ -109,7 +115,7 @@ def probe(
     ids = tuple(encode(tokenizer, text) for text in texts)
     found = Probe(texts, ids, logprobs_of(model, (*ids, *media.values())), chats, media)
     if greedy or held_out:
-        found = replace(found, greedy=greedy_of(model, ids))
+        found = replace(found, greedy=greedy_of(model, found.asked))
     return found if held_out is None else replace(found, held_out=held_out, said=said_of(model, held_out.examples))
 
 
@@ -194,7 +200,7 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | N
         torch.nn.Module.float(model)  # transformers leaves beside quantized layers some as they were written
     ids = tuple(encode(tokenizer, text) for text in reference.prompts)
     encoder = encoder_of(folder) if reference.media else None
-    logprobs = logprobs_of(model, (*reference.ids, *reference.media.values()))
+    logprobs = logprobs_of(model, reference.asked)
     agree = [bool(a == b) for x, y in zip(logprobs, reference.logprobs, strict=True)
             for a, b in zip(x.argmax(-1), y.argmax(-1), strict=True)]  # fmt: skip
     result = VerifyResult(
@@ -203,15 +209,11 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | N
         num_positions=len(agree),
         logprobs=difference(logprobs, reference.logprobs, bounds),
         top1_agreement=sum(agree) / len(agree),
-        greedy_agreement=agreement(reference.greedy, greedy_of(model, reference.ids)) if reference.held_out else None,
+        greedy_agreement=agreement(reference.greedy, greedy_of(model, reference.asked)) if reference.held_out else None,
         held_out=judged(reference.said, reference.held_out, model, bounds)
         if reference.said and reference.held_out
         else None,
-        served=prove(
-            by, folder, reference.ids, _asked(reference, tokenizer), logprobs[: len(reference.ids)], reference.greedy
-        )
-        if by
-        else None,
+        served=prove(by, folder, _questions(reference, tokenizer), logprobs, reference.greedy) if by else None,
         tokenizer_equal=ids == reference.ids,
         chat_template_equal=render_chats(tokenizer) == reference.chats,
         processor_equal=same_shown(shown(encoder), reference.media),
@@ -220,10 +222,11 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | N
     return result
 
 
-def _asked(reference: Probe, tokenizer: PreTrainedTokenizerBase) -> tuple[Sequence[dict[str, str]], list[int]] | None:
-    """The conversation that a server is asked with, and the ids it has in training; None without a chat template."""
+def _questions(reference: Probe, tokenizer: PreTrainedTokenizerBase) -> Questions:
+    """What a server is asked, where there is a chat template also a conversation with the ids it has in training."""
     rendered = reference.chats[1]
-    return None if rendered is None else (CONVERSATION[:1], encode(tokenizer, rendered))
+    chat = None if rendered is None else (CONVERSATION[:1], encode(tokenizer, rendered))
+    return Questions(reference.ids, chat, reference.media)
 
 
 def _demand(result: VerifyResult, folder: str | Path) -> None:

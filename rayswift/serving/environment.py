@@ -75,6 +75,13 @@ def interpreter_of(engine: str, given: str | None) -> Interpreter:
     return Interpreter(path, _clash(path, versions, distribution))
 
 
+def lacks_for_images(python: str) -> str | None:
+    """Why vLLM of this interpreter's environment cannot load models of images; None where it can."""
+    if _versions(python, media.LIBRARY)[media.LIBRARY] is not None:
+        return None
+    return f"{python} has no {media.LIBRARY}, which vLLM needs for images"
+
+
 def _needed(spec: ServeSpec) -> str | None:
     """The interpreter of an engine asked for by name; None is our own."""
     found = interpreter_of(spec.engine, spec.engine_python)
@@ -109,12 +116,10 @@ def _better_local(spec: ServeSpec, python: str) -> str | None:
     """Why a spec is better served by `local` although vLLM is here, in the environment of this interpreter."""
     seeing = {name: folder for name, folder in spec.models.items() if os.path.isdir(folder) and has_processor(folder)}
     if seeing and spec.max_media:
-        unproved = [name for name, folder in seeing.items() if name in spec.adapters or not media.is_proved(folder)]
-        if unproved:
-            beside = " with adapters" if unproved[0] in spec.adapters else ""
-            return f"{unproved[0]} takes images or sounds, and engine vllm is given text alone of such a model{beside}"
-        if _versions(python, media.LIBRARY)[media.LIBRARY] is None:
-            return f"{next(iter(seeing))} takes images, and {python} has no {media.LIBRARY}, which vLLM needs for them"
+        beside = dict.fromkeys(spec.adapters, "engine vllm is given text alone of such a model with adapters")
+        for name, folder in seeing.items():
+            if reason := beside.get(name) or media.refusal(folder) or lacks_for_images(python):
+                return f"{name} takes images or sounds, and {reason}"
     if spec.device not in ("auto", "cpu", "cuda"):
         return f"device={spec.device} is not among those of vLLM"
     packed = [name for name, folder in spec.models.items() if cpu.is_packed(folder)]

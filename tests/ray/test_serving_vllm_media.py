@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ import numpy as np
 import openai
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from rayswift.cluster.session import worker_python
 from rayswift.config.job import ModelSpec
 from rayswift.data.types import NUM_PLACEHOLDERS
+from rayswift.export.pipeline import export
+from rayswift.export.quantize import QuantizeSpec
+from rayswift.models.adapters import load_base
 from rayswift.models.loading import load_model, load_tokenizer
 from rayswift.serving import environment
 from rayswift.serving.app import RunningEndpoint, serve_in_background
@@ -24,6 +27,7 @@ from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.spec import ServeSpec
 from rayswift.training.media import load_encoder
 from tests import multimodal_models
+from tests.export_cases import shake, write_run
 from tests.serving_media_cases import asked, image_part, picture, png, text_part
 
 _FOUND = environment.interpreter_of("vllm", None)
@@ -57,26 +61,50 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
 
 
 @pytest.fixture(scope="module")
-def endpoint(folders: dict[str, Path], ray_temp_dir: str) -> Iterator[RunningEndpoint]:
-    import ray
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts to calibrate on and to be judged by."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"What is in the picture? {i} of {3 * i}"}) + "\n" for i in range(24)))
+    return file
 
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    ray.init(
-        address="local", num_cpus=2, _temp_dir=ray_temp_dir, include_dashboard=False, log_to_driver=False,
-        configure_logging=False, object_store_memory=100 * 2**20, runtime_env=worker_python(),
-    )  # fmt: skip
-    spec = ServeSpec(
-        models={name: str(folder) for name, folder in folders.items()}, port=port, max_concurrency=4, max_media=2,
-        max_media_pixels=20_000, max_model_len=512, kv_cache_bytes=2**27,
-    )  # fmt: skip
-    assert environment.resolved(spec)[0].engine == "vllm"
-    try:
+
+@pytest.mark.parametrize(("family", "quantizer"), [("qwen2_5_vl", None), ("qwen2_5_vl", "int8"), ("qwen3_vl", "fp8")])
+def test_an_export_is_proved_in_vllm_with_an_image_too(
+    folders: dict[str, Path], rows: Path, tmp_path: Path, family: str, quantizer: str | None
+) -> None:
+    weights = load_base(str(folders[family])).state_dict()
+    shake(weights, 0.1)  # random ones of transformers find every token about as likely
+    write_run(tmp_path / "run", folders[family], weights, None)
+    spec = quantizer and QuantizeSpec(name=quantizer, calibration=str(rows), num_calibration=12, num_held_out=6,
+                                      max_length=64, max_perplexity=1.5, min_agreement=0.5)  # fmt: skip
+    manifest = export(str(tmp_path / "run"), str(tmp_path / "out"), quantize=spec or None, engine="vllm")
+    verify = manifest.verify
+    assert verify is not None
+    assert verify.media == ("image",)
+    said = verify.served
+    assert said is not None
+    assert said.num_positions == verify.num_positions - verify.num_prompts
+    assert (said.media_equal, said.template_equal) == (True, True)
+    assert said.mean_abs <= (1e-5 if quantizer is None else said.bound_mean_abs)
+    if quantizer is None:
+        assert said.greedy_agreement == 1.0
+    else:
+        tower = {t.dtype for name, t in load_file(tmp_path / "out/model.safetensors").items() if "visual" in name}
+        assert tower == {torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def endpoint(
+    folders: dict[str, Path], serving_ray: Callable[[], AbstractContextManager[int]]
+) -> Iterator[RunningEndpoint]:
+    with serving_ray() as port:
+        spec = ServeSpec(
+            models={name: str(folder) for name, folder in folders.items()}, port=port, max_concurrency=4, max_media=2,
+            max_media_pixels=20_000, max_model_len=512, kv_cache_bytes=2**27,
+        )  # fmt: skip
+        assert environment.resolved(spec)[0].engine == "vllm"
         with serve_in_background(spec) as running:
             yield running
-    finally:
-        ray.shutdown()
 
 
 def _ask(url: str, model: str, parts: Any) -> Any:

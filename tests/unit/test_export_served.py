@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 
+from rayswift.data.media.features import model_inputs
+from rayswift.data.types import Example
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import pipeline, served
 from rayswift.export.manifest import read_valid
-from rayswift.export.served import Prover
+from rayswift.export.served import Prover, Questions
+from rayswift.export.shown import encoder_of, shown
+from rayswift.serving import environment
+from rayswift.serving.environment import Interpreter
+from tests.multimodal_models import make
 
 _DYING = """#!/bin/sh
 echo "(EngineCore pid=7) ERROR 11-25 17:44:06 [core.py:1512] RuntimeError: Worker failed: no such kernel" >&2
@@ -21,23 +27,28 @@ exit 1
 _BY = Prover("vllm", sys.executable, 1e-3)
 
 
-def _ask(by: Prover, folder: str, prompts: list[list[int]], chat: Any, off: dict[str, Any]) -> dict[str, Any]:
+def _ask(by: Prover, folder: str, asked: Questions, off: dict[str, Any]) -> dict[str, Any]:
     """Stands for vLLM: says what transformers says, changed as `off` asks."""
     import torch
 
-    from rayswift.export.judge import greedy_of
+    from rayswift.export.greedy import greedy_of
     from rayswift.models.adapters import load_base
     from rayswift.models.loading import load_tokenizer
     from rayswift.serving.prompts import PromptBuilder
 
     model, scores = load_base(str(folder), dtype="float32").eval(), []
-    for ids in prompts:
+    seen = shown(None if off.get("blind") else encoder_of(folder))
+    prompts = [*asked.prompts, *seen.values()]
+    for prompt in prompts:
+        one = prompt if isinstance(prompt, Example) else Example(prompt, [0] * len(prompt))
         with torch.no_grad():
-            logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
-        scores.append([float(logprobs[at, token]) + off.get("logprobs", 0) for at, token in enumerate(ids[1:])])
-    asked = PromptBuilder(load_tokenizer(str(folder))).turns(chat[0]) + off.get("chat", [])
-    return {"logprobs": scores, "greedy": greedy_of(model, prompts), "chat": asked, "version": "1.2", "load_s": 1.5,
-            "tokens_per_second": 100.0}  # fmt: skip
+            logprobs = torch.log_softmax(model(**model_inputs(one)).logits[0].float(), -1)
+        moved = off.get("logprobs", 0) + (off.get("media", 0) if one.media else 0)
+        scores.append([float(logprobs[at, token]) + moved for at, token in enumerate(one.input_ids[1:])])
+    assert asked.chat is not None
+    chat = PromptBuilder(load_tokenizer(str(folder))).turns(asked.chat[0]) + off.get("chat", [])
+    return {"logprobs": scores, "greedy": greedy_of(model, prompts), "chat": chat, "version": "1.2", "load_s": 1.5,
+            "tokens_per_second": 100.0, "shown": {kind: one.input_ids for kind, one in seen.items()}}  # fmt: skip
 
 
 @pytest.fixture
@@ -81,12 +92,58 @@ def test_an_engine_that_says_something_else_leaves_no_export(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("qwen2_5_vl", tmp_path_factory.mktemp("served") / "eyes")
+
+
+def test_a_model_of_images_is_shown_one(off: dict[str, Any], eyes: Path, tmp_path: Path) -> None:
+    pipeline.export(str(eyes), str(tmp_path / "out"), engine="vllm")
+    verify = read_valid(tmp_path / "out").verify
+    assert verify is not None
+    said = verify.served
+    assert said is not None
+    assert (verify.media, said.media_equal, said.greedy_agreement) == (("image",), True, 1.0)
+    assert said.max_abs < 1e-5
+    assert said.num_positions == verify.num_positions - verify.num_prompts
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"media": 0.1}, "log-probabilities differ by"), ({"blind": True}, "other token ids of a prompt with media")],
+)
+def test_an_engine_that_sees_otherwise_leaves_no_export(
+    off: dict[str, Any], change: dict[str, Any], told: str, eyes: Path, tmp_path: Path
+) -> None:
+    off.update(change)
+    with pytest.raises(ExportError, match=told):
+        pipeline.export(str(eyes), str(tmp_path / "out"), engine="vllm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_who_cannot_be_shown_images_is_not_asked(eyes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = Interpreter(sys.executable)
+    monkeypatch.setattr(served, "interpreter_of", lambda *_: python)
+    monkeypatch.setattr(environment, "_versions", lambda _, name: {name: "0.28.0"})
+    encoder = encoder_of(eyes)
+    assert served.prover("auto", eyes, 1e-3, encoder=encoder) == (Prover("vllm", python.path, 1e-3), None)
+    other = make("smolvlm", tmp_path / "other")
+    for folder, seen, told in ((other, encoder, "text alone of a model of type smolvlm"), (eyes, None, "processor")):
+        found, note = served.prover("auto", folder, 1e-3, encoder=seen)
+        assert found is None
+        assert told in (note or "")
+        with pytest.raises(ConfigError, match=told):
+            served.prover("vllm", folder, 1e-3, encoder=seen)
+    monkeypatch.setattr(environment, "_versions", lambda _, name: {name: None})
+    assert "has no torchvision" in (served.prover("auto", eyes, 1e-3, encoder=encoder)[1] or "")
+
+
 def test_an_engine_that_dies_is_told_by_what_its_core_said(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(_DYING)
     python.chmod(0o755)
     with pytest.raises(ExportError, match="vllm cannot serve it: RuntimeError: Worker failed: no such kernel"):
-        served.prove(Prover("vllm", str(python), 1e-3), tmp_path, [[1, 2]], None, [], [])
+        served.prove(Prover("vllm", str(python), 1e-3), tmp_path, Questions([[1, 2]]), [], [])
 
 
 def test_where_no_engine_is_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from tests.multimodal_models import make
 
 
 def test_models_are_known_by_their_type(tmp_path: Path) -> None:
-    for family, is_proved in (("qwen2_5_vl", True), ("llava", False)):
-        assert media.is_proved(str(make(family, tmp_path / family))) == is_proved
+    assert media.refusal(str(make("qwen2_5_vl", tmp_path / "qwen"))) is None
+    assert "text alone of a model of type llava" in str(media.refusal(str(make("llava", tmp_path / "llava"))))
 
 
 def test_without_what_vllm_imports_for_images_a_model_gets_text_alone(

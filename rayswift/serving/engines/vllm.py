@@ -166,11 +166,9 @@ class Vllm:
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         params, lora = sampling.params(request.sampling, self._stop_ids), await self._lora(request)
-        llm = self._started()
-        given: Any = {"prompt_token_ids": list(request.prompt.ids)}
-        if request.prompt.media:  # in a thread: the features of a large image are hundreds of MB
-            given = await asyncio.to_thread(media.inputs, llm, request.prompt, self._media_encoder)
-        outputs = llm.generate(given, params, request.request_id, lora_request=lora)
+        outputs = self._started().generate(
+            await self._given(request.prompt), params, request.request_id, lora_request=lora
+        )
         try:
             with _told():
                 async for output in outputs:
@@ -185,25 +183,34 @@ class Vllm:
         with _told():
             return await pooled.vector(self._started(), ids, num_dims, f"embed-{next(self._numbers)}")
 
-    async def score(self, ids: Sequence[int]) -> list[float]:
+    async def score(self, prompt: Prompt) -> list[float]:
         """The log-probability of each token of a prompt but its first, given those before it."""
         from vllm.sampling_params import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-        found: Any = None
-        async for output in self._started().generate({"prompt_token_ids": list(ids)}, params, f"score-{id(ids)}"):
-            found = output.prompt_logprobs or found
-        return [at[token].logprob for at, token in zip(found[1:], ids[1:], strict=True)]
+        output = await self._last(prompt, params)
+        return [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], prompt.ids[1:], strict=True)]
 
-    async def greedy(self, ids: Sequence[int], num_tokens: int) -> list[int]:
+    async def greedy(self, prompt: Prompt, num_tokens: int) -> list[int]:
         """The `num_tokens` likeliest tokens behind a prompt, one after the other, ends of turns among them."""
         from vllm.sampling_params import SamplingParams
 
         params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True, detokenize=False)
-        found: list[int] = []
-        async for output in self._started().generate({"prompt_token_ids": list(ids)}, params, f"greedy-{id(ids)}"):
-            found = list(output.outputs[0].token_ids)
+        return list((await self._last(prompt, params)).outputs[0].token_ids)
+
+    async def _last(self, prompt: Prompt, params: Any) -> Any:
+        """vLLM's output that has all that was generated behind a prompt."""
+        given, found = await self._given(prompt), None
+        async for output in self._started().generate(given, params, f"probe-{next(self._numbers)}"):
+            found = output
         return found
+
+    async def _given(self, prompt: Prompt) -> Any:
+        """A prompt as AsyncLLM takes it."""
+        if not prompt.media:
+            return {"prompt_token_ids": list(prompt.ids)}
+        # in a thread: the features of a large image are hundreds of MB
+        return await asyncio.to_thread(media.inputs, self._started(), prompt, self._media_encoder)
 
     async def _lora(self, request: Request) -> Any:
         """What vLLM is told of the request's adapter; None for the base where no adapter is served beside it."""

@@ -23,25 +23,28 @@ if TYPE_CHECKING:
     from rayswift.data.media.encoder import MediaEncoder
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-"""Of others vLLM is given text alone: LLaVA's weights, as transformers 5.17 writes them, it does not load."""
+"""Of others vLLM is given text alone."""
 LIBRARY = "torchvision"
 """What vLLM's models of images import."""
 _log = logging.getLogger("rayswift.serving")
 
 
-def is_proved(folder: str) -> bool:
-    """Whether a folder that has a processor is of a model that vLLM answers about images as transformers does."""
-    config = read_json(local_folder(folder, weights=False) / "config.json", field="models")
-    return config.get("model_type") in FAMILIES
+def refusal(folder: str) -> str | None:
+    """Why vLLM is asked about text alone of a folder that has a processor; None for a model that it was proved with."""
+    kind = read_json(local_folder(folder, weights=False) / "config.json", field="models").get("model_type")
+    return None if kind in FAMILIES else f"engine vllm is given text alone of a model of type {kind}"
 
 
 def encoder_of(folder: str, bounds: MediaSpec) -> MediaEncoder | None:
     """What makes features of images for this engine; None, with a warning, where it is given text alone."""
     from rayswift.training.media import load_encoder
 
-    if is_proved(folder) and importlib.util.find_spec(LIBRARY) is not None:
+    reason = refusal(folder)
+    if reason is None and importlib.util.find_spec(LIBRARY) is None:
+        reason = f"{LIBRARY} is not here, which vLLM needs for images"
+    if reason is None:
         return load_encoder(folder, bounds)
-    _log.warning("%s is served with text alone: engine vllm is given no images of this model", folder)
+    _log.warning("%s is served with text alone: %s", folder, reason)
     return None
 
 

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rayswift.export.shown import shown
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampling
 from rayswift.serving.engines.vllm import Vllm
@@ -24,19 +25,26 @@ _SPEED_CONCURRENCY, _SPEED_TOKENS = 8, 64
 
 
 async def answers_of(folder: str, questions: dict[str, Any]) -> dict[str, Any]:
-    """The `logprobs` of the tokens of each prompt behind its first, the `greedy` tokens behind each, and the ids that
-    a server makes of `chat`; how long loading took, and tokens per second of eight answers at a time."""
+    """The `logprobs` of the tokens of each prompt behind its first, and the `greedy` tokens behind each.
+
+    Of the texts in `prompts`, and then of a question about each kind of medium that the engine takes: `shown` has the
+    ids that a server makes of those, as `chat` has of a conversation. Also how long loading took, and tokens per second
+    of eight answers at a time.
+    """
     engine = Vllm(folder, EngineOptions(max_concurrency=_SPEED_CONCURRENCY, max_model_len=questions["max_model_len"]))
     started = time.perf_counter()
     try:
         await engine.start()
         loaded_s = time.perf_counter() - started
-        prompts, limit = questions["prompts"], questions["max_new_tokens"]
+        limit, asked = questions["max_new_tokens"], shown(engine.media_encoder)
+        prompts = [Prompt(tuple(ids)) for ids in questions["prompts"]]
+        prompts += [Prompt(tuple(one.input_ids), one.media, one.rope_AT) for one in asked.values()]
         tokenizer = load_tokenizer(folder)
         chat = PromptBuilder(tokenizer).turns(questions["chat"]) if questions["chat"] else None
         return {
-            "logprobs": [await engine.score(ids) for ids in prompts],
-            "greedy": [await engine.greedy(ids, limit) for ids in prompts],
+            "logprobs": [await engine.score(prompt) for prompt in prompts],
+            "greedy": [await engine.greedy(prompt, limit) for prompt in prompts],
+            "shown": {kind: one.input_ids for kind, one in asked.items()},
             "chat": chat,
             "version": version("vllm"),
             "load_s": loaded_s,
@@ -46,12 +54,12 @@ async def answers_of(folder: str, questions: dict[str, Any]) -> dict[str, Any]:
         await engine.close()
 
 
-async def _speed(engine: Vllm, prompts: Sequence[Sequence[int]]) -> float:
+async def _speed(engine: Vllm, prompts: Sequence[Prompt]) -> float:
     """Tokens per second of `_SPEED_CONCURRENCY` greedy answers at a time."""
 
     async def answer(number: int) -> int:
         sampling = Sampling(max_new_tokens=_SPEED_TOKENS, temperature=0)
-        request = Request(f"speed-{number}", Prompt(tuple(prompts[number % len(prompts)])), sampling)
+        request = Request(f"speed-{number}", prompts[number % len(prompts)], sampling)
         deltas: list[Delta] = [delta async for delta in engine.generate(request)]
         return sum(delta.num_tokens for delta in deltas)
 
