@@ -173,8 +173,8 @@ class ServeSpec(Section):
             raise ValueError(f"adapters names {unknown[0]}, which is not among models; name one of them")
         if self.promotable and self.adapters:
             raise ValueError(
-                "adapters are bound to their base by its sha256, and another version of the base is another base: none "
-                "would load; leave adapters or promotable out"
+                "adapters are bound to their base by its sha256, and a newly trained version of it would refuse them; "
+                "leave adapters or promotable out"
             )
         if self.routing == "prefix" and not self.promotable:
             raise ValueError("routing=prefix needs fronts that know the prompt; set promotable: true")

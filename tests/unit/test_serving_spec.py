@@ -247,7 +247,7 @@ def test_processes_get_what_the_spec_asks_for() -> None:
 
 
 def test_adapters_of_a_model_whose_versions_change_are_refused_for_what_binds_them() -> None:
-    bound = "adapters are bound to their base by its sha256, and another version of the base is another base"
+    bound = "adapters are bound to their base by its sha256, and a newly trained version of it would refuse them"
     with pytest.raises(ValueError, match=bound):
         ServeSpec(models={"a": "exports/a"}, adapters={"a": "adapters"}, promotable=True)
 
