@@ -92,7 +92,7 @@ def _data_of(what: Source, tokenizer: PreTrainedTokenizerBase, path: str | None)
 
 def _plan(data: DataSpec, sources: Sequence[DataSource], rendering: Rendering, place: str) -> StreamPlan:
     try:
-        opened = open_sources(sources, path=place)
+        opened = open_sources(sources, path=place, kinds="auto" if place == OPTION else data.media.kinds)
     except RaySwiftError as error:
         if place == OPTION:
             raise

@@ -11,15 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayswift.config.job import AdapterSpec
+from rayswift.config.job import AdapterSpec, DataSpec
 from rayswift.data.media.features import model_inputs
 from rayswift.errors import ExportError
 from rayswift.export import pipeline
 from rayswift.export.pipeline import export
+from rayswift.export.rows import read_rows_of
 from rayswift.export.shown import encoder_of, shown
+from rayswift.export.source import Source
 from rayswift.models.adapters import add_lora, load_base
 from rayswift.models.loading import load_tokenizer
+from tests.data_cases import write_jsonl
 from tests.export_cases import shake, write_run
+from tests.media_cases import picture
 from tests.multimodal_models import FAMILIES, make
 
 torch.set_num_threads(1)
@@ -144,3 +148,22 @@ def test_a_chat_template_in_the_older_file_is_found_and_kept(tmp_path: Path) -> 
     assert load_tokenizer(str(base)).chat_template == template
     export(str(base), str(tmp_path / "out"))
     assert load_tokenizer(str(tmp_path / "out")).chat_template == template
+
+
+def test_kinds_of_media_that_a_job_names_are_those_of_its_own_rows_alone(tmp_path: Path) -> None:
+    """A job names them where the first rows have none; another file is looked at."""
+    base = make("llava", tmp_path / "base")
+    (tmp_path / "a.png").write_bytes(picture(size=(32, 32)))
+    texts = [{"query": f"what does {i} print?", "response": f"it prints {i * 7}"} for i in range(100)]
+    rows = [*texts, {"query": "<image>Who?", "response": "I", "images": ["a.png"]}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = DataSpec.model_validate(
+        {"train": [{"path": str(path)}], "media": {"kinds": ["image"]}, "max_length": 512, "shuffle": False}
+    )
+    for given, got in ((None, 101), (str(path), 100)):
+        _, judged = read_rows_of(
+            Source(base=str(base), rendering="chat", data=data), load_tokenizer(str(base)), path=given,
+            num_calibration=0, num_held_out=101, max_length=None,
+        )  # fmt: skip
+        assert len(judged.examples) == got
+        assert sum(len(example.media) for example in judged.examples) == got - 100
