@@ -23,13 +23,14 @@ from rayswift.data.types import Example, Message, Sample
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import quantize as module
 from rayswift.export.judge import said_of
-from rayswift.export.manifest import ExportManifest, read_valid
+from rayswift.export.manifest import ExportManifest, RowsUsed, read_valid
 from rayswift.export.pipeline import export
 from rayswift.export.quantize import FAMILY, QuantizeSpec, asked
-from rayswift.export.rows import read_rows_of
+from rayswift.export.rows import Rows, read_rows_of
 from rayswift.export.source import Source, resolve
 from rayswift.models.adapters import load_base
 from rayswift.models.loading import load_tokenizer
+from tests.architecture_cases import tiny_architecture
 from tests.export_cases import shake, write_run
 from tests.multimodal_models import make
 
@@ -166,6 +167,51 @@ def test_a_run_is_calibrated_on_its_own_data(tmp_path: Path, tiny_model_dir: Pat
     wanted = [ids for found in encode(samples, tokenizer, max_length=1024, rendering="chat") for ids in ids_of(found)]
     assert sorted(one.input_ids for one in judged.examples) == sorted(wanted)
     assert all(sum(example.loss_mask) > 0 for example in judged.examples)
+
+
+def test_what_is_kept_of_a_row_grows_with_its_length(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with its square: eager attention has a mask [T, T] of each row, and it would be kept for all blocks."""
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    from torch.utils._pytree import tree_leaves
+
+    update, kept = IntermediatesCache.update, list[int]()
+
+    def watched(self: Any, index: int, values: dict[str, Any]) -> None:
+        kept.append(sum(one.numel() for one in tree_leaves(values) if isinstance(one, torch.Tensor)))
+        update(self, index, values)
+
+    monkeypatch.setattr(IntermediatesCache, "update", watched)
+    for length in (40, 80):
+        model = load_base(str(tiny_model_dir), dtype="bfloat16")
+        calibrate(model, tiny_model_dir, length)
+    half = len(kept) // 2
+    assert half == model.config.num_hidden_layers
+    assert kept[half:] == [2 * size for size in kept[:half]]
+
+
+def calibrate(model: Any, tokenizer_of: Path, length: int) -> torch.Tensor:
+    """Quantize a model by one row, whose ids [1, T] come back."""
+    row = Example([1 + i * 7 % 50 for i in range(length)], [1.0] * length)
+    used = RowsUsed(files={}, num_rows=1, num_tokens=length, sha256="")
+    asked_for = spec("gptq", None, settings={"group_size": -1})
+    quantizer = module.load_quantizer(asked_for)
+    module.quantize(model, load_tokenizer(str(tokenizer_of)), asked_for, quantizer, Rows((row,), used))
+    return torch.tensor([row.input_ids])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "gemma2"])
+def test_a_calibration_sees_what_the_model_computes(tmp_path: Path, tiny_model_dir: Path, name: str) -> None:
+    """Not the tokens to come, and of those before no more than a window, here of 8; whatever makes the masks."""
+    models = [tiny_architecture(name) for _ in range(2)]
+    models[0].config.save_pretrained(tmp_path)
+    models[0].config._name_or_path = str(tmp_path)
+    seen = list[torch.Tensor]()
+    for model in models:
+        model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ids_BT = calibrate(models[0], tiny_model_dir, 20)
+    with torch.no_grad():
+        models[1].eval()(input_ids=ids_BT)
+    torch.testing.assert_close(seen[0], seen[-1])
 
 
 def test_rows_are_held_out_of_the_calibration(tiny_model_dir: Path, rows: Path) -> None:
