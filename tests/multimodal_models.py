@@ -14,6 +14,7 @@ import torch
 import transformers as tf
 from transformers import AutoModelForMultimodalLM, PreTrainedTokenizerFast
 
+from rayswift.models.hub_names import write_hub_names
 from rayswift.models.processor import _pillow_class
 from rayswift.models.tokenizer import train_tokenizer
 
@@ -84,7 +85,7 @@ def _vision(**more: Any) -> dict[str, Any]:
 def _llava(folder: Path, seed: int) -> None:
     tokenizer = tokenizer_with(folder, ["<image>"], image="'<image>\\n'")
     config = tf.LlavaConfig(
-        text_config=tf.Qwen3Config(**TEXT, head_dim=8),
+        text_config=tf.Qwen3Config(**TEXT, head_dim=TEXT["hidden_size"] // TEXT["num_attention_heads"]),
         vision_config=tf.CLIPVisionConfig(**_vision(image_size=32, patch_size=8, projection_dim=32)),
         image_token_index=token_id(tokenizer, "<image>"), vision_feature_layer=-1,
     )  # fmt: skip
@@ -93,6 +94,7 @@ def _llava(folder: Path, seed: int) -> None:
         "processor_class": "LlavaProcessor", "patch_size": 8, "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1, "image_token": "<image>",
     })  # fmt: skip
+    write_hub_names(folder)
 
 
 _QWEN_TOKENS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]

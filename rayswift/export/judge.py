@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from rayswift.export.verify import Bounds
 
 
-
 @dataclass(frozen=True)
 class Said:
     """Of rows: the mean of -log p over their trained tokens, and the most likely token at the place of each."""

@@ -29,6 +29,7 @@ from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source, resolve
 from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, Bounds, compare, encode, probe
 from rayswift.models.adapters import weights_sha256
+from rayswift.models.hub_names import write_hub_names
 from rayswift.models.loading import check_folder, load_config, load_tokenizer, local_folder, quiet_progress
 from rayswift.models.staging import is_empty_folder, staged_folder
 from rayswift.units import format_bytes
@@ -205,6 +206,7 @@ def _write_model(model: PreTrainedModel, base: Path, stage: Path) -> None:
     with quiet_progress(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")  # of a quantizer
         model.save_pretrained(stage, max_shard_size=_SHARD_SIZE)
+    write_hub_names(stage)
     for pattern in _COMPANIONS:
         for file in filter(Path.is_file, base.glob(pattern)):
             target = stage / file.relative_to(base)

@@ -81,8 +81,8 @@ def prover(
         raise ConfigError("is none of auto, vllm and none", path="--engine", value=asked, fix="use auto")
     found = interpreter_of("vllm", None)
     reason = found.problem or _unseen(str(folder), found.path, encoder)
-    if is_packed and not _has_gpu():
-        reason = reason or cpu.lacks_packed()
+    if not _has_gpu():
+        reason = reason or cpu.lacks_heads(folder) or (cpu.lacks_packed() if is_packed else None)
     if reason is None:
         return Prover("vllm", found.path, bound), None
     if asked != "auto":

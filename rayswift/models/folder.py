@@ -80,10 +80,16 @@ def stored_dtype(folder: Path, *, field: str = "model.path") -> str | None:
     """The type, as torch calls it, that most weights are stored in; None where that is none a model computes in."""
     counts: Counter[str] = Counter()
     for name in weight_files(folder, field=field):
-        with open(folder / name, "rb") as stream:
-            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+        header = read_header(folder / name)
         counts.update(value["dtype"] for key, value in header.items() if key != "__metadata__")
     return _DTYPES.get(counts.most_common(1)[0][0]) if counts else None
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """What a safetensors file says of each tensor by its name: dtype, shape and place; `__metadata__` beside them."""
+    with open(file, "rb") as stream:
+        header: dict[str, Any] = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+    return header
 
 
 def _safe(name: str, folder: Path, field: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rayswift.models.hub_names import write_hub_names
 from rayswift.models.init import InitReport, check_free, generation_config, random_model
 from rayswift.models.loading import quiet_progress
 from rayswift.models.staging import staged_folder
@@ -62,6 +63,7 @@ def init_vision_model(
     model.generation_config = generation_config(tokenizer)
     with staged_folder(directory) as stage, quiet_progress():
         model.save_pretrained(stage)
+        write_hub_names(stage)
         tokenizer.save_pretrained(stage)
         for name, settings in _processor_files(sizes).items():
             (stage / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

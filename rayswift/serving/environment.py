@@ -118,13 +118,19 @@ def _better_local(spec: ServeSpec, python: str) -> str | None:
     if seeing and spec.max_media:
         beside = dict.fromkeys(spec.adapters, "engine vllm is given text alone of such a model with adapters")
         for name, folder in seeing.items():
-            if reason := beside.get(name) or media.refusal(folder) or lacks_for_images(python):
+            reason = beside.get(name) or media.refusal(folder) or media.misnamed(folder) or lacks_for_images(python)
+            if reason is not None:
                 return f"{name} takes images or sounds, and {reason}"
     if spec.device not in ("auto", "cpu", "cuda"):
         return f"device={spec.device} is not among those of vLLM"
-    packed = [name for name, folder in spec.models.items() if cpu.is_packed(folder)]
-    if packed and not spec.gpus_per_replica and (reason := cpu.lacks_packed()):
-        return f"{packed[0]} cannot run there: {reason}"
+    return None if spec.gpus_per_replica else _lacking_on_cpu(spec)
+
+
+def _lacking_on_cpu(spec: ServeSpec) -> str | None:
+    """What vLLM lacks on this CPU for a model of the spec; None where it runs all."""
+    for name, folder in spec.models.items():
+        if reason := cpu.lacks_heads(folder) or (cpu.lacks_packed() if cpu.is_packed(folder) else None):
+            return f"{name} cannot run there: {reason}"
     return None
 
 

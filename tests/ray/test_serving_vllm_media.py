@@ -21,6 +21,7 @@ from rayswift.export.pipeline import export
 from rayswift.export.quantize import QuantizeSpec
 from rayswift.models.adapters import load_base
 from rayswift.models.loading import load_model, load_tokenizer
+from rayswift.planning.parts import part_of
 from rayswift.serving import environment
 from rayswift.serving.app import RunningEndpoint, serve_in_background
 from rayswift.serving.prompts import PromptBuilder
@@ -38,7 +39,7 @@ pytestmark = [
     pytest.mark.skipif(_FOUND.problem is not None, reason=f"no serving environment: {_FOUND.problem}"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept"),  # processors asked directly
 ]
-_FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+_FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
 _NUM_TOKENS = 6
 _ONE, _TWO = image_part(png(picture(1))), image_part(png(picture(2, 70, 90)))
 _QUESTIONS = (
@@ -50,14 +51,17 @@ _QUESTIONS = (
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models with a head of 32 numbers, for which vLLM's attention on a CPU has a kernel."""
     root = tmp_path_factory.mktemp("eyes")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("num_attention_heads", "num_key_value_heads"):
             patch.setitem(multimodal_models.TEXT, name, 1)
         patch.setitem(multimodal_models._QWEN_ROPE, "mrope_section", [4, 6, 6])
-        yield {name: multimodal_models.make(name, root / name) for name in _FAMILIES}
+        made = {name: multimodal_models.make(name, root / name) for name in _FAMILIES}
+    config = json.loads((made["llava"] / "config.json").read_text())  # the last layer but one, as LLaVA-1.5's
+    (made["llava"] / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -2}))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("family", "quantizer"), [("qwen2_5_vl", None), ("qwen2_5_vl", "int8"), ("qwen3_vl", "fp8")])
+@pytest.mark.parametrize(
+    ("family", "quantizer"),
+    [("llava", None), ("llava", "int8"), ("qwen2_5_vl", None), ("qwen2_5_vl", "int8"), ("qwen3_vl", "fp8")],
+)
 def test_an_export_is_proved_in_vllm_with_an_image_too(
     folders: dict[str, Path], rows: Path, tmp_path: Path, family: str, quantizer: str | None
 ) -> None:
@@ -89,7 +96,9 @@ def test_an_export_is_proved_in_vllm_with_an_image_too(
     if quantizer is None:
         assert said.greedy_agreement == 1.0
     else:
-        tower = {t.dtype for name, t in load_file(tmp_path / "out/model.safetensors").items() if "visual" in name}
+        tower = {
+            t.dtype for name, t in load_file(tmp_path / "out/model.safetensors").items() if part_of(name) == "vision"
+        }
         assert tower == {torch.bfloat16}
 
 

@@ -125,6 +125,7 @@ def test_who_cannot_be_shown_images_is_not_asked(eyes: Path, tmp_path: Path, mon
     python = Interpreter(sys.executable)
     monkeypatch.setattr(served, "interpreter_of", lambda *_: python)
     monkeypatch.setattr(environment, "_versions", lambda _, name: {name: "0.28.0"})
+    monkeypatch.setattr(served, "_has_gpu", lambda: True)
     encoder = encoder_of(eyes)
     assert served.prover("auto", eyes, 1e-3, encoder=encoder) == (Prover("vllm", python.path, 1e-3), None)
     other = make("smolvlm", tmp_path / "other")
@@ -136,6 +137,21 @@ def test_who_cannot_be_shown_images_is_not_asked(eyes: Path, tmp_path: Path, mon
             served.prover("vllm", folder, 1e-3, encoder=seen)
     monkeypatch.setattr(environment, "_versions", lambda _, name: {name: None})
     assert "has no torchvision" in (served.prover("auto", eyes, 1e-3, encoder=encoder)[1] or "")
+
+
+def test_heads_without_a_kernel_on_a_cpu_are_told(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "interpreter_of", lambda *_: Interpreter(sys.executable))
+    monkeypatch.setattr(served, "_has_gpu", lambda: False)
+    note = "not proved in vLLM: vLLM's attention on a CPU has no kernel for heads of 8"
+    assert served.prover("auto", tiny_model_dir, 1e-3) == (None, note)
+    pipeline.export(str(tiny_model_dir), str(tmp_path / "out"), engine="auto")
+    verify = read_valid(tmp_path / "out").verify
+    assert verify is not None
+    assert verify.served is None
+    monkeypatch.setattr(served, "_has_gpu", lambda: True)
+    assert served.prover("auto", tiny_model_dir, 1e-3)[1] is None
 
 
 def test_an_engine_that_dies_is_told_by_what_its_core_said(tmp_path: Path) -> None:

@@ -122,6 +122,22 @@ def test_a_model_that_vllm_was_proved_to_see_with_is_served_by_it(
         environment.resolved(seeing.model_copy(update={"adapters": {"eyes": "folder"}}))
 
 
+def test_heads_without_a_kernel_on_a_cpu_are_served_by_local(python: Callable[..., str], tmp_path: Path) -> None:
+    spec = ServeSpec(models={"m": str(tmp_path)}, engine_python=python())
+    for config, engine in (
+        ({"hidden_size": 64, "num_attention_heads": 4}, "local"),
+        ({"text_config": {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 24}}, "local"),
+        ({"hidden_size": 64, "num_attention_heads": 4, "head_dim": 32}, "vllm"),
+        ({"hidden_size": 64, "num_attention_heads": 4, "kv_lora_rank": 8}, "vllm"),
+        ({"hidden_size": 64}, "vllm"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found, note = environment.resolved(spec)
+        assert (found.engine, note is None) == (engine, engine == "vllm")
+        assert note is None or "m cannot run there: vLLM's attention on a CPU has no kernel for heads of" in note
+        assert environment.resolved(spec.model_copy(update={"gpus_per_replica": 1}))[0].engine == "vllm"
+
+
 @pytest.mark.parametrize(("flag", "gpus", "engine"), [(False, 0, "local"), (True, 0, "vllm"), (False, 1, "vllm")])
 def test_packed_weights_go_to_vllm_where_the_processor_can(
     python: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: bool, gpus: int, engine: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,13 @@ from tests.multimodal_models import make
 
 def test_models_are_known_by_their_type(tmp_path: Path) -> None:
     assert media.refusal(str(make("qwen2_5_vl", tmp_path / "qwen"))) is None
-    assert "text alone of a model of type llava" in str(media.refusal(str(make("llava", tmp_path / "llava"))))
+    llava = make("llava", tmp_path / "llava")
+    assert media.refusal(str(llava)) is media.misnamed(str(llava)) is None
+    assert "text alone of a model of type smolvlm" in str(media.refusal(str(make("smolvlm", tmp_path / "smolvlm"))))
+    config = json.loads((llava / "config.json").read_text())
+    config["vision_config"]["model_type"] = "siglip_vision_model"
+    (llava / "config.json").write_text(json.dumps(config))
+    assert "LLaVA whose tower is a siglip_vision_model" in str(media.refusal(str(llava)))
 
 
 def test_without_what_vllm_imports_for_images_a_model_gets_text_alone(

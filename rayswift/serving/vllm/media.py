@@ -16,14 +16,16 @@ import numpy as np
 from rayswift.config.job import MediaSpec
 from rayswift.data.types import NUM_PLACEHOLDERS, Features
 from rayswift.models.folder import read_json
+from rayswift.models.hub_names import has_hub_names
 from rayswift.models.loading import local_folder
 from rayswift.serving.engine import Prompt, Refused
 
 if TYPE_CHECKING:
     from rayswift.data.media.encoder import MediaEncoder
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
 """Of others vLLM is given text alone."""
+_LLAVA_TOWER = "clip_vision_model"
 LIBRARY = "torchvision"
 """What vLLM's models of images import."""
 _log = logging.getLogger("rayswift.serving")
@@ -31,15 +33,27 @@ _log = logging.getLogger("rayswift.serving")
 
 def refusal(folder: str) -> str | None:
     """Why vLLM is asked about text alone of a folder that has a processor; None for a model that it was proved with."""
-    kind = read_json(local_folder(folder, weights=False) / "config.json", field="models").get("model_type")
-    return None if kind in FAMILIES else f"engine vllm is given text alone of a model of type {kind}"
+    config = read_json(local_folder(folder, weights=False) / "config.json", field="models")
+    kind, tower = config.get("model_type"), config.get("vision_config", {}).get("model_type")
+    if kind not in FAMILIES:
+        return f"engine vllm is given text alone of a model of type {kind}"
+    if kind == "llava" and tower != _LLAVA_TOWER:
+        return f"engine vllm is given text alone of a LLaVA whose tower is a {tower}"
+    return None
+
+
+def misnamed(folder: str) -> str | None:
+    """Why vLLM does not read the weights in the folder of a model that it was proved with; None where it does."""
+    if has_hub_names(local_folder(folder, weights=False)):
+        return None
+    return "its tower's weights have not the names of the hub, which vLLM reads; an export of it has them"
 
 
 def encoder_of(folder: str, bounds: MediaSpec) -> MediaEncoder | None:
     """What makes features of images for this engine; None, with a warning, where it is given text alone."""
     from rayswift.training.media import load_encoder
 
-    reason = refusal(folder)
+    reason = refusal(folder) or misnamed(folder)
     if reason is None and importlib.util.find_spec(LIBRARY) is None:
         reason = f"{LIBRARY} is not here, which vLLM needs for images"
     if reason is None:
