@@ -195,7 +195,10 @@ class Endpoint:
                 param=asked,
                 code="unsupported_parameter",
             )
-        prompts = await asyncio.to_thread(_prompts, request, model.prompts)
+        if isinstance(request, TextRequest) and request.is_of_ids:  # nothing to do that is worth a thread
+            prompts = _prompts(request, model.prompts)
+        else:
+            prompts = await asyncio.to_thread(_prompts, request, model.prompts)
         unique, requests = uuid.uuid4().hex, list[Request]()
         for prompt in prompts:
             sampling = wishes.sampling(

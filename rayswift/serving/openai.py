@@ -176,6 +176,11 @@ class TextRequest(_CommonRequest):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @property
+    def is_of_ids(self) -> bool:
+        """Whether every prompt comes as token ids."""
+        return not any(isinstance(prompt, str) for prompt in self.prompt)
+
+    @property
     def num_choices(self) -> int:
         """How many answers are asked for, over all prompts."""
         return self.n * len(self.prompt)

@@ -5,14 +5,16 @@ Pure functions over what engines return. Knows nothing of requests, models or HT
 
 from __future__ import annotations
 
-import json
+import itertools
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayswift.serving.engine import Delta, TokenLogprob
+from pydantic_core import to_json
+
+from rayswift.serving.engine import Delta, FinishReason, TokenLogprob
 from rayswift.serving.tools import Call, Calling, CallReader
 
 DONE = b"data: [DONE]\n\n"
@@ -20,11 +22,13 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass
 class Answer:
-    """One choice as it grows. `delta` is the sum of what the engine has sent so far."""
+    """One choice as it grows."""
 
     index: int
-    delta: Delta = field(default_factory=lambda: Delta("", 0))
     calling: Calling | None = None
+    num_chars: int = 0
+    """Of the text so far."""
+    num_tokens: int = 0
     said: str = ""
     """The text without the calls in it."""
     calls: list[Call] = field(default_factory=list)
@@ -33,10 +37,13 @@ class Answer:
 
     def __post_init__(self) -> None:
         self._reader = None if self.calling is None else CallReader(self.calling)
+        self._deltas = list[Delta]()
 
     def add(self, delta: Delta) -> None:
         """Take in what was generated next."""
-        self.delta = self.delta + delta
+        self._deltas.append(delta)
+        self.num_chars += len(delta.text)
+        self.num_tokens += delta.num_tokens
         self.news = (delta.text, [])
         if self._reader is not None:
             self.news = self._reader.feed(delta.text, is_last=delta.finish_reason is not None)
@@ -44,9 +51,20 @@ class Answer:
         self.calls += self.news[1]
 
     @property
+    def whole(self) -> Delta:
+        """All that the engine has sent so far, as one."""
+        logprobs = itertools.chain.from_iterable(delta.logprobs for delta in self._deltas)
+        text = "".join(delta.text for delta in self._deltas)
+        return Delta(text, self.num_tokens, self._reason, tuple(logprobs))
+
+    @property
     def finish_reason(self) -> str | None:
         """Why it ended, as the API says it."""
-        return "tool_calls" if self.calls and self.delta.finish_reason == "stop" else self.delta.finish_reason
+        return "tool_calls" if self.calls and self._reason == "stop" else self._reason
+
+    @property
+    def _reason(self) -> FinishReason | None:
+        return self._deltas[-1].finish_reason if self._deltas else None
 
 
 @dataclass(frozen=True)
@@ -79,8 +97,7 @@ class Reply:
     def chunk(self, answer: Answer, delta: Delta) -> dict[str, Any] | None:
         """The chunk for what `answer` has just got, `delta` being counted in already; None while it is held back."""
         if not self.chat:
-            offset = len(answer.delta.text) - len(delta.text)
-            return self._chunk([_text_choice(answer.index, delta, offset)])
+            return self._chunk([_text_choice(answer.index, delta, answer.num_chars - len(delta.text))])
         said, made = answer.news
         if not (said or made or delta.finish_reason or delta.logprobs):
             return None
@@ -95,7 +112,7 @@ class Reply:
         return {**self._chunk([]), "usage": usage}
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
-        delta = answer.delta
+        delta = answer.whole
         if not self.chat:
             return _text_choice(answer.index, delta, 0)
         message: dict[str, Any] = {"role": "assistant", "content": answer.said, "refusal": None}
@@ -115,7 +132,7 @@ class Reply:
 
 def usage(answers: Sequence[Answer], num_prompt_tokens: int) -> dict[str, int]:
     """Token counts of a reply; a prompt with several answers is counted once."""
-    completion = sum(answer.delta.num_tokens for answer in answers)
+    completion = sum(answer.num_tokens for answer in answers)
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": completion,
@@ -125,7 +142,7 @@ def usage(answers: Sequence[Answer], num_prompt_tokens: int) -> dict[str, int]:
 
 def event(document: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(document) + b"\n\n"
 
 
 def model_card(name: str, created: int, parent: str | None = None) -> dict[str, Any]:

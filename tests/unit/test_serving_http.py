@@ -153,7 +153,9 @@ def test_logprobs(make: Callable[..., _Server]) -> None:
 
 def test_the_chosen_token_is_always_among_the_likeliest() -> None:
     scored = TokenLogprob("rare", -9.0, (("Hello", -0.5), ("other", -1.5)))
-    [choice] = Reply("m", chat=False).body([Answer(0, Delta("rare", 1, "length", (scored,)))], {})["choices"]
+    answer = Answer(0)
+    answer.add(Delta("rare", 1, "length", (scored,)))
+    [choice] = Reply("m", chat=False).body([answer], {})["choices"]
     assert choice["logprobs"]["top_logprobs"] == [{"Hello": -0.5, "other": -1.5, "rare": -9.0}]
 
 
