@@ -104,7 +104,8 @@ def servers(
              "--kv-cache-memory-bytes", str(_KV_BYTES), "--disable-log-stats", "--served-model-name", "m",
              "--disable-uvicorn-access-log"]  # fmt: skip
     variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-                 "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # fmt: skip
+                 "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+                 "VLLM_PLUGINS": ""}  # fmt: skip
     vllm = str(Path(python).parent / "vllm")
     # HAProxy's threads would take the cores of the model on a small machine; its files are the run's own.
     proxy = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_NBTHREAD": "1",
