@@ -8,27 +8,24 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
 import httpx
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from rayswift.export.pipeline import export
 from rayswift.serving import registry
 from rayswift.serving.versions import VERSION_HEADER, version_of
+from tests.promotion_cases import run, serving, start, until, write_spec
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 _QUICK = ("--steps", "0.3,1", "--step-seconds", "2", "--min-requests", "5", "--max-latency-ratio", "20")
@@ -66,19 +63,6 @@ def _plugin(folder: Path) -> Path:
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: sleepy-engine\nVersion: 1\n")
     (about / "entry_points.txt").write_text("[rayswift.serving.engines]\nsleepy = sleepy_engine\n")
     return folder
-
-
-def _start(*arguments: str, out: IO[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "rayswift.cli", *arguments]
-    return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, text=True)
-
-
-def _until(condition: Callable[[], Any], what: str, timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        threading.Event().wait(0.05)
 
 
 @dataclass
@@ -121,25 +105,14 @@ def exports(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> P
 
 
 @pytest.fixture(scope="module")
-def endpoint(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Endpoint]:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    folder = tmp_path_factory.mktemp("endpoint")
-    spec = {"models": {"m": str(exports / "one")}, "port": port, "engine": "sleepy", "device": "cpu",
-            "max_model_len": 512, "promotable": True, "cpus_per_replica": 0.5}  # fmt: skip
-    (folder / "serve.yaml").write_text(yaml.safe_dump(spec))
-    log = folder / "log"
-    with pytest.MonkeyPatch.context() as patch, log.open("w") as out:
+def endpoint(
+    exports: Path, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[_Endpoint]:
+    folder, port = tmp_path_factory.mktemp("endpoint"), free_port()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(_plugin(tmp_path_factory.mktemp("plugin"))), prepend=os.pathsep)
-        running = _start("serve", str(folder / "serve.yaml"), out=out)
-        try:
-            _until(lambda: "Serving" in log.read_text() or running.poll() is not None, "the endpoint answers", 240)
-            assert running.poll() is None, log.read_text()
+        with serving(folder, write_spec(folder, {"m": exports / "one"}, port, "sleepy")):
             yield _Endpoint(f"http://127.0.0.1:{port}/v1", exports)
-        finally:
-            running.send_signal(signal.SIGTERM)
-            assert running.wait(120) == 0, log.read_text()
     assert registry.read_endpoint(exports) is None
 
 
@@ -169,45 +142,49 @@ class _Load:
         body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16, "stream": stream}
         with httpx.Client(timeout=60) as client:
             while not self._stop.is_set():
-                reply = client.post(f"{self.endpoint.url}/chat/completions", json=body)
+                try:
+                    reply = client.post(f"{self.endpoint.url}/chat/completions", json=body)
+                except httpx.HTTPError as error:
+                    self.lost.append(f"no reply: {type(error).__name__}")
+                    continue
                 self.seen[reply.headers.get(VERSION_HEADER, "none")] += 1
                 whole = not stream or (reply.text.endswith("[DONE]\n\n") and '"error"' not in reply.text)
                 if reply.status_code != 200 or not whole:
                     self.lost.append(f"{reply.status_code} {reply.text[-200:]}")
 
 
-def _run(folder: Path, *arguments: str) -> tuple[int, str]:
-    with (folder / "log").open("w") as out:
-        code = _start("serve", *arguments, out=out).wait(240)
-    return code, (folder / "log").read_text()
-
-
-def _promoting(endpoint: _Endpoint, name: str, out: IO[str], options: Sequence[str]) -> subprocess.Popen[str]:
-    """A promotion that has begun to share the traffic."""
-    running = _start("serve", "promote", str(endpoint.exports / name), *options, out=out)
-    _until(lambda: endpoint.served().get(endpoint.version(name), 0) > 0 or running.poll() is not None, "it shares")
-    assert running.poll() is None
-    return running
+@contextmanager
+def _promoting(endpoint: _Endpoint, name: str, log: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """A promotion that has begun to share the traffic, and has ended afterwards, however the test did."""
+    with log.open("w") as out:
+        running = start("serve", "promote", str(endpoint.exports / name), *options, out=out)
+        try:
+            until(lambda: endpoint.served().get(endpoint.version(name), 0) > 0 or running.poll() is not None, "shared")
+            assert running.poll() is None, log.read_text()
+            yield running
+        finally:
+            running.kill()
+            running.wait(30)
 
 
 def test_a_promotion_and_its_rollback_lose_no_request(endpoint: _Endpoint, tmp_path: Path) -> None:
     old, new = endpoint.version("one"), endpoint.version("two")
     with _Load(endpoint) as load:
-        code, said = _run(tmp_path, "promote", str(endpoint.exports / "two"), *_QUICK, "--min-agreement", "1")
+        code, said = run(tmp_path, "promote", str(endpoint.exports / "two"), *_QUICK, "--min-agreement", "1")
         assert code == 0, said
         assert endpoint.served() == {new: 1.0}
         assert endpoint.state("two")[0] == "live"
         assert load.seen[new]
         assert endpoint.ask(old).status_code == 404  # it has ended
-        code, said = _run(tmp_path, "rollback", str(endpoint.exports))
+        code, said = run(tmp_path, "rollback", str(endpoint.exports))
         assert code == 0, said
         before = load.seen[old]
-        _until(lambda: load.seen[old] > before + 3, "the old version answers again")
+        until(lambda: load.seen[old] > before + 3, "the old version answers again")
     assert not load.lost
     assert endpoint.served() == {old: 1.0}
     assert endpoint.state("two") == ("rolled-back", "by hand")
     assert endpoint.ask().headers[VERSION_HEADER] == old
-    code, said = _run(tmp_path, "rollback", str(endpoint.exports))
+    code, said = run(tmp_path, "rollback", str(endpoint.exports))
     assert code == 2
     assert "no version before" in said
 
@@ -216,7 +193,7 @@ def test_a_version_with_other_answers_goes_back_before_anybody_is_sent_to_it(
     endpoint: _Endpoint, tmp_path: Path
 ) -> None:
     with _Load(endpoint) as load:
-        code, said = _run(tmp_path, "promote", str(endpoint.exports / "noisy"), *_QUICK, "--min-agreement", "0.9")
+        code, said = run(tmp_path, "promote", str(endpoint.exports / "noisy"), *_QUICK, "--min-agreement", "0.9")
     assert code == 5, said
     assert "of its greedy answers are the live version's" in said
     assert set(load.seen) == {endpoint.version("one")}
@@ -229,9 +206,9 @@ def test_a_version_that_fails_goes_back_and_what_it_had_not_begun_is_answered(
     endpoint: _Endpoint, tmp_path: Path
 ) -> None:
     new = endpoint.version("two")
-    with _Load(endpoint) as load, (tmp_path / "log").open("w") as out:
-        running = _promoting(endpoint, "two", out, ["--steps", "0.5,1", "--step-seconds", "60", "--min-requests", "20"])
-        _until(lambda: load.seen[new] > 3, "the new version answers")
+    options = ("--steps", "0.5,1", "--step-seconds", "60", "--min-requests", "20")
+    with _Load(endpoint) as load, _promoting(endpoint, "two", tmp_path / "log", *options) as running:
+        until(lambda: load.seen[new] > 3, "the new version answers")
         os.kill(_replica_of(endpoint, new), signal.SIGKILL)
         assert running.wait(120) == 5
     said = (tmp_path / "log").read_text()
@@ -259,15 +236,14 @@ def test_a_version_that_hangs_goes_back_and_the_live_one_answers_what_it_was_ask
     endpoint: _Endpoint, tmp_path: Path
 ) -> None:
     hangs = endpoint.exports / "two.hangs"
-    options = ["--steps", "0.5,1", "--step-seconds", "100", "--max-token-wait", "3"]
+    options = ("--steps", "0.5,1", "--step-seconds", "100", "--max-token-wait", "3")
     try:
-        with _Load(endpoint) as load, (tmp_path / "log").open("w") as out:
-            running = _promoting(endpoint, "two", out, options)
+        with _Load(endpoint) as load, _promoting(endpoint, "two", tmp_path / "log", *options) as running:
             hangs.touch()
             began = time.monotonic()
             assert running.wait(120) == 5
             took_s = time.monotonic() - began
-            _until(lambda: endpoint.served() == {endpoint.version("one"): 1.0}, "the live version has everything")
+            until(lambda: endpoint.served() == {endpoint.version("one"): 1.0}, "the live version has everything")
     finally:
         hangs.unlink(missing_ok=True)
     said = (tmp_path / "log").read_text()
@@ -276,11 +252,21 @@ def test_a_version_that_hangs_goes_back_and_the_live_one_answers_what_it_was_ask
     assert not load.lost
 
 
+def test_a_second_endpoint_over_the_same_exports_is_refused(
+    endpoint: _Endpoint, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    kept = registry.read(endpoint.exports)
+    code, said = run(tmp_path, write_spec(tmp_path, {"other": endpoint.exports / "two"}, free_port()))
+    assert code == 2, said
+    assert f"another endpoint that runs, the one at {endpoint.url}" in said
+    assert registry.read(endpoint.exports) == kept
+    assert endpoint.ask().status_code == 200
+
+
 def test_an_interrupted_promotion_goes_back(endpoint: _Endpoint, tmp_path: Path) -> None:
     (beside := tmp_path / "beside").mkdir()
-    with (tmp_path / "log").open("w") as out:
-        running = _promoting(endpoint, "two", out, ["--steps", "0.5,1", "--step-seconds", "100"])
-        other, said = _run(beside, "promote", str(endpoint.exports / "noisy"))
+    with _promoting(endpoint, "two", tmp_path / "log", "--steps", "0.5,1", "--step-seconds", "100") as running:
+        other, said = run(beside, "promote", str(endpoint.exports / "noisy"))
         assert other == 2
         assert "being changed by another promotion" in said
         running.send_signal(signal.SIGTERM)
@@ -291,14 +277,13 @@ def test_an_interrupted_promotion_goes_back(endpoint: _Endpoint, tmp_path: Path)
 
 def test_the_traffic_comes_back_when_the_promotion_is_killed(endpoint: _Endpoint, tmp_path: Path) -> None:
     old, new = endpoint.version("one"), endpoint.version("two")
-    with (tmp_path / "log").open("w") as out:
-        running = _promoting(endpoint, "two", out, ["--steps", "0.5,1", "--step-seconds", "100"])
+    with _promoting(endpoint, "two", tmp_path / "log", "--steps", "0.5,1", "--step-seconds", "100") as running:
         running.kill()
         running.wait(30)
-    _until(lambda: endpoint.served() == {old: 1.0, new: 0.0}, "the lease ends", 60)
-    code, said = _run(tmp_path, "versions", str(endpoint.exports), "--json")
+    until(lambda: endpoint.served() == {old: 1.0, new: 0.0}, "the lease ends", 60)
+    code, said = run(tmp_path, "versions", str(endpoint.exports), "--json")
     assert code == 0
     assert json.loads(said)["shares"] == {"m": {old: 1.0, new: 0.0}}
-    code, said = _run(tmp_path, "promote", str(endpoint.exports / "two"), *_QUICK[:4], "--min-requests", "0")
+    code, said = run(tmp_path, "promote", str(endpoint.exports / "two"), *_QUICK[:4], "--min-requests", "0")
     assert code == 0, said  # what was left behind is ended first, and time alone lets the steps pass
     assert endpoint.served() == {new: 1.0}
