@@ -47,7 +47,7 @@ class Measured:
     first_token_s: float
 
 
-def make_model(folder: Path, hidden: int, layers: int, *, as_export: bool) -> None:
+def make_model(folder: Path, hidden: int, layers: int, *, as_export: bool = False) -> None:
     from rayswift.models.init import init_model
 
     text = folder.parent / "text.txt"
