@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import httpx
 import openai
 import pytest
 
-from rayswift.cluster.session import worker_python
 from rayswift.models.init import init_model
 from rayswift.serving.app import serve_in_background
 from rayswift.serving.environment import interpreter_of
@@ -37,12 +35,6 @@ _CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "the quick bro
 _TEXT: dict[str, Any] = {"prompt": "the quick brown fox", "max_tokens": 12}
 
 
-def _free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path:
     made = tmp_path_factory.mktemp("as-vllm") / "m"
@@ -54,11 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def theirs(folder: Path, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[str]:
     """The URL of `vllm serve`."""
     from rayswift.serving.engines.vllm import Vllm
 
-    port, log = _free_port(), tmp_path_factory.mktemp("vllm-serve") / "log"
+    port, log = free_port(), tmp_path_factory.mktemp("vllm-serve") / "log"
     command = [
         _FOUND.path, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--host", "127.0.0.1", "--port",
         str(port), "--served-model-name", "m", "--dtype", "float32", "--max-model-len", str(_MAX_LEN),
@@ -84,21 +76,13 @@ def theirs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 
 @pytest.fixture(scope="module")
-def ours(folder: Path, ray_temp_dir: str) -> Iterator[str]:
+def ours(folder: Path, serving_ray: Callable[[], AbstractContextManager[int]]) -> Iterator[str]:
     """The URL of our endpoint."""
-    import ray
-
-    ray.init(
-        address="local", num_cpus=2, _temp_dir=ray_temp_dir, include_dashboard=False, log_to_driver=False,
-        configure_logging=False, object_store_memory=100 * 2**20, runtime_env=worker_python(),
-    )  # fmt: skip
-    spec = ServeSpec(models={"m": str(folder)}, port=_free_port(), engine="vllm", max_concurrency=8,
-                     max_model_len=_MAX_LEN, kv_cache_bytes=_KV_BYTES)  # fmt: skip
-    try:
+    with serving_ray() as port:
+        spec = ServeSpec(models={"m": str(folder)}, port=port, engine="vllm", max_concurrency=8,
+                         max_model_len=_MAX_LEN, kv_cache_bytes=_KV_BYTES)  # fmt: skip
         with serve_in_background(spec) as running:
             yield running.url
-    finally:
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

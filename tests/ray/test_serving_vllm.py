@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from rayswift.cluster.session import worker_python
 from rayswift.errors import ConfigError
 from rayswift.export.manifest import read_valid
 from rayswift.export.pipeline import export
@@ -126,27 +124,18 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def endpoint(base: Path, adapters: Path, ray_temp_dir: str) -> Iterator[RunningEndpoint]:
-    import ray
-
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    ray.init(
-        address="local", num_cpus=2, _temp_dir=ray_temp_dir, include_dashboard=False, log_to_driver=False,
-        configure_logging=False, object_store_memory=100 * 2**20, runtime_env=worker_python(),
-    )  # fmt: skip
-    spec = ServeSpec(
-        models={"base": str(base)}, adapters={"base": str(adapters)}, port=port, max_concurrency=8, max_queued=8,
-        max_model_len=512, kv_cache_bytes=2**28,
-    )  # fmt: skip
-    try:
+def endpoint(
+    base: Path, adapters: Path, serving_ray: Callable[[], AbstractContextManager[int]]
+) -> Iterator[RunningEndpoint]:
+    with serving_ray() as port:
+        spec = ServeSpec(
+            models={"base": str(base)}, adapters={"base": str(adapters)}, port=port, max_concurrency=8, max_queued=8,
+            max_model_len=512, kv_cache_bytes=2**28,
+        )  # fmt: skip
         with serve_in_background(spec) as running:
             yield running
             core = _core()
         _until(lambda: not Path(f"/proc/{core}").exists(), 20)
-    finally:
-        ray.shutdown()
 
 
 def _core() -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import openai
 import pytest
 
-from rayswift.cluster.session import worker_python
 from rayswift.serving.app import RunningEndpoint, serve_in_background
 from rayswift.serving.environment import interpreter_of
 from rayswift.serving.spec import ServeSpec
@@ -40,23 +38,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> dict[s
 
 
 @pytest.fixture(scope="module")
-def endpoint(folders: dict[str, Path], ray_temp_dir: str) -> Iterator[RunningEndpoint]:
-    import ray
-
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    ray.init(
-        address="local", num_cpus=2, _temp_dir=ray_temp_dir, include_dashboard=False, log_to_driver=False,
-        configure_logging=False, object_store_memory=100 * 2**20, runtime_env=worker_python(),
-    )  # fmt: skip
+def endpoint(
+    folders: dict[str, Path], serving_ray: Callable[[], AbstractContextManager[int]]
+) -> Iterator[RunningEndpoint]:
     models = {name: str(folder) for name, folder in folders.items()}
-    spec = ServeSpec(models=models, port=port, max_concurrency=8, max_queued=24, kv_cache_bytes=2**27)
-    try:
+    with serving_ray() as port:
+        spec = ServeSpec(models=models, port=port, max_concurrency=8, max_queued=24, kv_cache_bytes=2**27)
         with serve_in_background(spec) as running:
             yield running
-    finally:
-        ray.shutdown()
 
 
 @pytest.fixture

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import openai
 import pytest
 import torch
 
-from rayswift.cluster.session import worker_python
 from rayswift.config.job import AdapterSpec
 from rayswift.models.adapters import add_lora, load_base, save_adapter
 from rayswift.models.init import init_model
@@ -66,29 +64,20 @@ def until(holds: Callable[[], bool], limit_s: float = 60.0) -> None:
         time.sleep(0.2)
 
 
-def test_adapters_of_an_object_store_answer_by_name(bucket: Any, base: Path, tmp_path: Path, ray_temp_dir: str) -> None:
-    import ray
-
+def test_adapters_of_an_object_store_answer_by_name(
+    bucket: Any, base: Path, tmp_path: Path, serving_ray: Callable[[], AbstractContextManager[int]]
+) -> None:
     upload(bucket, base, tmp_path / "first", 1)
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    ray.init(
-        address="local", num_cpus=2, _temp_dir=ray_temp_dir, include_dashboard=False, log_to_driver=False,
-        configure_logging=False, object_store_memory=100 * 2**20, runtime_env=worker_python(),
-    )  # fmt: skip
-    spec = ServeSpec(
-        models={"base": str(base)}, adapters={"base": "s3://bucket/adapters"}, port=port, max_concurrency=4,
-        max_queued=4, max_model_len=256, kv_cache_bytes=2**28,
-    )  # fmt: skip
-    try:
+    with serving_ray() as port:
+        spec = ServeSpec(
+            models={"base": str(base)}, adapters={"base": "s3://bucket/adapters"}, port=port, max_concurrency=4,
+            max_queued=4, max_model_len=256, kv_cache_bytes=2**28,
+        )  # fmt: skip
         with (
             serve_in_background(spec) as running,
             openai.OpenAI(base_url=running.url, api_key="none", max_retries=0, timeout=60) as client,
         ):
             _check(client, lambda seed: upload(bucket, base, tmp_path / "second", seed))
-    finally:
-        ray.shutdown()
 
 
 def _check(client: openai.OpenAI, write_again: Callable[[int], None]) -> None:
