@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import multiprocessing
 import os
 import signal
 import sys
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+_LOOK_MS = 20
 
 
 def end_with_parent() -> None:
@@ -33,8 +34,18 @@ def sleep_while_waiting() -> None:
     """
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        from vllm.distributed.device_communicators import shm_broadcast
+    if not current_platform.is_cpu():
+        return
+    from vllm.distributed.device_communicators import shm_broadcast
 
-        if isinstance(shm_broadcast.SpinCondition, type):  # not done before
-            shm_broadcast.SpinCondition = functools.partial(shm_broadcast.SpinCondition, busy_loop_s=0.0)
+    class Sleeping(shm_broadcast.SpinCondition):  # type: ignore[misc, name-defined]
+        """Waits to be told of a message, and looks by itself now and then: a reader that is not subscribed yet, or was
+        told while it read, is not told again."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "busy_loop_s": 0.0})
+
+        def wait(self, timeout_ms: int | None = None) -> None:
+            super().wait(_LOOK_MS if timeout_ms is None else min(timeout_ms, _LOOK_MS))
+
+    shm_broadcast.SpinCondition = Sleeping
