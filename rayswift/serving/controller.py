@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 
@@ -37,6 +38,14 @@ def serving(spec: ServeSpec) -> Iterator[None]:
     # Serve tells the driver's terminal about its inner life at INFO; warnings still get through.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
+        _start(spec, variables)
+        yield
+    finally:
+        _stop_serve()
+
+
+def _start(spec: ServeSpec, variables: dict[str, str]) -> None:
+    try:
         serve.start(
             proxy_location=ProxyLocation.HeadOnly,
             http_options=HTTPOptions(
@@ -47,9 +56,12 @@ def serving(spec: ServeSpec) -> Iterator[None]:
             ),
             controller_options={"runtime_env": {"env_vars": variables}},
         )
-        yield
-    finally:
-        _stop_serve()
+    except RayTaskError as error:
+        reason = " ".join(str(error.cause).split())[:600]
+        raise ServeError(
+            f"Ray Serve's proxy could not start: {reason}",
+            fix=f"see that nothing else uses port {spec.port}, or, with HAProxy, its own: 8404 and 9101",
+        ) from error
 
 
 def _stop_serve() -> None:

@@ -38,7 +38,7 @@ def sleep_while_waiting() -> None:
         return
     from vllm.distributed.device_communicators import shm_broadcast
 
-    class Sleeping(shm_broadcast.SpinCondition):  # type: ignore[misc, name-defined]
+    class Sleeping(shm_broadcast.SpinCondition):  # type: ignore[misc]
         """Waits to be told of a message, and looks by itself now and then: a reader that is not subscribed yet, or was
         told while it read, is not told again."""
 
