@@ -78,6 +78,7 @@ class Vllm:
         return self._embedding
 
     async def start(self) -> None:
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._check_device()
@@ -86,7 +87,10 @@ class Vllm:
         if has_processor(self._folder):
             self._media_encoder = media.encoder_of(self._folder, self._options.media)
         try:
-            self._llm = AsyncLLM.from_engine_args(self._arguments(pooling))
+            # What vLLM assumes of its own server: how many tokens of prompts a step takes on this GPU, among others.
+            self._llm = AsyncLLM.from_engine_args(
+                self._arguments(pooling), usage_context=UsageContext.OPENAI_API_SERVER
+            )
         except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
             raise ServeError(
                 f"cannot load this model: {_reason(error)}", path="engine", value="vllm",
