@@ -33,8 +33,11 @@ async def events(
     reply: Reply,
     usage_tokens: int | None,
 ) -> AsyncGenerator[bytes, None]:
-    """The stream as server-sent events. An error after the first one becomes an error event, as in OpenAI's API."""
-    opened: set[int] = set()
+    """The stream as server-sent events. An error after the first one becomes an error event, as in OpenAI's API.
+
+    What ends the stream goes out together with the last delta: each piece by itself costs a system call on every side.
+    """
+    opened, num_open = set[int](), len(answers)
     try:
         async for index, delta in deltas:
             answer = answers[index]
@@ -44,11 +47,12 @@ async def events(
             parts = [] if index in opened else [reply.opening(index)]
             parts.append(reply.chunk(answer, delta))
             opened.add(index)
-            if written := b"".join(replies.event(part) for part in parts if part is not None):
+            num_open -= delta.finish_reason is not None
+            if not num_open and usage_tokens is not None:
+                parts.append(reply.closing(replies.usage(answers, usage_tokens)))
+            end = b"" if num_open else replies.DONE
+            if written := b"".join(replies.event(part) for part in parts if part is not None) + end:
                 yield written
-        if usage_tokens is not None:
-            yield replies.event(reply.closing(replies.usage(answers, usage_tokens)))
-        yield replies.DONE
     except Exception as error:
         if not opened:
             raise
