@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rayswift.evaluation.report import HarnessReport, scored
-from rayswift.export.manifest import MANIFEST, Evaluation, ExportManifest, Lineage, Quantization, VerifyResult
+from rayswift.export.manifest import MANIFEST, Evaluation, ExportManifest, Lineage, Quantization
 from rayswift.training.run_dir import RunDir
 from rayswift.units import format_bytes
 
@@ -25,7 +25,7 @@ def write_card(manifest: ExportManifest, name: str, run: RunDir | None, folder: 
     lines = [*_head(manifest, name), *_origin(manifest)]
     if curves:
         lines += ["## Training", "", f"![loss]({CURVES})", ""]
-    lines += [*_evaluated(manifest.evaluations), *_quantized(manifest), *_proved(manifest.verify), *_use(name)]
+    lines += [*_evaluated(manifest.evaluations), *_quantized(manifest), *_proved(manifest), *_use(name)]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -123,8 +123,12 @@ def _quantized(manifest: ExportManifest) -> Iterator[str]:
     yield from _table("## Quantization", rows)
 
 
-def _proved(verify: VerifyResult | None) -> Iterator[str]:
-    if verify is None:
+def _proved(manifest: ExportManifest) -> Iterator[str]:
+    if (vectors := manifest.vectors) is not None:
+        rows = {"read back": f"{vectors.num_texts} texts give the same vectors of {vectors.num_dims} numbers"}
+        yield from _table("## Verification", rows)
+        return
+    if (verify := manifest.verify) is None:
         yield from ("## Verification", "", "Verification was switched off.", "")
         return
     gaps = verify.logprobs

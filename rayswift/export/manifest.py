@@ -149,6 +149,13 @@ class VerifyResult(Record):
     """Whether the files of the processor make the same features; true for a model of text."""
 
 
+class Vectors(Record):
+    """What was proved of an embedding model by reading the written folder back: its vectors are the source's."""
+
+    num_texts: int
+    num_dims: int
+
+
 class Evaluation(Record):
     """What a report of `rayswift eval` beside the run says of the step exported. None is what was not measured."""
 
@@ -191,7 +198,9 @@ class ExportManifest(Record):
     merge: Difference | None
     """The merged model against base plus adapter, both in float32; null without an adapter."""
     verify: VerifyResult | None
-    """Null when verification was switched off."""
+    """Null when verification was switched off, and for an embedding model."""
+    vectors: Vectors | None = None
+    """Null for a model that answers with text."""
     files: dict[str, FileEntry]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayswift.errors import ConfigError, ExportError
+from rayswift.export import embedding
 from rayswift.export import manifest as manifests
 from rayswift.export.card import write_card
 from rayswift.export.evaluations import evaluations_of
@@ -29,13 +30,17 @@ from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source, resolve
 from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, Bounds, compare, encode, probe
 from rayswift.models.adapters import weights_sha256
+from rayswift.models.folder import stored_dtype
 from rayswift.models.hub_names import write_hub_names
 from rayswift.models.loading import check_folder, load_config, load_tokenizer, local_folder, quiet_progress
+from rayswift.models.pooling import read_pooling
 from rayswift.models.staging import is_empty_folder, staged_folder
 from rayswift.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rayswift.training.run_dir import RunDir
 
 _SHARD_SIZE = "5GB"
 _COMPANIONS = (
@@ -78,6 +83,9 @@ def export(
     base = local_folder(what.base)
     check_output(output, keep=(source, str(base)), force=force)
     base_sha256 = check_base(what, base)
+    if what.is_plain and read_pooling(str(base), field="SOURCE") is not None:
+        _refuse(quantizer=quantize.name if quantize else None, dtype=dtype, engine=engine if engine == "vllm" else None)
+        return _export_embedding(base, base_sha256, output, force=force)
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
     own_bound = quantizer.bounds.engine if quantizer else None
     is_packed = quantizer is not None and quantizer.is_packed
@@ -119,9 +127,43 @@ def export(
             verify=result,
             files={},
         )
-        write_card(manifest, os.path.basename(os.path.abspath(output)), what.run, stage)
-        manifest = manifest.model_copy(update={"files": manifests.describe_files(stage)})
-        manifests.write(manifest, stage)
+        return _signed(manifest, what.run, output, stage)
+
+
+def _refuse(**given: str | None) -> None:
+    """Raises ConfigError for an option that an embedding model has no use for."""
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError("is for models that answer with text; an embedding model is exported as it is",
+                              path=name, value=value, fix="leave it out")  # fmt: skip
+
+
+def _export_embedding(base: Path, base_sha256: str, output: str, *, force: bool) -> ExportManifest:
+    """An embedding model's folder with a manifest."""
+    with disk_errors(output), staged_folder(output, replace=force) as stage:
+        embedding.copy(base, stage)
+        manifest = ExportManifest(
+            base=str(base),
+            base_sha256=base_sha256,
+            method=None,
+            adapter=None,
+            dtype=stored_dtype(base) or "unknown",
+            job_hash=None,
+            checkpoint_step=None,
+            versions=manifests.current_versions(),
+            merge=None,
+            verify=None,
+            vectors=embedding.compare(base, stage, PROMPTS),
+            files={},
+        )
+        return _signed(manifest, None, output, stage)
+
+
+def _signed(manifest: ExportManifest, run: RunDir | None, output: str, stage: Path) -> ExportManifest:
+    """The manifest with every file of the folder, written into it with the model card."""
+    write_card(manifest, os.path.basename(os.path.abspath(output)), run, stage)
+    manifest = manifest.model_copy(update={"files": manifests.describe_files(stage)})
+    manifests.write(manifest, stage)
     return manifest
 
 

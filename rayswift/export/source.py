@@ -57,6 +57,11 @@ class Source:
     """What the checkpoint was made of; None without one."""
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is a model folder, to which nothing trained here is added."""
+        return self.checkpoint is None and self.adapter_dir is None
+
+    @property
     def run(self) -> RunDir | None:
         """The run directory of the checkpoint; None without one."""
         from rayswift.training.run_dir import RunDir

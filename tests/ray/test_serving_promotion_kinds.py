@@ -13,9 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayswift.export.manifest import MANIFEST, FileEntry, read
 from rayswift.export.pipeline import export
-from rayswift.models.adapters import file_sha256
 from rayswift.serving.versions import VERSION_HEADER, version_of
 from tests.embedding_cases import write_modules
 from tests.promotion_cases import run, serving, write_spec
@@ -37,17 +35,11 @@ def _without_template(model: Path, folder: Path, *, noisy: bool = False) -> Path
     return folder
 
 
-def _embedding(source: Path, folder: Path) -> None:
-    """An export of an embedding model: the files of its pooling are among those of the manifest."""
-    shutil.copytree(source, folder)
+def _embedding(model: Path, folder: Path) -> Path:
+    """The same model as one of embeddings."""
+    shutil.copytree(model, folder)
     write_modules(folder, {"pooling_mode": "lasttoken"}, normalize=True)
-    files = {
-        name: FileEntry(size=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
-        for name in ("modules.json", "1_Pooling/config.json")
-    }
-    manifest = read(folder)
-    whole = manifest.model_copy(update={"files": {**manifest.files, **files}})
-    (folder / MANIFEST).write_text(whole.model_dump_json(indent=2))
+    return folder
 
 
 @dataclass
@@ -70,9 +62,10 @@ def served(
     (exports := folder / "exports").mkdir()
     plain = _without_template(tiny_model_dir, folder / "plain")
     noisy = _without_template(tiny_model_dir, folder / "noisy", noisy=True)
-    for name, source in (("text-one", plain), ("text-two", exports / "text-one"), ("text-noisy", noisy)):
-        export(str(source), str(exports / name))
-        _embedding(exports / name, exports / name.replace("text", "vector"))
+    embeds, noisy_embeds = (_embedding(model, folder / f"{model.name}-vectors") for model in (plain, noisy))
+    for kind, one, other in (("text", plain, noisy), ("vector", embeds, noisy_embeds)):
+        for name, source in (("one", one), ("two", exports / f"{kind}-one"), ("noisy", other)):
+            export(str(source), str(exports / f"{kind}-{name}"))
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": f"hello world number {i}, and so on"}) + "\n" for i in range(3)))
     port = free_port()
