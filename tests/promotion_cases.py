@@ -26,7 +26,11 @@ def start(*arguments: str, out: IO[str]) -> subprocess.Popen[str]:
 def run(folder: Path, *arguments: str) -> tuple[int, str]:
     """The exit code of `rayswift serve ...` and what it has said."""
     with (folder / "log").open("w") as out:
-        code = start("serve", *arguments, out=out).wait(240)
+        process = start("serve", *arguments, out=out)
+        try:
+            code = process.wait(240)
+        finally:
+            process.kill()  # nothing to one that has ended; another would hold the lock of its promotion
     return code, (folder / "log").read_text()
 
 

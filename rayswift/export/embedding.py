@@ -15,22 +15,22 @@ import torch
 
 from rayswift.errors import ExportError
 from rayswift.export.manifest import MANIFEST, Vectors
+from rayswift.models.folder import weight_files
 from rayswift.models.loading import load_tokenizer
-from rayswift.models.pooling import read_pooling
+from rayswift.models.pooling import module_folders, read_pooling
 from rayswift.serving.local.embedding import finished, open_encoder
 
-_KEPT = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken"})
-"""No pickles, no code, and no weights of other runtimes."""
-_OF_MODULES = "[0-9]*_*/config.json"
+_KEPT = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
+"""Beside the weights: no pickles, no code, and no weights of other runtimes."""
 
 
 def copy(base: Path, stage: Path) -> None:
     """Everything that loading and pooling need of an embedding model's folder."""
-    for file in (*base.iterdir(), *base.glob(_OF_MODULES)):
-        if file.is_file() and file.suffix in _KEPT and file.name != MANIFEST:
-            target = stage / file.relative_to(base)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+    own = [file.name for file in base.iterdir() if file.is_file() and file.suffix in _KEPT and file.name != MANIFEST]
+    modules = [f"{place}/config.json" for place in module_folders(base) if (base / place / "config.json").is_file()]
+    for name in (*weight_files(base), *own, *modules):
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base / name, stage / name)
 
 
 def compare(base: Path, stage: Path, texts: Sequence[str]) -> Vectors:

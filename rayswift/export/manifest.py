@@ -203,6 +203,11 @@ class ExportManifest(Record):
     """Null for a model that answers with text."""
     files: dict[str, FileEntry]
 
+    @property
+    def is_verified(self) -> bool:
+        """Whether the written folder was read back and compared."""
+        return self.verify is not None or self.vectors is not None
+
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:
     """Every file below `folder` but the manifest, by its path with forward slashes."""

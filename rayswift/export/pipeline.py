@@ -25,7 +25,7 @@ from rayswift.export.merge import build
 from rayswift.export.quantize import QuantizeSpec, load_quantizer, write_ignored
 from rayswift.export.quantize import quantize as quantize_model
 from rayswift.export.rows import Rows, read_rows_of
-from rayswift.export.served import ENGINE_BOUNDS, prover
+from rayswift.export.served import ENGINE_BOUNDS, check_engine, prover
 from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source, resolve
 from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, Bounds, compare, encode, probe
@@ -69,7 +69,8 @@ def export(
     `dtype` is that of the weights written, or of what a quantizer leaves; None keeps the base's. `bounds` default to
     `DEFAULT_BOUNDS` of that dtype, or the quantizer's. `engine` is the serving engine that has to answer from the
     folder too: vllm, auto (where its environment is there) or none; `engine_bound` is for the mean difference of its
-    log-probabilities from transformers'. An existing `output` is replaced only with `force`. Raises ConfigError for a
+    log-probabilities from transformers'. An embedding model is copied and asked for its vectors: of the options it
+    takes `force` and `prompts`, its texts. An existing `output` is replaced only with `force`. Raises ConfigError for a
     bad source or output, CheckpointError for a checkpoint that cannot be trusted, ExportError when the result cannot
     be written or does not verify; `output` is then as it was before.
     """
@@ -85,7 +86,8 @@ def export(
     base_sha256 = check_base(what, base)
     if what.is_plain and read_pooling(str(base), field="SOURCE") is not None:
         _refuse(quantizer=quantize.name if quantize else None, dtype=dtype, engine=engine if engine == "vllm" else None)
-        return _export_embedding(base, base_sha256, output, force=force)
+        check_engine(engine)
+        return _export_embedding(what.base, base, base_sha256, output, prompts, force=force)
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
     own_bound = quantizer.bounds.engine if quantizer else None
     is_packed = quantizer is not None and quantizer.is_packed
@@ -138,12 +140,14 @@ def _refuse(**given: str | None) -> None:
                               path=name, value=value, fix="leave it out")  # fmt: skip
 
 
-def _export_embedding(base: Path, base_sha256: str, output: str, *, force: bool) -> ExportManifest:
+def _export_embedding(
+    name: str, base: Path, base_sha256: str, output: str, texts: Sequence[str], *, force: bool
+) -> ExportManifest:
     """An embedding model's folder with a manifest."""
     with disk_errors(output), staged_folder(output, replace=force) as stage:
         embedding.copy(base, stage)
         manifest = ExportManifest(
-            base=str(base),
+            base=name,
             base_sha256=base_sha256,
             method=None,
             adapter=None,
@@ -153,7 +157,7 @@ def _export_embedding(base: Path, base_sha256: str, output: str, *, force: bool)
             versions=manifests.current_versions(),
             merge=None,
             verify=None,
-            vectors=embedding.compare(base, stage, PROMPTS),
+            vectors=embedding.compare(base, stage, texts),
             files={},
         )
         return _signed(manifest, None, output, stage)

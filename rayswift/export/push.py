@@ -41,7 +41,7 @@ def push(folder: str, repo: str, *, public: bool = False, branch: str = "main", 
     except HFValidationError as error:
         raise ConfigError("is no name of a repository", path="REPO", value=repo, fix="write ORG/NAME") from error
     manifest, version = read_valid(folder), version_of(folder)
-    if manifest.verify is None or version is None:
+    if not manifest.is_verified or version is None:
         raise ExportError("was never verified, and is not published", path=folder, fix="export it again")
     api = HfApi(endpoint=endpoint)
     try:

@@ -262,9 +262,9 @@ def _own_attention() -> Iterator[None]:
     """Calibrates with the attention that the model has. llm-compressor 0.14 forces the eager one upon it.
 
     That one keeps a mask [T, T] of each row until the last block is done, 8 GiB for 256 rows of 4,096 tokens, beside
-    the scores of every head of a row. Others need none for a row alone; blocks are called whole, so none may be given.
-    And a config that code of the model hands on is made anew without its attention, for which no mask is made: Mistral,
-    Phi-3 and Starcoder2 saw the tokens to come.
+    the scores of every head of a row. Others need none for a row alone, unless it is longer than a sliding window;
+    blocks are called whole, so none may be given. And a config that code of the model hands on is made anew without its
+    attention, for which no mask is made: Mistral, Phi-3 and Starcoder2 saw the tokens to come.
     """
     from llmcompressor.pipelines.sequential.helpers import SequentialTracer
     from llmcompressor.utils import helpers

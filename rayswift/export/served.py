@@ -75,10 +75,9 @@ def prover(
 
     Raises ConfigError for an engine asked for by name that cannot run here.
     """
+    check_engine(asked)
     if asked == "none":
         return None, None
-    if asked not in ("auto", "vllm"):
-        raise ConfigError("is none of auto, vllm and none", path="--engine", value=asked, fix="use auto")
     found = interpreter_of("vllm", None)
     reason = found.problem or _unseen(str(folder), found.path, encoder)
     if not _has_gpu():
@@ -88,6 +87,12 @@ def prover(
     if asked != "auto":
         raise ConfigError(f"cannot prove this export: {reason}", path="--engine", value=asked, fix="use auto or none")
     return None, f"not proved in vLLM: {reason}"
+
+
+def check_engine(asked: str) -> None:
+    """Raises ConfigError for an engine that nobody can ask for."""
+    if asked not in ("auto", "vllm", "none"):
+        raise ConfigError("is none of auto, vllm and none", path="--engine", value=asked, fix="use auto")
 
 
 def _unseen(folder: str, python: str, encoder: MediaEncoder | None) -> str | None:

@@ -65,6 +65,11 @@ def read_pooling(path: str, *, field: str = "model.path") -> Pooling | None:
     )
 
 
+def module_folders(folder: Path) -> list[str]:
+    """The folders of what stands behind the model, below its own, in order."""
+    return [place for _, place in _modules(folder, "model.path") if place]
+
+
 def _modules(folder: Path, field: str) -> list[tuple[str, str]]:
     """(class, folder below `folder`) of each module in order; none where the folder is not sentence-transformers'."""
     file = folder / _MODULES

@@ -47,7 +47,7 @@ def _shown(export: ExportManifest) -> dict[str, Any]:
         "quantizer": export.quantizer,
         "dtype": export.dtype,
         "perplexity_ratio": held_out and held_out.perplexity_ratio,
-        "verified": export.verify is not None,
+        "verified": export.is_verified,
     }
 
 

@@ -27,6 +27,7 @@ def test_an_export_gives_the_vectors_of_its_source(tmp_path: Path, minilm: Path)
     output = tmp_path / "out"
     manifest = export(str(minilm), str(output), engine="auto")
     assert manifest.vectors is not None
+    assert manifest.is_verified
     assert (manifest.vectors.num_dims, manifest.dtype, manifest.verify) == (64, "float32", None)
     assert read_valid(output) == manifest
     assert {"modules.json", "1_Pooling/config.json", "sentence_bert_config.json"} <= set(manifest.files)
@@ -39,8 +40,18 @@ def test_a_causal_model_of_embeddings_and_an_export_again(tmp_path: Path, tiny_t
     (folder := tmp_path / "qwen3").mkdir()
     first = export(str(make_qwen3(folder, tiny_text)), str(tmp_path / "one"))
     second = export(str(tmp_path / "one"), str(tmp_path / "two"))
-    assert first.vectors == second.vectors
     assert first.base_sha256 == second.base_sha256
+    assert (first.base, second.base) == (str(folder), str(tmp_path / "one"))
+    np.testing.assert_array_equal(expected(tmp_path / "two", TEXTS, "last"), expected(folder, TEXTS, "last"))
+
+
+def test_a_pooling_folder_of_any_name_goes_with_it(tmp_path: Path, minilm: Path) -> None:
+    (minilm / "1_Pooling").rename(minilm / "pooling")
+    modules = (minilm / "modules.json").read_text()
+    (minilm / "modules.json").write_text(modules.replace("1_Pooling", "pooling"))
+    assert "pooling/config.json" in export(str(minilm), str(tmp_path / "out")).files
+    with pytest.raises(ConfigError, match="none of auto, vllm and none"):
+        export(str(minilm), str(tmp_path / "other"), engine="vlm")
 
 
 @pytest.mark.parametrize(
