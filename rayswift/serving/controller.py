@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 
@@ -56,12 +56,12 @@ def _start(spec: ServeSpec, variables: dict[str, str]) -> None:
             ),
             controller_options={"runtime_env": {"env_vars": variables}},
         )
-    except RayTaskError as error:
-        reason = " ".join(str(error.cause).split())[:600]
+    except (RayError, TimeoutError) as error:
+        reason = " ".join(str(getattr(error, "cause", None) or error).split())[:600]
         raise ServeError(
-            f"Ray Serve's proxy could not start: {reason}",
-            fix=f"see that nothing else uses port {spec.port}, or, with HAProxy, its own: 8404 and 9101",
-        ) from error
+            f"Ray Serve's proxy could not start: {reason}", path="port", value=spec.port,
+            fix="see that nothing else uses the port, or, with HAProxy, its own: 8404 and 9101",
+        ) from error  # fmt: skip
 
 
 def _stop_serve() -> None:

@@ -115,7 +115,8 @@ class Vllm:
         _log.info("engine vllm is ready: %s, %d tokens", self._folder, self._max_model_len)
 
     def _check_cpu(self) -> None:
-        if _on_cpu() and cpu.is_packed(self._folder) and (reason := cpu.lacks_packed()):
+        lacks_packed = cpu.lacks_packed() if cpu.is_packed(self._folder) else None
+        if _on_cpu() and (reason := lacks_packed or cpu.lacks_heads(self._folder)):
             raise ConfigError(f"cannot serve {self._folder}: {reason}", path="engine", value="vllm",
                               fix="use engine local, or a GPU")  # fmt: skip
 

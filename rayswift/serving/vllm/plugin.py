@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from importlib.metadata import version
 
 _PR_SET_PDEATHSIG = 1
 _NAP_S = 0.0001
@@ -30,12 +31,12 @@ def sleep_while_waiting() -> None:
     """Have vLLM's processes sleep while they wait for each other's next message, where the model runs on the CPU.
 
     They spin for a second after each message, which is right beside a GPU: on a CPU the core, waiting for its worker,
-    takes as many cycles as the model itself. Only naps: of what vLLM does after that second, being told of a message
-    over a socket, half the messages tell nobody when they come in quick succession.
+    takes as many cycles as the model itself. (vLLM 0.32, 2026-11.) Only naps: of what vLLM does after that second,
+    being told of a message over a socket, half the messages tell nobody when they come in quick succession.
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if not current_platform.is_cpu() or not version("vllm").startswith("0.32."):
         return
     from vllm.distributed.device_communicators import shm_broadcast
 
