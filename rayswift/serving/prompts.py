@@ -49,6 +49,14 @@ class PromptBuilder:
         """Whether there may be more than text in a conversation."""
         return self._encoder is not None and self._max_media > 0
 
+    @property
+    def chat_takes(self) -> frozenset[str]:
+        """Which of `messages`, `tools` and a free `tool_choice` the chat template lets a request have."""
+        template = str(self._tokenizer.chat_template or "")
+        tools = "tools" in template
+        known = {"messages": bool(template), "tools": tools, "tool_choice": tools and OPEN in template}
+        return frozenset(name for name, is_known in known.items() if is_known)
+
     def chat(self, messages: Sequence[Message], calling: Calling | None = None) -> Prompt:
         """The conversation that the model is to continue, told of the tools it may call.
 
@@ -70,10 +78,11 @@ class PromptBuilder:
 
     def _check_tools(self, calling: Calling | None) -> None:
         """Raises ApiError for tools that the template would drop without a word, or whose calls nobody could read."""
-        template = str(self._tokenizer.chat_template)
-        if calling is not None and "tools" not in template:
+        if calling is None:
+            return
+        if "tools" not in self.chat_takes:
             raise _refusal("tools", "this model's chat template knows no tools")
-        if calling is not None and calling.demanded is None and OPEN not in template:
+        if calling.demanded is None and "tool_choice" not in self.chat_takes:
             raise _refusal(
                 "tool_choice", "this model writes calls in a way that this server cannot read; demand a call"
             )

@@ -69,7 +69,8 @@ class _Handle:
 
     def __init__(self, engine: FakeEngine) -> None:
         # No instance of it: one that no replica ends would be ended by the collector.
-        self.replica: Any = SimpleNamespace(_model=SimpleNamespace(engine=engine))
+        prompts = SimpleNamespace(chat_takes=frozenset({"messages"}))
+        self.replica: Any = SimpleNamespace(_model=SimpleNamespace(engine=engine, prompts=prompts))
         self.streams: list[_Stream] = []
         self.unreachable: Exception | None = None
         self.hangs = False
@@ -280,6 +281,20 @@ def test_a_replica_answers_conversations_and_continues_texts(tiny_model_dir: Pat
         asyncio.run(VersionReplica.answer(replica, "Hello", 8))
 
 
+@pytest.mark.parametrize(
+    ("template", "takes"),
+    [(None, []), ("{{ messages }}", ["messages"]), ("{{ messages }}{{ tools }}", ["messages", "tools"]),
+     ("{{ messages }}{{ tools }}<tool_call>", ["messages", "tool_choice", "tools"])],
+)  # fmt: skip
+def test_a_replica_says_which_conversations_it_takes(
+    tiny_model_dir: Path, template: str | None, takes: list[str]
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    tokenizer.chat_template = template
+    replica: Any = SimpleNamespace(_model=SimpleNamespace(engine=FakeEngine(), prompts=PromptBuilder(tokenizer)))
+    assert asyncio.run(VersionReplica.facts(replica)) == Facts(64, False, False, None, frozenset(takes))
+
+
 def test_a_replica_makes_the_vector_of_a_text(tiny_model_dir: Path) -> None:
     replica = _replica(tiny_model_dir, fake := FakeEngine(max_model_len=2048, embedding=Embedding(4)))
     ids = replica._model.prompts.text("Hello").ids
@@ -290,13 +305,27 @@ def test_a_replica_makes_the_vector_of_a_text(tiny_model_dir: Path) -> None:
 
 
 def test_a_version_lacks_what_clients_of_another_would_be_refused() -> None:
-    text, vectors = Facts(64, False, False, None), Facts(64, False, False, Embedding(4))
-    sees = replace(text, takes_media=True)
+    chats = frozenset({"messages", "tools", "tool_choice"})
+    text, vectors = Facts(64, False, False, None, chats), Facts(64, False, False, Embedding(4), chats)
+    sees, constrains = replace(text, takes_media=True), replace(text, can_constrain=True)
+    bare, plain, deaf = (
+        replace(text, chat_takes=chats & set(known)) for known in ((), ("messages",), ("messages", "tools"))
+    )
+    any_cut, cuts, more_cuts, other_cuts = (
+        replace(vectors, embedding=Embedding(4, True, found)) for found in ((), (2,), (1, 2), (3,))
+    )
     for mine, live, told in [
         (text, sees, "text only"), (replace(text, max_model_len=63), text, "63 tokens beside 64"),
         (text, vectors, "vectors"), (vectors, text, "vectors"),
-        (replace(vectors, embedding=Embedding(3)), vectors, "3 numbers beside 4"),
+        (replace(vectors, embedding=Embedding(3)), vectors, "3 numbers beside 4"), (text, constrains, "JSON Schema"),
+        (bare, text, "no chat template"), (bare, plain, "no chat template"), (deaf, text, "without tool_choice, which"),
+        (plain, text, "does without tool_choice and tools, which"), (vectors, cuts, "cut to 2 numbers"),
+        (cuts, more_cuts, "cut to 1 numbers"), (cuts, any_cut, "cut to 1 numbers"), (other_cuts, cuts, "cut to 2"),
     ]:  # fmt: skip
         assert told in str(mine.lacks(live))
-    for mine, live in [(text, text), (sees, text), (vectors, vectors), (replace(text, max_model_len=65), text)]:
+    for mine, live in [
+        (text, text), (sees, text), (vectors, vectors), (replace(text, max_model_len=65), text), (constrains, text),
+        (text, bare), (text, deaf), (plain, bare), (cuts, vectors), (any_cut, cuts), (more_cuts, cuts),
+        (replace(vectors, chat_takes=frozenset()), vectors),
+    ]:  # fmt: skip
         assert mine.lacks(live) is None

@@ -31,6 +31,7 @@ from rayswift.serving.tallies import Tally, counted
 from rayswift.serving.versions import version_of
 
 _POLICY = Policy(steps=(0.3, 1.0), step_s=10, min_requests=20)
+_FACTS = Facts(64, True, False, None, frozenset({"messages"}))
 _QUESTIONS = [Question([{"role": "user", "content": "hello"}], None, 8)]
 
 
@@ -151,7 +152,7 @@ class _World:
 
     def handle(self, app: str) -> Any:
         say = self.says.get(self._of(app), lambda: "hi")
-        facts = self.facts.get(self._of(app), Facts(64, True, False, None))
+        facts = self.facts.get(self._of(app), _FACTS)
         return SimpleNamespace(
             answer=SimpleNamespace(remote=lambda *_: SimpleNamespace(result=lambda **_: say(), cancel=lambda: None)),
             vector=SimpleNamespace(remote=lambda _: SimpleNamespace(result=lambda **_: self.vectors[self._of(app)])),
@@ -211,7 +212,11 @@ class _Ending:
 
 _ENDINGS = {
     "does not start": _Ending(lambda world: world.cannot_start.add("b"), "could not start: OutOfMemoryError"),
-    "takes less": _Ending(lambda world: world.facts.update(b=Facts(32, True, False, None)), "32 tokens beside 64"),
+    "takes less": _Ending(lambda world: world.facts.update(b=replace(_FACTS, max_model_len=32)), "32 tokens beside 64"),
+    "knows no conversations": _Ending(
+        lambda world: world.facts.update(b=replace(_FACTS, chat_takes=frozenset())),
+        "it has no chat template, and the live version has one",
+    ),
     "says nothing": _Ending(lambda world: world.says.update(b=lambda: ""), "empty answer"),
     "cannot be opened": _Ending(lambda world: world.cannot_open.add("b"), "a front cannot open it: no such file"),
     "fails": _Ending(lambda world: world.fails.add("b"), "answers failed"),
@@ -235,7 +240,7 @@ def test_however_it_fails_everything_is_as_before_and_the_reason_is_written_down
 
 
 def test_a_model_that_embeds_is_asked_for_vectors(world: _World) -> None:
-    world.facts = dict.fromkeys("abc", Facts(64, False, False, Embedding(2)))
+    world.facts = dict.fromkeys("abc", replace(_FACTS, embedding=Embedding(2)))
     world.vectors = {"a": np.array([1.0, 0.0]), "b": np.array([0.0, 1.0]), "c": np.array([0.8, 0.6])}
     with pytest.raises(PromotionError, match=r"mean cosine of 0\.000 to the live"):
         world.promote("b")
