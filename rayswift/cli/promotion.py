@@ -52,13 +52,13 @@ def promote(
         _shares(steps), step_seconds, min_requests, max_wait, max_error_rate, max_latency_ratio, max_answer_loss,
         min_agreement, max_token_wait, min_similarity,
     )  # fmt: skip
-    kind = questions.kind_of(export)
-    asked, place = (
-        questions.of_export(export, num_prompts, max_new_tokens, kind) if prompts is None
-        else (questions.of_rows(prompts, num_prompts, max_new_tokens, kind), prompts)
-    )  # fmt: skip
-    _say(f"{len(asked)} verification prompts: {place}")
     with rollout.opened(exports or rollout.home_of(export), model, _say) as running:
+        kind = questions.kind_of(export, running.live_export)
+        asked, place = (
+            questions.of_export(export, num_prompts, max_new_tokens, kind) if prompts is None
+            else (questions.of_rows(prompts, num_prompts, max_new_tokens, kind), prompts)
+        )  # fmt: skip
+        _say(f"{len(asked)} verification prompts: {place}")
         versions = running.promote(export, policy, asked, keep_old=keep_old)
     print_result(versions.model_dump(mode="json"), f"{export} is live as version {versions.live}", as_json)
 

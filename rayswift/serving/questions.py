@@ -6,7 +6,7 @@ Knows where they come from, and as what a model is asked. How answers are compar
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ _PLAIN = (
     "What is 7 times 6? Answer with the number.",
 )
 _MAX_CHARS = 1000
-"""Of a text: what any model has room for."""
+"""Of a text: enough to tell two models by. What those have room for is cut off by `Question.within`."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,23 @@ class Question:
         """What is said in it last."""
         return self.asked if isinstance(self.asked, str) else str(self.asked[-1]["content"])
 
+    def within(self, max_tokens: int) -> Question:
+        """A text as far as it has so many tokens for certain: none has less than a byte. Conversations stay whole."""
+        if not isinstance(self.asked, str):
+            return self
+        return replace(self, asked=self.asked.encode()[:max_tokens].decode(errors="ignore"))
 
-def kind_of(export: str) -> Kind:
-    """What the model of an export is asked; one without a chat template knows no conversations. Raises ConfigError."""
-    if read_pooling(export, field="EXPORT") is not None:
+
+def kind_of(export: str, live: str) -> Kind:
+    """What an export and the live version's can both be asked: conversations if both have a chat template.
+
+    Raises ConfigError.
+    """
+    folders = {"EXPORT": export, "live": live}
+    if any(read_pooling(folder, field=field) is not None for field, folder in folders.items()):
         return "vectors"
-    return "chat" if load_tokenizer(export, field="EXPORT").chat_template else "text"
+    has_template = [load_tokenizer(folder, field=field).chat_template for field, folder in folders.items()]
+    return "chat" if all(has_template) else "text"
 
 
 def of_rows(path: str, limit: int, max_new_tokens: int, kind: Kind) -> list[Question]:

@@ -34,7 +34,10 @@ class Replay:
         self._live_s, self._embeds = 0.0, False
 
     def compare(self, live: Target, candidate: Target) -> None:
-        """Raises PromotionError when the candidate cannot take what the live version takes."""
+        """Raises PromotionError when the candidate cannot take what the live version takes.
+
+        Texts are cut to half of what both have room for.
+        """
         until = time.monotonic() + self._timeout_s
         asked = [serve.get_app_handle(one.app).facts.remote() for one in (live, candidate)]
         old, new = (self._result(response, until) for response in asked)
@@ -42,6 +45,7 @@ class Replay:
         if lack is not None:
             raise PromotionError(lack)
         self._embeds = old.embedding is not None
+        self._questions = [one.within(old.max_model_len // 2) for one in self._questions]
 
     def hear(self, live: Target) -> None:
         """Ask the live version. What it cannot answer is no measure of another one, and left out."""
@@ -52,9 +56,13 @@ class Replay:
         self._questions, self._live = [one for one, _ in kept], [said for _, said in kept]
 
     def judge(self, candidate: Target, policy: Policy) -> None:
-        """Raises PromotionError when the candidate's answers are worse than allowed, or do not come."""
+        """Raises PromotionError when the candidate's answers are worse than allowed, or do not come.
+
+        And where the live version could answer nothing, so that there is nothing to compare with.
+        """
         if not self._questions:
-            return
+            raise PromotionError("cannot be verified: the live version answers none of the prompts", path="EXPORT",
+                                 value=candidate.folder, fix="name rows that it can answer with --prompts")  # fmt: skip
         said, _ = self._answers(candidate, min(self._timeout_s, policy.patience_s(self._live_s)))
         verdict, told = self._judged_vectors(said, policy) if self._embeds else self._judged(said, policy)
         if verdict is not None:

@@ -65,6 +65,12 @@ class Rollout:
         self._spec: ServeSpec = front.asked(self._board.spec)
         self._sweep()
 
+    @property
+    def live_export(self) -> str:
+        """The folder of the live version."""
+        route = self._watch().route
+        return route.targets[route.live].folder
+
     def promote(
         self, export: str, policy: Policy, questions: Sequence[Question], *, keep_old: bool = False
     ) -> ModelVersions:

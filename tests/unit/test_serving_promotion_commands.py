@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from rayswift import cli
 from rayswift.serving import questions, registry, rollout
-from rayswift.serving.registry import EndpointRecord
+from rayswift.serving.promotion import Policy
+from rayswift.serving.questions import Question
+from rayswift.serving.registry import EndpointRecord, ModelVersions
 
 _A, _B = "a" * 12, "b" * 12
 
@@ -65,11 +68,34 @@ def test_wrong_bounds_are_refused_before_anything_is_done(
     assert told in err
 
 
-def test_without_an_endpoint_nothing_is_promoted_or_taken_back(
+def test_the_prompts_are_of_a_kind_that_the_live_version_can_answer(
     exports: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(questions, "kind_of", lambda _: "chat")
-    monkeypatch.setattr(questions, "of_export", lambda *_: ([], "plain prompts"))
+    compared, promoted = [], []
+
+    class Running:
+        live_export = "the live one"
+
+        def promote(self, export: str, policy: Policy, asked: list[Question], *, keep_old: bool) -> ModelVersions:
+            promoted.append((export, asked))
+            return ModelVersions()
+
+    def kind_of(*folders: str) -> str:
+        compared.append(folders)
+        return "text"
+
+    (rows := exports / "rows.jsonl").write_text('{"text": "a b c d"}\n{"text": "d e f g"}\n')
+    monkeypatch.setattr(rollout, "opened", lambda *_: nullcontext(Running()))
+    monkeypatch.setattr(questions, "kind_of", kind_of)
+    code, _, err = _call(capsys, "promote", "the new one", "--prompts", str(rows), "--max-new-tokens", "8")
+    assert (code, compared) == (0, [("the new one", "the live one")])
+    assert promoted == [("the new one", [Question("a b", None, 8), Question("d e", None, 8)])]
+    assert f"2 verification prompts: {rows}" in err
+
+
+def test_without_an_endpoint_nothing_is_promoted_or_taken_back(
+    exports: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for command, argument in (("promote", exports / "v2"), ("rollback", exports)):
         code, _, err = _call(capsys, command, str(argument))
         assert code == 2

@@ -56,15 +56,23 @@ def test_what_is_said_last_is_the_text_of_a_question() -> None:
     assert (Question(chat, None, 8).text, Question("d", None, 8).text) == ("c", "d")
 
 
-def test_what_an_export_is_asked_is_told_by_its_files(tiny_model_dir: Path, tmp_path: Path) -> None:
-    assert kind_of(str(tiny_model_dir)) == "chat"
+def test_a_text_is_cut_to_the_bytes_that_there_are_tokens_for_and_a_conversation_is_not() -> None:
+    for text, within in [("abcdefgh", "abcd"), ("abc", "abc"), ("aé€x", "aé"), ("😀x", "😀")]:
+        assert Question(text, None, 8).within(4) == Question(within, None, 8)
+    chat = Question([{"role": "user", "content": "abcdefgh"}], None, 8)
+    assert chat.within(4) is chat
+
+
+def test_what_versions_are_asked_is_told_by_the_files_of_both(tiny_model_dir: Path, tmp_path: Path) -> None:
+    chats = str(tiny_model_dir)
+    assert kind_of(chats, chats) == "chat"
     bare = tmp_path / "bare"
     shutil.copytree(tiny_model_dir, bare)
     (bare / "chat_template.jinja").unlink(missing_ok=True)
     settings = json.loads((bare / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     (bare / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert kind_of(str(bare)) == "text"
+    assert kind_of(str(bare), chats) == kind_of(chats, str(bare)) == "text"
     (bare / "modules.json").write_text(
         json.dumps([
             {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -73,9 +81,10 @@ def test_what_an_export_is_asked_is_told_by_its_files(tiny_model_dir: Path, tmp_
     )  # fmt: skip
     (bare / "1_Pooling").mkdir()
     (bare / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    assert kind_of(str(bare)) == "vectors"
-    with pytest.raises(ConfigError, match="EXPORT="):
-        kind_of(str(tmp_path / "absent"))
+    assert kind_of(str(bare), chats) == kind_of(chats, str(bare)) == "vectors"
+    for folders, field in (((tmp_path / "absent", bare), "EXPORT="), ((chats, tmp_path / "absent"), "live=")):
+        with pytest.raises(ConfigError, match=field):
+            kind_of(*map(str, folders))
 
 
 def _trained(monkeypatch: pytest.MonkeyPatch, *sources: str) -> None:

@@ -78,6 +78,7 @@ class _World:
     hangs: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
     says: dict[str, Callable[[], str]] = field(default_factory=dict)
+    asked: set[tuple[str, str]] = field(default_factory=set)
     vectors: dict[str, np.ndarray] = field(default_factory=dict)
     facts: dict[str, Facts] = field(default_factory=dict)
     at_sleep: Callable[[], None] = lambda: None
@@ -153,8 +154,13 @@ class _World:
     def handle(self, app: str) -> Any:
         say = self.says.get(self._of(app), lambda: "hi")
         facts = self.facts.get(self._of(app), _FACTS)
+
+        def answer(asked: Any, max_new_tokens: int) -> Any:
+            self.asked.add((self._of(app), str(asked)))
+            return SimpleNamespace(result=lambda **_: say(), cancel=lambda: None)
+
         return SimpleNamespace(
-            answer=SimpleNamespace(remote=lambda *_: SimpleNamespace(result=lambda **_: say(), cancel=lambda: None)),
+            answer=SimpleNamespace(remote=answer),
             vector=SimpleNamespace(remote=lambda _: SimpleNamespace(result=lambda **_: self.vectors[self._of(app)])),
             facts=SimpleNamespace(remote=lambda: SimpleNamespace(result=lambda **_: facts)),
         )
@@ -201,6 +207,10 @@ def _ordered(world: _World, *puts: str) -> list[str]:
             for put in puts]  # fmt: skip
 
 
+def _lost() -> str:
+    raise ServeError("a prompt of 70 tokens leaves no room for an answer")
+
+
 @dataclass(frozen=True)
 class _Ending:
     """A way for a promotion of `b` to fail."""
@@ -216,6 +226,10 @@ _ENDINGS = {
     "knows no conversations": _Ending(
         lambda world: world.facts.update(b=replace(_FACTS, chat_takes=frozenset())),
         "it has no chat template, and the live version has one",
+    ),
+    "has nothing to be compared with": _Ending(
+        lambda world: world.says.update(a=_lost),
+        "cannot be verified: the live version answers none of the prompts; name rows that it can answer with --prompts",
     ),
     "says nothing": _Ending(lambda world: world.says.update(b=lambda: ""), "empty answer"),
     "cannot be opened": _Ending(lambda world: world.cannot_open.add("b"), "a front cannot open it: no such file"),
@@ -247,6 +261,14 @@ def test_a_model_that_embeds_is_asked_for_vectors(world: _World) -> None:
     assert world.route() == ({"a": 1.0}, "a")
     assert world.promote("c", replace(_POLICY, min_similarity=0.7)).live == world.version("c")
     assert any("1 prompts answered, with a mean cosine of 0.800" in one for one in world.said)
+
+
+def test_texts_are_cut_to_what_both_versions_have_room_for(world: _World) -> None:
+    world.facts.update(b=replace(_FACTS, max_model_len=128))
+    rollout = world.opened()
+    assert rollout.live_export == world.target("a").folder
+    rollout.promote(str(world.home / "b"), _POLICY, [Question("x" * 1000, None, 8)])
+    assert world.asked == {("a", "x" * 32), ("b", "x" * 32)}
 
 
 def test_who_hangs_at_a_prompt_is_waited_for_as_long_as_at_a_token(
