@@ -18,6 +18,8 @@ _FLOOR_S = 0.05
 """Latencies that differ by less than this are the same."""
 _WAIT_RATIO = 2.0
 """How much longer than the live version took at most is no hang yet: prompts differ in length."""
+_ANSWER_RATIO, _LEAST_ANSWER_S = 4.0, 60.0
+"""The same of whole answers, which differ in length too, and what any may take: a first one may warm its engine up."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,12 @@ class Policy:
         return RollBack(f"there was too little traffic to judge it by, {few}; lower --min-requests")
 
     def patience_s(self, live_s: float) -> float:
-        """How long to wait for what the live version took `live_s` for at most."""
+        """How long to wait for a token, where the live version took `live_s` to its first ones at most."""
         return max(self.max_token_wait_s, _WAIT_RATIO * live_s)
+
+    def answer_patience_s(self, live_s: float) -> float:
+        """How long to wait for a whole verification answer, where the live version took `live_s` at most."""
+        return max(self.max_token_wait_s, _LEAST_ANSWER_S, _ANSWER_RATIO * live_s)
 
     def _failing(self, candidate: Tally, live: Tally) -> RollBack | None:
         """Too many answers that failed, or that hang: of those nothing is heard before their time is out."""
@@ -160,11 +166,12 @@ class Answers:
         return sum(text is not None and text.strip() == wanted.strip() for text, wanted in pairs) / len(self.expected)
 
 
-def judged(answers: Answers, policy: Policy) -> RollBack | None:
-    """Why the candidate may not answer anybody; None where it may."""
+def judged(answers: Answers, policy: Policy, within_s: float) -> RollBack | None:
+    """Why the candidate may not answer anybody; None where it may. Its answers were waited for `within_s`."""
     failed = sum(text is None for text in answers.candidate)
     if failed:
-        return RollBack(f"{failed} of {len(answers.candidate)} verification prompts were not answered")
+        many = len(answers.candidate)
+        return RollBack(f"{failed} of {many} verification prompts were not answered within {within_s:.0f} s")
     empty = sum(not new and bool(old) for new, old in zip(answers.candidate, answers.live, strict=True))
     if empty:
         return RollBack(f"{empty} verification prompts got an empty answer, where the live version has one")
@@ -196,11 +203,13 @@ def _cosine(one: np.ndarray, other: np.ndarray) -> float:
     return float(one @ other) / lengths if lengths else 0.0
 
 
-def judged_vectors(vectors: Vectors, policy: Policy) -> RollBack | None:
+def judged_vectors(vectors: Vectors, policy: Policy, within_s: float) -> RollBack | None:
     """As `judged`."""
     failed = sum(vector is None for vector in vectors.candidate)
     if failed:
-        return RollBack(f"{failed} of {len(vectors.candidate)} verification texts got no vector")
+        return RollBack(
+            f"{failed} of {len(vectors.candidate)} verification texts got no vector within {within_s:.0f} s"
+        )
     useless = sum(vector is not None and not (np.isfinite(vector).all() and vector.any())
                   for vector in vectors.candidate)  # fmt: skip
     if useless:

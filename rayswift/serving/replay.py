@@ -63,21 +63,24 @@ class Replay:
         if not self._questions:
             raise PromotionError("cannot be verified: the live version answers none of the prompts", path="EXPORT",
                                  value=candidate.folder, fix="name rows that it can answer with --prompts")  # fmt: skip
-        said, _ = self._answers(candidate, min(self._timeout_s, policy.patience_s(self._live_s)))
-        verdict, told = self._judged_vectors(said, policy) if self._embeds else self._judged(said, policy)
+        within_s = min(self._timeout_s, policy.answer_patience_s(self._live_s))
+        said, _ = self._answers(candidate, within_s)
+        judge = self._judged_vectors if self._embeds else self._judged
+        verdict, told = judge(said, policy, within_s)
         if verdict is not None:
             raise PromotionError(verdict.reason)
         self._say(f"{len(self._questions)} prompts answered, {told}")
 
-    def _judged(self, said: list[Any], policy: Policy) -> tuple[RollBack | None, str]:
+    def _judged(self, said: list[Any], policy: Policy, within_s: float) -> tuple[RollBack | None, str]:
         expected = [one.expected for one in self._questions]
         known = [text for text in expected if text is not None]
         answers = Answers(self._live, said, known if len(known) == len(expected) else None)
-        return judged(answers, policy), f"{answers.agreement:.0%} as the live version does"
+        return judged(answers, policy, within_s), f"{answers.agreement:.0%} as the live version does"
 
-    def _judged_vectors(self, said: list[Any], policy: Policy) -> tuple[RollBack | None, str]:
+    def _judged_vectors(self, said: list[Any], policy: Policy, within_s: float) -> tuple[RollBack | None, str]:
         vectors = Vectors(self._live, said)
-        return judged_vectors(vectors, policy), f"with a mean cosine of {vectors.similarity:.3f} to the live version's"
+        told = f"with a mean cosine of {vectors.similarity:.3f} to the live version's"
+        return judged_vectors(vectors, policy, within_s), told
 
     def _answers(self, target: Target, timeout_s: float) -> tuple[list[Any], float]:
         """What a version says, or the vectors it makes, and the seconds that those asked at once took at most.

@@ -111,33 +111,36 @@ def test_a_step_without_traffic_is_held_for_a_while_and_then_goes_back() -> None
 
 
 def test_answers_are_judged() -> None:
-    assert judged(Answers(["a", "b"], ["a", "c"]), _POLICY) is None
+    assert judged(Answers(["a", "b"], ["a", "c"]), _POLICY, 60) is None
     for answers, policy, reason in [
-        (Answers(["a", "b"], ["a", None]), _POLICY, "1 of 2 verification prompts were not answered"),
+        (Answers(["a", "b"], ["a", None]), _POLICY, "1 of 2 verification prompts were not answered within 60 s"),
         (Answers(["a", "b"], ["a", ""]), _POLICY, "empty answer"),
         (Answers(["a", "b"], ["a", "c"]), replace(_POLICY, min_agreement=0.9), "50% of its greedy answers"),
         (Answers(["a", "b"], ["a", "c"], ["a", "b"]), _POLICY, "50.0% of its answers are right, beside 100.0%"),
     ]:
-        found = judged(answers, policy)
+        found = judged(answers, policy, 60)
         assert found is not None
         assert reason in found.reason
-    assert judged(Answers(["x", "b"], ["a ", "b"], ["a", "b"]), _POLICY) is None
+    assert judged(Answers(["x", "b"], ["a ", "b"], ["a", "b"]), _POLICY, 60) is None
 
 
 def test_vectors_are_judged_by_their_cosine() -> None:
     one, other = np.array([1.0, 0.0]), np.array([0.6, 0.8])
     assert Vectors([one, one], [one, other]).similarity == pytest.approx(0.8)
-    assert judged_vectors(Vectors([one, one], [2 * one, other]), replace(_POLICY, min_similarity=0.75)) is None
-    assert judged_vectors(Vectors([one], [-one]), replace(_POLICY, min_similarity=-1)) is None
+    assert judged_vectors(Vectors([one, one], [2 * one, other]), replace(_POLICY, min_similarity=0.75), 60) is None
+    assert judged_vectors(Vectors([one], [-one]), replace(_POLICY, min_similarity=-1), 60) is None
     for candidate, reason in [
-        ([other, one * 0.5, None], "1 of 3 verification texts got no vector"),
+        ([other, one * 0.5, None], "1 of 3 verification texts got no vector within 60 s"),
         ([one, np.zeros(2), np.array([1, np.nan])], "2 verification texts got a vector that is zero or not finite"),
         ([one, other, -one], "a mean cosine of 0.200 to the live version's, less than --min-similarity"),
     ]:
-        found = judged_vectors(Vectors([one] * 3, candidate), _POLICY)
+        found = judged_vectors(Vectors([one] * 3, candidate), _POLICY, 60)
         assert found is not None
         assert reason in found.reason
 
 
 def test_patience_follows_the_live_version() -> None:
     assert [replace(_POLICY, max_token_wait_s=10).patience_s(live_s) for live_s in (0, 4, 8)] == [10, 10, 16]
+    bounds = [(30, 0, 60), (30, 15, 60), (30, 20, 80), (90, 20, 90)]  # of whole answers, which take more than a token
+    for token_s, live_s, answer_s in bounds:
+        assert replace(_POLICY, max_token_wait_s=token_s).answer_patience_s(live_s) == answer_s
