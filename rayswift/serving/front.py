@@ -123,7 +123,7 @@ class FrontReplica:
         return None
 
     def _give_up(self, before: Routing, now: Routing) -> None:
-        """What a version that was taken back has not begun to answer soon, the live one answers: it may hang."""
+        """What a version that was taken back has not begun to answer, the live one answers where that one hangs."""
         for model, route in before.routes.items():
             for version in route.taken_back(now.routes[model]):
                 engine = self._opened[model, version].engine

@@ -6,6 +6,7 @@ Knows the engine protocol and one event loop. Where the weights come from and wh
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,8 @@ class CountedEngine:
     inner: Engine
     _counts: Tally = field(default_factory=Tally)
     _running: set[_Answer] = field(default_factory=set)
+    _heard_at: float = -math.inf
+    """When anybody got a token last."""
 
     @property
     def tally(self) -> Tally:
@@ -79,6 +82,7 @@ class CountedEngine:
         try:
             delta = await _first(answer, anext(deltas, None))
             while delta is not None:
+                self._heard_at = time.monotonic()
                 if delta.finish_reason is not None:
                     answer.outcome = "answered"  # before it is taken: who has the end of an answer asks for no more
                 answer.waits_since = None
@@ -97,6 +101,7 @@ class CountedEngine:
         answer = self._begin()
         try:
             vector = await _first(answer, self.inner.embed(ids, num_dims))
+            self._heard_at = time.monotonic()
             answer.outcome = "answered"
             return vector
         except Exception as error:
@@ -110,12 +115,24 @@ class CountedEngine:
         self._counts = replace(self._counts, started=self._counts.started + 1, failed=self._counts.failed + 1)
 
     def give_up(self, patience_s: float) -> None:
-        """Have every answer fail that has no token `patience_s` after its beginning: another version can give it."""
-        now, loop = time.monotonic(), asyncio.get_running_loop()
+        """Have answers fail that wait for their first token once nobody has got any for `patience_s`: it hangs.
+
+        Another version can give them. While it gives tokens to others, they queue there and are waited for.
+        """
         for answer in self._running:
-            if answer.patience is not None:
-                answer.patience.reschedule(loop.time() + max(0.0, answer.began + patience_s - now))
-                answer.patience = None
+            self._give_up(answer, patience_s)
+
+    def _give_up(self, answer: _Answer, patience_s: float) -> None:
+        """Have it fail now if it is time, else look again when it may be."""
+        if answer.patience is None:
+            return  # it has begun, or was given up
+        loop = asyncio.get_running_loop()
+        left_s = max(answer.began, self._heard_at) + patience_s - time.monotonic()
+        if left_s > 0:
+            loop.call_later(left_s, self._give_up, answer, patience_s)
+        else:
+            answer.patience.reschedule(loop.time())
+            answer.patience = None
 
     def _begin(self) -> _Answer:
         self._counts = replace(self._counts, started=self._counts.started + 1)

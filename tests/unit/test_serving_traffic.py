@@ -94,9 +94,10 @@ class _Clock:
     """The time as `traffic` reads it."""
 
     def __init__(self) -> None:
-        self.now = 100.0
+        self.now, self.reads = 100.0, 0
 
     def monotonic(self) -> float:
+        self.reads += 1
         return self.now
 
 
@@ -192,6 +193,34 @@ def test_what_has_not_begun_in_time_is_given_up_and_the_rest_goes_on(embeds: boo
         assert not last.done()  # what has begun nobody else could continue
         last.cancel()
         await asyncio.gather(last, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+def test_what_queues_at_a_version_that_answers_others_is_given_up_once_that_hangs(clock: _Clock) -> None:
+    async def looked_at() -> None:
+        reads = clock.reads
+        async with asyncio.timeout(10):
+            while clock.reads < reads + 2:
+                await asyncio.sleep(0.005)
+
+    async def scenario() -> None:
+        engine = CountedEngine(fake := _Hanging(num_tokens=3))
+        streaming = engine.generate(_REQUEST)
+        await anext(streaming)
+        fake.num_tokens = 0
+        queued = asyncio.create_task(_whole(engine))
+        await _hangs(fake)
+        engine.give_up(0.01)
+        for _ in range(2):
+            clock.now += 1
+            await anext(streaming)  # somebody has got a token
+            await looked_at()
+            assert not queued.done()
+        clock.now += 1
+        with pytest.raises(ServeError, match="was given up"):
+            await asyncio.wait_for(queued, 10)
+        await streaming.aclose()
 
     asyncio.run(scenario())
 
