@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _KNOCK_TIMEOUT_S = 5.0
+_LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,11 @@ class Process:
     started: int | None
     """In clock ticks since its machine began; None where that cannot be known."""
 
-    def runs(self, address: str) -> bool:
-        """Whether it runs; where that is on another machine, whether something listens at its `address` HOST:PORT."""
+    def runs(self, address: str) -> bool | None:
+        """Whether it runs; where that is on another machine, whether something listens at its `address` HOST:PORT.
+
+        None where that cannot be told from here.
+        """
         if self.host != socket.gethostname():
             return _listens(address)
         return _exists(self.pid) and self.started in (None, started(self.pid))
@@ -53,10 +57,15 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def _listens(address: str) -> bool:
+def _listens(address: str) -> bool | None:
+    """Only a machine that refuses says that nothing does: one that is silent, or not found, may be kept from us."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host in _LOOPBACK:
+        return None  # it is that machine's own, and here it is ours
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S).close()
-    except (OSError, ValueError):
+    except ConnectionRefusedError:
         return False
+    except (OSError, ValueError):
+        return None
     return True

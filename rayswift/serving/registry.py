@@ -149,19 +149,22 @@ def write_endpoint(folder: str | os.PathLike[str], record: EndpointRecord) -> No
 def stale_owner(folder: str | os.PathLike[str], mine: EndpointRecord) -> EndpointRecord | None:
     """The endpoint that has kept its versions here and does not run any more; the caller holds the lock.
 
-    Raises ConfigError while another one does: its promotions would look for it, and find this one.
+    Raises ConfigError while another one does, or may: its promotions would look for it, and find this one.
     """
     known = read_endpoint(folder)
     if known is None or known.id == mine.id:
         return None
-    # On one cluster, and in one process, there is one endpoint.
-    if mine.address != known.address and mine.process != known.process and known.process.runs(known.address):
-        raise ConfigError(
-            f"keeps the versions of another endpoint that runs, the one at {known.url} (process {known.pid} of "
-            f"{known.process.host})", path="registry", value=str(Path(folder) / FILE),
-            fix=f"stop that one, serve from another folder, or remove {Path(folder) / ENDPOINT_FILE} where it is gone",
-        )  # fmt: skip
-    return known
+    if mine.address == known.address or mine.process == known.process:
+        return known  # on one cluster, and in one process, there is one endpoint
+    runs = known.process.runs(known.address)
+    if runs is False:
+        return known
+    untold = "" if runs else f", and {known.address} does not answer, so that it may run or not"
+    raise ConfigError(
+        f"keeps the versions of another endpoint{' that runs' if runs else ''}, the one at {known.url} (process "
+        f"{known.pid} of {known.process.host}){untold}", path="registry", value=str(Path(folder) / FILE),
+        fix=f"stop that one, serve from another folder, or remove {Path(folder) / ENDPOINT_FILE} where it is gone",
+    )  # fmt: skip
 
 
 def forget_endpoint(folder: str | os.PathLike[str], endpoint: str) -> None:

@@ -7,6 +7,8 @@ import socket
 import subprocess
 from dataclasses import replace
 
+import pytest
+
 from rayswift.serving.owners import Process, started, this_process
 
 _NOWHERE = "127.0.0.1:1"
@@ -36,8 +38,20 @@ def test_a_process_that_has_ended_does_not_run_buried_or_not() -> None:
 
 def test_a_process_of_another_machine_runs_while_its_address_is_listened_at() -> None:
     elsewhere = Process("elsewhere.invalid", 1, 1)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with socket.create_server(("127.0.0.2", 0)) as server:
+        port = server.getsockname()[1]
+        address = f"127.0.0.2:{port}"
         assert elsewhere.runs(address)
-    assert not elsewhere.runs(address)
-    assert not elsewhere.runs("auto")
+        assert elsewhere.runs(f"127.0.0.1:{port}") is None  # not its own
+    assert elsewhere.runs(address) is False  # refused
+
+
+@pytest.mark.parametrize("failure", [TimeoutError(), OSError(113, "No route to host"), socket.gaierror(-2, "unknown")])
+def test_a_machine_that_is_not_reached_may_run_it(monkeypatch: pytest.MonkeyPatch, failure: OSError) -> None:
+    def silent(*_: object, **__: object) -> socket.socket:
+        raise failure
+
+    elsewhere = Process("elsewhere.invalid", 1, 1)
+    assert elsewhere.runs("auto") is None
+    monkeypatch.setattr(socket, "create_connection", silent)
+    assert elsewhere.runs("192.0.2.1:6379") is None

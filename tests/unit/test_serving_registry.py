@@ -153,3 +153,22 @@ def test_who_has_taken_the_place_of_an_endpoint_is_not_taken_for_it(
     for gone in (theirs.model_copy(update={"started": began - 1}), _record(this_process(), "first")):
         registry.write_endpoint(tmp_path, gone)
         assert registry.stale_owner(tmp_path, elsewhere) == gone
+
+
+@pytest.mark.parametrize("runs", [True, False, None])
+def test_an_endpoint_of_another_machine_is_gone_only_where_that_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: bool | None
+) -> None:
+    theirs = _record(Process("elsewhere.invalid", 1, 1), "first").model_copy(update={"address": "192.0.2.1:6379"})
+    registry.write_endpoint(tmp_path, theirs)
+    monkeypatch.setattr(Process, "runs", lambda self, address: runs)
+    mine = _record(this_process(), "second")
+    if runs is False:
+        assert registry.stale_owner(tmp_path, mine) == theirs
+        return
+    told = (
+        r"another endpoint that runs, .*of elsewhere\.invalid\)" if runs
+        else r"another endpoint, .*, and 192\.0\.2\.1:6379 does not answer, so that it may run or not"
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=rf"{told}; stop that one, .* or remove .* where it is gone"):
+        registry.stale_owner(tmp_path, mine)
