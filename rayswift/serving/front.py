@@ -14,7 +14,7 @@ import logging
 import re
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -249,28 +249,29 @@ def front_application(spec: ServeSpec) -> serve.Application:
     return application
 
 
-def _check_home(model: str, folder: str, endpoint: EndpointRecord) -> None:
-    """Raises ConfigError where versions cannot be written down, before one is loaded for nothing.
+def _check_homes(exports: Mapping[str, str], endpoint: EndpointRecord) -> None:
+    """Raises ConfigError where versions cannot be written down, before one is loaded for nothing; model -> export.
 
     Who starts another version than the one that was live is told, and whose place is taken.
     """
-    home = Path(folder).resolve().parent
-    with registry.locked(home):
-        known, stale = registry.read(home).models.get(model), registry.stale_owner(home, endpoint)
-    live, version = known.live if known else None, version_of(folder)
-    if stale is not None:
-        print(f"note: {home} was served at {stale.url}, which does not run any more (process {stale.pid})",
-              file=sys.stderr)  # fmt: skip
-    if live not in (None, version):
-        print(f"note: {model} is served as version {version}; {live} was live in {home}", file=sys.stderr)
+    homes = {model: Path(export).resolve().parent for model, export in exports.items()}
+    for home in dict.fromkeys(homes.values()):
+        with registry.locked(home):
+            known, stale = registry.read(home).models, registry.stale_owner(home, endpoint)
+        if stale is not None:
+            print(f"note: {home} was served at {stale.url}, which does not run any more (process {stale.pid})",
+                  file=sys.stderr)  # fmt: skip
+        for model in (one for one in exports if homes[one] == home and one in known):
+            live, version = known[model].live, version_of(exports[model])
+            if live not in (None, version):
+                print(f"note: {model} is served as version {version}; {live} was live in {home}", file=sys.stderr)
 
 
 @contextmanager
 def serving_versions(spec: ServeSpec) -> Iterator[None]:
     """Boards, versions and fronts of a spec run for the duration, and their registry knows where. Raises ServeError."""
     endpoint = _record(spec)
-    for model, folder in spec.models.items():
-        _check_home(model, folder, endpoint)
+    _check_homes(spec.models, endpoint)
     start_board(spec, endpoint.id)
     try:
         routes = {model: _first_route(model, folder) for model, folder in spec.models.items()}

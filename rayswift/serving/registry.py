@@ -159,7 +159,7 @@ def stale_owner(folder: str | os.PathLike[str], mine: EndpointRecord) -> Endpoin
     runs = known.process.runs(known.address)
     if runs is False:
         return known
-    untold = "" if runs else f", and {known.address} does not answer, so that it may run or not"
+    untold = "" if runs else f", and {known.address} does not tell from here whether it runs"
     raise ConfigError(
         f"keeps the versions of another endpoint{' that runs' if runs else ''}, the one at {known.url} (process "
         f"{known.pid} of {known.process.host}){untold}", path="registry", value=str(Path(folder) / FILE),

@@ -186,14 +186,21 @@ def test_an_endpoint_says_at_once_what_its_folder_has_against_it(
 ) -> None:
     (folder := tmp_path / "v1").mkdir()
     (folder / "rayswift.json").write_text("{}")
+    exports = {"m": str(folder), "n": str(folder)}
     mine = EndpointRecord(id="e", address="127.0.0.1:1", url="http://127.0.0.1:8000/v1", pid=os.getpid())
-    front._check_home("m", str(folder), mine)
+    front._check_homes(exports, mine)
     assert not capsys.readouterr().err
     registry.record(tmp_path, "m", _NEW, tmp_path / "v2", "live")
-    front._check_home("m", str(folder), mine)
-    assert f"{_NEW} was live in {tmp_path}" in capsys.readouterr().err
+    front._check_homes(exports, mine)
+    registry.record(tmp_path, "n", _NEW, tmp_path / "v2", "live")
+    front._check_homes(exports, mine)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(" is served")[0] for line in told] == ["note: m", "note: m", "note: n"]
+    assert all(f"{_NEW} was live in {tmp_path}" in line for line in told)
     registry.write_endpoint(tmp_path, mine.model_copy(update={"id": "another", "url": "http://127.0.0.1:8001/v1"}))
-    front._check_home("m", str(folder), mine)
-    assert f"{tmp_path} was served at http://127.0.0.1:8001/v1, which does not run any more" in capsys.readouterr().err
+    front._check_homes(exports, mine)
+    told = capsys.readouterr().err.splitlines()
+    stale = f"note: {tmp_path} was served at http://127.0.0.1:8001/v1, which does not run any more"
+    assert [line.startswith(stale) for line in told] == [True, False, False]  # once, however many models lie there
     with registry.locked(tmp_path), pytest.raises(ConfigError, match="another promotion or rollback"):
-        front._check_home("m", str(folder), mine)
+        front._check_homes(exports, mine)

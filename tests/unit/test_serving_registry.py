@@ -168,7 +168,7 @@ def test_an_endpoint_of_another_machine_is_gone_only_where_that_is_known(
         return
     told = (
         r"another endpoint that runs, .*of elsewhere\.invalid\)" if runs
-        else r"another endpoint, .*, and 192\.0\.2\.1:6379 does not answer, so that it may run or not"
+        else r"another endpoint, .*, and 192\.0\.2\.1:6379 does not tell from here whether it runs"
     )  # fmt: skip
     with pytest.raises(ConfigError, match=rf"{told}; stop that one, .* or remove .* where it is gone"):
         registry.stale_owner(tmp_path, mine)
