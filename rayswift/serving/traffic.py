@@ -23,6 +23,8 @@ from rayswift.serving.tallies import Tally, counted
 if TYPE_CHECKING:
     from rayswift.data.media.encoder import MediaEncoder
 
+_LATE_S = 30.0
+"""What lies between the choice of a version and the beginning of an answer at most: its prompt is made."""
 _T = TypeVar("_T")
 
 
@@ -48,6 +50,9 @@ class CountedEngine:
     _running: set[_Answer] = field(default_factory=set)
     _heard_at: float = -math.inf
     """When anybody got a token last."""
+    _patience_s: float = math.inf
+    _late_until: float = -math.inf
+    """Until when answers that begin have chosen this version before it was to be given up."""
 
     @property
     def tally(self) -> Tally:
@@ -80,15 +85,15 @@ class CountedEngine:
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         answer, deltas = self._begin(), self.inner.generate(request)
         try:
-            delta = await _first(answer, anext(deltas, None))
+            delta = await self._first(answer, anext(deltas, None))
             while delta is not None:
-                self._heard_at = time.monotonic()
                 if delta.finish_reason is not None:
                     answer.outcome = "answered"  # before it is taken: who has the end of an answer asks for no more
                 answer.waits_since = None
                 yield delta
                 answer.waits_since = time.monotonic()
                 delta = await anext(deltas, None)
+                self._heard_at = time.monotonic()
             answer.outcome = "answered"
         except Exception as error:
             answer.outcome = _outcome_of(error)
@@ -100,8 +105,7 @@ class CountedEngine:
     async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
         answer = self._begin()
         try:
-            vector = await _first(answer, self.inner.embed(ids, num_dims))
-            self._heard_at = time.monotonic()
+            vector = await self._first(answer, self.inner.embed(ids, num_dims))
             answer.outcome = "answered"
             return vector
         except Exception as error:
@@ -110,6 +114,24 @@ class CountedEngine:
         finally:
             self._end(answer)
 
+    async def _first(self, answer: _Answer, token: Awaitable[_T]) -> _T:
+        """What an answer begins with, for which is waited until `give_up`. Raises ServeError then."""
+        patience = answer.patience = asyncio.timeout(None)
+        try:
+            async with patience:
+                if answer.began < self._late_until:
+                    self._give_up(answer, self._patience_s)
+                found = await token
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            raise ServeError("was given up: its version has lost its traffic and had not begun to answer") from None
+        finally:
+            answer.patience = None
+        self._heard_at = time.monotonic()
+        answer.first_s = self._heard_at - answer.began
+        return found
+
     def miss(self) -> None:
         """Count an answer that it was not asked for because it is down."""
         self._counts = replace(self._counts, started=self._counts.started + 1, failed=self._counts.failed + 1)
@@ -117,8 +139,10 @@ class CountedEngine:
     def give_up(self, patience_s: float) -> None:
         """Have answers fail that wait for their first token once nobody has got any for `patience_s`: it hangs.
 
-        Another version can give them. While it gives tokens to others, they queue there and are waited for.
+        Another version can give them. While it gives tokens to others, they queue there and are waited for. So is it
+        with those that begin soon after, which had chosen it before.
         """
+        self._patience_s, self._late_until = patience_s, time.monotonic() + _LATE_S
         for answer in self._running:
             self._give_up(answer, patience_s)
 
@@ -156,22 +180,6 @@ class CountedEngine:
 
     async def close(self) -> None:
         await self.inner.close()
-
-
-async def _first(answer: _Answer, token: Awaitable[_T]) -> _T:
-    """What an answer begins with, for which is waited until `give_up`. Raises ServeError then."""
-    patience = answer.patience = asyncio.timeout(None)
-    try:
-        async with patience:
-            found = await token
-    except TimeoutError:
-        if not patience.expired():
-            raise
-        raise ServeError("was given up: its version has lost its traffic and had not begun to answer") from None
-    finally:
-        answer.patience = None
-    answer.first_s = time.monotonic() - answer.began
-    return found
 
 
 def _outcome_of(error: Exception) -> Literal["answered", "failed", "abandoned"]:

@@ -225,6 +225,26 @@ def test_what_queues_at_a_version_that_answers_others_is_given_up_once_that_hang
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("embeds", [False, True])
+def test_what_had_chosen_a_version_before_it_was_given_up_is_given_up_too(clock: _Clock, embeds: bool) -> None:
+    async def scenario() -> None:
+        engine = CountedEngine(fake := _Hanging())
+        engine.give_up(0)
+        clock.now += 29  # in which its prompt was made
+        with pytest.raises(ServeError, match="was given up"):
+            await asyncio.wait_for(_whole(engine, embeds), 10)
+        clock.now += 2
+        later = asyncio.create_task(_whole(engine, embeds))
+        await _hangs(fake)
+        (answer,) = engine._running
+        assert answer.patience is not None
+        assert answer.patience.when() is None
+        later.cancel()
+        await asyncio.gather(later, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
 def test_what_begins_in_time_is_not_given_up() -> None:
     async def scenario() -> None:
         engine = CountedEngine(fake := FakeEngine(gate=asyncio.Event(), embedding=Embedding(2)))
