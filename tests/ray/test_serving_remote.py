@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from rayswift.errors import ServeError
 from rayswift.serving import remote
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Refused, Request, Sampling
+from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.remote import RemoteEngine, VersionReplica
 from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
@@ -51,7 +53,8 @@ class _Engine(FakeEngine):
 class _Replica(VersionReplica):
     async def __init__(self) -> None:  # type: ignore[misc]
         engine = _Engine(embedding=Embedding(3))
-        self._model = ServedModel(engine, None, None)  # type: ignore[arg-type]  # no prompt is made here
+        prompts: Any = PromptBuilder(SimpleNamespace(chat_template=None))  # type: ignore[arg-type]  # none is made here
+        self._model = ServedModel(engine, prompts, None)  # type: ignore[arg-type]
 
     async def running(self) -> int:
         return self._model.engine.running  # type: ignore[attr-defined,no-any-return]
