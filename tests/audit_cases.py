@@ -37,7 +37,7 @@ class FakeRun:
 
     def train(self, steps: int, *, ranks: int, save_every: int = 2) -> bool:
         """Take up to `steps` steps with so many data ranks, saving now and then; whether the stream has ended."""
-        quarantine = Quarantine(f"{self.place.url}/{QUARANTINE}", self.plan.rows_per_epoch, 1.0)
+        quarantine = Quarantine(f"{self.place.url}/{QUARANTINE}", self.plan.rows_at_stake, 1.0)
         streams = [self._steps(rank, ranks) for rank in range(ranks)]
         held: list[list[tuple[int, np.ndarray]]] = [[] for _ in streams]
         for _ in range(steps):

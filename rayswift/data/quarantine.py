@@ -24,7 +24,7 @@ def place(row: BadRow) -> str:
 
 
 def check(bad: Sequence[BadRow], total_rows: int, max_bad_fraction: float) -> None:
-    """Raises DataError when more than `max_bad_fraction` of an epoch's `total_rows` rows are bad.
+    """Raises DataError when more than `max_bad_fraction` of `total_rows` rows are bad (see `StreamPlan.rows_at_stake`).
 
     `bad` holds each row once, however many epochs met it (see `Quarantine`). Rows that do not count are no fault.
     """

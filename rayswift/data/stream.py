@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -93,6 +94,18 @@ class StreamPlan:
     def rows_per_epoch(self) -> int:
         """Rows visited in an epoch, weights applied; the same in every epoch."""
         return sum(part.num_rows for part in self._parts)
+
+    @cached_property
+    def rows_at_stake(self) -> int:
+        """The rows that bad ones are a part of: an epoch's, or, where weights below 1 have each epoch read others, all
+        that its epochs can reach together."""
+        visits: Counter[tuple[int, int]] = Counter()
+        for part in self._parts:
+            visits[part.file, part.span] += part.num_rows
+        reached = (
+            min(count * self.epochs, self.files[file].spans[span].num_rows) for (file, span), count in visits.items()
+        )
+        return max(self.rows_per_epoch, sum(reached))
 
     @cached_property
     def fingerprint(self) -> str:

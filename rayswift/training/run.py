@@ -168,7 +168,7 @@ def _initial_state(order: WorkOrder, manifest: CheckpointManifest | None) -> Tra
 
 
 def _quarantine(order: WorkOrder, run_dir: RunDir) -> Quarantine:
-    return Quarantine(f"{run_dir.url}/{QUARANTINE}", order.train_stream.rows_per_epoch, order.job.data.max_bad_fraction)
+    return Quarantine(f"{run_dir.url}/{QUARANTINE}", order.train_stream.rows_at_stake, order.job.data.max_bad_fraction)
 
 
 def _row_record(
@@ -185,7 +185,7 @@ def _row_record(
 def _held_out_quarantine(order: WorkOrder, run_dir: RunDir) -> Quarantine | None:
     if order.eval_stream is None:
         return None
-    rows = order.eval_stream.rows_per_epoch
+    rows = order.eval_stream.rows_at_stake
     return Quarantine(f"{run_dir.url}/{HELD_OUT_QUARANTINE}", rows, order.job.data.max_bad_fraction)
 
 

@@ -85,6 +85,16 @@ def test_quotas_are_what_interleaving_comes_to() -> None:
     assert quotas([100, 0], [1, 1], "first_exhausted") == [100, 0]
 
 
+@pytest.mark.parametrize(
+    ("weight", "epochs", "rows"), [(0.5, 1, 20), (0.5, 2, 40), (0.5, 9, 40), (1.0, 2, 40), (2.0, 3, 80)]
+)
+def test_bad_rows_are_a_part_of_all_that_the_epochs_can_reach(
+    tmp_path: Path, weight: float, epochs: int, rows: int
+) -> None:
+    source = DataSource(path=str(write_jsonl(tmp_path / "a.jsonl", pairs(40))), weight=weight)
+    assert plan_of(source, epochs=epochs, chunk_rows=16).rows_at_stake == rows
+
+
 def test_how_sources_are_mixed_is_part_of_the_stream(tmp_path: Path) -> None:
     large, small = write_jsonl(tmp_path / "a.jsonl", pairs(90)), write_jsonl(tmp_path / "b.jsonl", pairs(30))
     plans = {
