@@ -133,8 +133,11 @@ async def ask(client: httpx.AsyncClient, url: str, prompt: list[int]) -> tuple[i
         assert response.status_code == 200, await response.aread()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
-                first = first or time.perf_counter() - started
-                if usage := json.loads(line[6:]).get("usage"):
+                chunk = json.loads(line[6:])
+                # Half a character is no text yet: vLLM sends an empty chunk then, RaySwift none.
+                if first is None and any(choice["text"] or choice["finish_reason"] for choice in chunk["choices"]):
+                    first = time.perf_counter() - started
+                if usage := chunk.get("usage"):
                     tokens = usage["completion_tokens"]
     assert first is not None, "a stream without a chunk"
     return tokens, first
@@ -198,6 +201,7 @@ def main() -> None:
             firsts = [(a.first_token_s / b.first_token_s, (a.first_token_s - b.first_token_s) * 1000) for a, b in pairs]
             print(f"{'':11}  throughput x{statistics.median(speeds):.3f} ({' '.join(f'{one:.3f}' for one in speeds)}), "
                   f"first token x{statistics.median(one for one, _ in firsts):.3f} "
+                  f"({' '.join(f'{one:.3f}' for one, _ in firsts)}) "
                   f"({statistics.median(ms for _, ms in firsts):+.1f} ms)", flush=True)  # fmt: skip
 
 

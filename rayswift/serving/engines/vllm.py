@@ -22,7 +22,7 @@ from rayswift.models.pooling import Pooling, read_pooling
 from rayswift.models.processor import has_processor
 from rayswift.serving.engine import Delta, Embedding, EngineOptions, Prompt, Refused, Request, Sampling
 from rayswift.serving.stopping import stop_ids
-from rayswift.serving.vllm import cpu, media, pooled, sampling
+from rayswift.serving.vllm import cpu, media, plugin, pooled, sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +51,9 @@ class Vllm:
     environment_on_cpu: ClassVar[Mapping[str, str]] = {
         # What vLLM compiles by itself takes a CPU longer than it saves, and its compiler fails in a path with a space.
         "TORCH_COMPILE_DISABLE": "1",
+        # Ray preloads jemalloc into its workers, which gives large blocks back to the kernel as soon as they are free:
+        # taking them again cost a fifth of the time of a prompt. What a step needs, the next one needs again.
+        "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1",
     }
     """Beside `environment`, where there is no accelerator."""
     can_constrain: ClassVar[bool] = True
@@ -83,6 +86,11 @@ class Vllm:
 
         self._check_device()
         self._check_cpu()
+        if missing := plugin.missing():
+            _log.warning(
+                "vLLM's processes will run without %s: rayswift was installed from older code; install it again"
+                " (make serve-env)", ", ".join(sorted(missing)),
+            )  # fmt: skip
         pooling = read_pooling(self._folder)
         if has_processor(self._folder):
             self._media_encoder = media.encoder_of(self._folder, self._options.media)

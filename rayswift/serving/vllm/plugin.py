@@ -8,10 +8,17 @@ import os
 import signal
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 
+GROUP, NAMES = "vllm.general_plugins", frozenset({"rayswift-end", "rayswift-sleep"})
+"""Where vLLM looks for what it is to run, and what is ours of it (see pyproject.toml)."""
 _PR_SET_PDEATHSIG = 1
 _NAP_S = 0.0001
+
+
+def missing() -> frozenset[str]:
+    """Those of ours that vLLM's processes will not run: the installed package is older than this code, or another."""
+    return NAMES - {found.name for found in entry_points(group=GROUP)}
 
 
 def end_with_parent() -> None:
