@@ -67,7 +67,7 @@ def num_tokens(out: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--quantizer", default="gptq")
+    parser.add_argument("--quantizer", default="gptq", choices=("gptq", "awq", "int8"))  # fp8 reads no rows
     parser.add_argument("--cases", nargs="+", default=CASES)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rayswift-bench-") as name:

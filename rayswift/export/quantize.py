@@ -210,15 +210,15 @@ def _run(
             "num_calibration_samples": len(rows),
             "processor": tokenizer,
         }
-    try:
-        with _quietly(), _without_pinned_memory(), _own_attention():
+    with _quietly(), _without_pinned_memory(), _own_attention():
+        try:
             oneshot(model=model, recipe=quantizer.modifiers(layers), **given)
-    except Exception as error:  # other people's tracing of other people's models: what it raises cannot be listed
-        reason = " ".join(str(error).split())[:300]
-        raise ExportError(
-            f"cannot be quantized so by llm-compressor: {type(error).__name__}: {reason}",
-            path="model", value=type(model).__name__, fix=f"use another {_OPTION}; fp8 needs no calibration",
-        ) from error  # fmt: skip
+        except Exception as error:  # other people's tracing of other people's models: what it raises cannot be listed
+            reason = " ".join(str(error).split())[:300]
+            raise ExportError(
+                f"cannot be quantized so by llm-compressor: {type(error).__name__}: {reason}",
+                path="model", value=type(model).__name__, fix=f"use another {_OPTION}; fp8 needs no calibration",
+            ) from error  # fmt: skip
 
 
 def _inputs(row: Example) -> dict[str, torch.Tensor]:
