@@ -51,8 +51,8 @@ class Vllm:
     environment_on_cpu: ClassVar[Mapping[str, str]] = {
         # What vLLM compiles by itself takes a CPU longer than it saves, and its compiler fails in a path with a space.
         "TORCH_COMPILE_DISABLE": "1",
-        # Ray preloads jemalloc into its workers, which gives large blocks back to the kernel as soon as they are free:
-        # taking them again cost a fifth of the time of a prompt. What a step needs, the next one needs again.
+        # Ray preloads jemalloc into its workers, which gives freed memory back to the kernel: taking it again cost a
+        # fifth of the time of a prompt. What a step needs, the next one needs again.
         "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1",
     }
     """Beside `environment`, where there is no accelerator."""
