@@ -34,6 +34,14 @@ _SPARE_REQUESTS = 128
 """Requests Serve lets in beyond the engine's places, so that refusals are answered by us and at once."""
 _MAX_WAITING_REQUESTS = 256
 """Requests that may wait in Serve's proxy for one of those; further ones are told 503 and when to come back."""
+_SERVING = {
+    # Our app never blocks its loop, and in a loop of its own every chunk of a stream would cross threads twice.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # gRPC's most: between a front and a version images and sounds travel as the model reads them.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""The environment of every process of an endpoint."""
 _SURGE_PERCENT = 25
 """Replicas that an update starts beyond their number, rounded up, before it stops as many old ones."""
 
@@ -65,8 +73,9 @@ def routing_options(spec: ServeSpec) -> dict[str, Any]:
 
 def front_options() -> dict[str, Any]:
     """What Ray gives a process that has no engine in it: no core of its own, and the environment of the endpoint."""
-    variables = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "TOKENIZERS_PARALLELISM": "false"}
-    return {"num_cpus": 0, "runtime_env": {"env_vars": {**variables, "OMP_NUM_THREADS": "1"}}}
+    # A router in a loop of its own would have every delta cross threads.
+    variables = {**_SERVING, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0", "OMP_NUM_THREADS": "1"}
+    return {"num_cpus": 0, "runtime_env": {"env_vars": variables}}
 
 
 def actor_options(spec: ServeSpec) -> dict[str, Any]:
@@ -76,10 +85,8 @@ def actor_options(spec: ServeSpec) -> dict[str, Any]:
     """
     engine = plugins.load("serving.engines", spec.engine, path="engine")
     threads = str(max(1, int(spec.cpus_per_replica)))
-    # Our app never blocks its loop, and in a loop of its own every chunk of a stream would cross threads twice.
-    serving = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "TOKENIZERS_PARALLELISM": "false"}
     on_cpu = {} if spec.gpus_per_replica else getattr(engine, "environment_on_cpu", {})
-    variables = {**getattr(engine, "environment", {}), **on_cpu, **serving, "OMP_NUM_THREADS": threads}
+    variables = {**getattr(engine, "environment", {}), **on_cpu, **_SERVING, "OMP_NUM_THREADS": threads}
     python = {"py_executable": shlex.quote(spec.engine_python)} if spec.engine_python else {}
     kind = {"accelerator_type": spec.accelerator_type} if spec.accelerator_type else {}
     return {

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import numpy as np
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _PING_TIMEOUT_S, _TAKEN_TIMEOUT_S = 20.0, 10.0
 _RETRY_AFTER_S = 2
 """What clients of a full version are told to wait, where Serve does not say it."""
+_LOST = (RayError, RayServeException, grpc.RpcError, StopAsyncIteration)
+"""What a stream raises that its replica did not: the last where it ended without an end of the answer."""
 _log = logging.getLogger("rayswift.serving")
 
 
@@ -176,27 +179,34 @@ class RemoteEngine:
             self._media_encoder = await asyncio.to_thread(load_encoder, self._folder, self._spec.media)
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        deltas = self._handle.generate.options(stream=True).remote(request)
+        deltas = self._streaming("generate").remote(request)
         ended = False
         try:
             await self._taken(deltas)
-            with _in_own_words():
-                async for delta in deltas:
-                    self._heard_at = time.monotonic()
-                    ended = delta.finish_reason is not None
-                    yield delta
-                    if ended:
-                        return
+            while not ended:
+                with _in_own_words():
+                    delta = await anext(deltas)
+                self._heard_at = time.monotonic()
+                ended = delta.finish_reason is not None
+                yield delta
         finally:
             if not ended:
                 _cancel(deltas)
+
+    def _streaming(self, method: str) -> Any:
+        """A call whose answers come over Serve's own connection: as a Ray object each costs twice the processor time.
+
+        The replicas listen for it whether it is used or not. Plain pickle, since nothing of ours needs more.
+        """
+        options = {"request_serialization": "pickle", "response_serialization": "pickle", "_by_reference": False}
+        return self._handle.options(method_name=method, stream=True, **options)
 
     async def _taken(self, deltas: Any) -> None:
         """Returns when a replica has the request: while there is none, Serve would have it wait for one to start."""
         asked_at = time.monotonic()
         try:
-            with _in_own_words():
-                async with asyncio.timeout(_TAKEN_TIMEOUT_S):
+            async with asyncio.timeout(_TAKEN_TIMEOUT_S):
+                with _in_own_words():
                     await anext(deltas)
         except ApiError:
             raise  # full, which is not down
@@ -211,7 +221,7 @@ class RemoteEngine:
         self._heard_at = time.monotonic()
 
     async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
-        vectors = self._handle.embed.options(stream=True).remote(list(ids), num_dims)
+        vectors = self._streaming("embed").remote(list(ids), num_dims)
         ended = False
         try:
             await self._taken(vectors)
@@ -231,8 +241,8 @@ class RemoteEngine:
         """Ask whether a replica answers; `check` tells. One that is too full to say so has not failed by that."""
         asked_at = time.monotonic()
         try:
-            with _in_own_words():
-                async with asyncio.timeout(_PING_TIMEOUT_S):
+            async with asyncio.timeout(_PING_TIMEOUT_S):
+                with _in_own_words():
                     await self._handle.facts.remote()
         except ApiError:
             return
@@ -261,7 +271,11 @@ def _cancel(stream: Any) -> None:
 
 @contextmanager
 def _in_own_words() -> Iterator[None]:
-    """Errors of a replica as it raised them, full queues as ApiError (429), others of Ray about it as ServeError."""
+    """Errors of a replica as it raised them, full queues as ApiError (429), all others as ServeError.
+
+    A replica that is ended in the middle of a stream sends that it was cancelled, which here would look as if the
+    client's own task had been.
+    """
     try:
         yield
     except BackPressureError as error:
@@ -269,5 +283,14 @@ def _in_own_words() -> Iterator[None]:
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, ServeError) else None
         raise cause or ServeError(f"failed inside its replica: {type(error.cause or error).__name__}") from error
-    except (RayError, RayServeException) as error:
+    except ServeError:
+        raise
+    except _LOST as error:
         raise ServeError(f"was lost with its replica: {type(error).__name__}") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ServeError("was lost with its replica, which was ended") from error
+    except Exception as error:
+        raise ServeError(f"failed inside its replica: {type(error).__name__}") from error

@@ -18,13 +18,14 @@ from rayswift.errors import ServeError
 from rayswift.serving import remote
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Refused, Request, Sampling
+from rayswift.serving.placement import actor_options
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.remote import RemoteEngine, VersionReplica
 from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 
 pytestmark = pytest.mark.ray
-_SPEC = ServeSpec(models={"m": "exports/v1"})
+_SPEC = ServeSpec(models={"m": "exports/v1"}, engine="local")
 
 
 class _Engine(FakeEngine):
@@ -40,6 +41,8 @@ class _Engine(FakeEngine):
             raise ValueError("a bug")
         if first == 4:
             os._exit(1)
+        if first == 5:
+            raise _Unpicklable
         self.running += 1
         try:
             while first == 9:
@@ -48,6 +51,11 @@ class _Engine(FakeEngine):
             yield Delta("done", 1, "stop")
         finally:
             self.running -= 1
+
+
+class _Unpicklable(Exception):
+    def __reduce__(self) -> Any:
+        raise TypeError("not to be pickled")
 
 
 class _Replica(VersionReplica):
@@ -60,9 +68,13 @@ class _Replica(VersionReplica):
         return self._model.engine.running  # type: ignore[attr-defined,no-any-return]
 
 
+def _actor_options() -> dict[str, Any]:
+    return {"num_cpus": 0.1, "runtime_env": actor_options(_SPEC)["runtime_env"]}
+
+
 @contextmanager
 def _running(**options: Any) -> Iterator[Any]:
-    deployment: Any = serve.deployment(ray_actor_options={"num_cpus": 0.1}, **options)(_Replica)
+    deployment: Any = serve.deployment(ray_actor_options=_actor_options(), **options)(_Replica)
     serve.start(proxy_location="Disabled")
     try:
         yield serve.run(deployment.bind(), name="version", route_prefix=None)
@@ -84,6 +96,11 @@ async def _all(engine: RemoteEngine, first: int) -> str:
     return "".join([delta.text async for delta in engine.generate(_request(first))])
 
 
+async def _read(deltas: AsyncGenerator[Delta, None]) -> None:
+    async for _ in deltas:
+        pass
+
+
 async def _leave(engine: RemoteEngine) -> None:
     deltas = engine.generate(_request(9))
     await anext(deltas)
@@ -103,6 +120,8 @@ def test_errors_keep_their_type_and_streams_end(handle: Any) -> None:
         assert (caught.value.status, caught.value.code) == (413, "too_large")
         with pytest.raises(ServeError, match="failed inside its replica: ValueError"):
             await _all(engine, 3)
+        with pytest.raises(ServeError, match="replica"):
+            await _all(engine, 5)
         await _leave(engine)
         task = asyncio.create_task(_all(engine, 9))
         await _until(handle, 1)
@@ -112,6 +131,35 @@ def test_errors_keep_their_type_and_streams_end(handle: Any) -> None:
         await _until(handle, 0)
         with pytest.raises(ServeError, match="was lost with its replica"):
             await _all(engine, 4)
+
+    asyncio.run(scenario())
+
+
+def test_what_a_replica_that_is_ended_did_not_finish_is_lost(handle: Any) -> None:
+    """Its cancelled stream is an error to tell, and not taken for a cancelled client."""
+
+    async def scenario() -> None:
+        engine = RemoteEngine(handle, _SPEC, "exports/v1")
+        await engine.start()
+        deltas = engine.generate(_request(9))
+        await anext(deltas)
+        ending = asyncio.create_task(asyncio.to_thread(serve.delete, "version"))
+        with pytest.raises(ServeError, match="was lost with its replica"):
+            await _read(deltas)
+        await ending
+
+    asyncio.run(scenario())
+
+
+def test_a_prompt_with_large_media_reaches_its_replica(handle: Any) -> None:
+    """Beyond the 4 MiB that gRPC takes by itself."""
+    media = ({"pixel_values": np.zeros((1, 3, 1400, 1400), np.float32)},)
+
+    async def scenario() -> None:
+        engine = RemoteEngine(handle, _SPEC, "exports/v1")
+        await engine.start()
+        request = Request("r", Prompt((0,), media), Sampling(4))
+        assert [delta.text async for delta in engine.generate(request)] == ["done"]
 
     asyncio.run(scenario())
 

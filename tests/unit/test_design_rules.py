@@ -45,8 +45,8 @@ THIRD_PARTY: dict[int, set[str]] = {
     },
     4: {"deepspeed", "torchao"},
     5: {"matplotlib", "tensorboard", "tensorboardX", "wandb", "mlflow", "trackio", "vllm", "starlette", "openai",
-        "jiter", "llmcompressor", "compressed_tensors", "jsonschema_rs", "lm_eval", "aiohttp"},
-    6: {"ray", "fastapi"},
+        "jiter", "llmcompressor", "compressed_tensors", "jsonschema_rs", "lm_eval", "aiohttp", "psutil"},
+    6: {"ray", "fastapi", "grpc"},
     7: {"typer", "sklearn"},
 }  # fmt: skip
 # Of one another they may import only rayswift.data.types.

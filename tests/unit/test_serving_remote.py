@@ -56,10 +56,6 @@ class _Method:
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
 
-    def options(self, *, stream: bool) -> _Method:
-        assert stream
-        return self
-
     def remote(self, *arguments: Any) -> Any:
         return self._call(*arguments)
 
@@ -79,13 +75,10 @@ class _Handle:
     def facts(self) -> _Method:
         return _Method(self._facts)
 
-    @property
-    def generate(self) -> _Method:
-        return _Method(lambda request: self._stream(VersionReplica.generate(self.replica, request)))
-
-    @property
-    def embed(self) -> _Method:
-        return _Method(lambda ids, num_dims: self._stream(VersionReplica.embed(self.replica, ids, num_dims)))
+    def options(self, *, method_name: str, stream: bool, **transport: Any) -> _Method:
+        assert stream
+        method = getattr(VersionReplica, method_name)
+        return _Method(lambda *arguments: self._stream(method(self.replica, *arguments)))
 
     async def _facts(self) -> Facts:
         await self._reached()
