@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -66,7 +67,7 @@ class Local:
         return None if self._passes is None else self._passes.encoder.embedding
 
     async def start(self) -> None:
-        await asyncio.to_thread(self._load)
+        await _in_a_thread_that_ends(self._load)
         if self._passes is not None:  # proved while it was loaded
             _log.info("engine local is ready to embed: %s, %d tokens", self._folder, self._max_model_len)
             return
@@ -117,15 +118,29 @@ class Local:
         return self._loop
 
     def _load(self) -> None:
-        import torch
+        from rayswift.serving.local.packing import pack
 
-        dtype = None if self._options.dtype == "auto" else getattr(torch, self._options.dtype)
+        dtype = self._dtype()
         if (pooling := read_pooling(self._folder)) is not None:
             self._open_encoder(pooling, dtype)
             return
-        opened = open_loop(load_model(ModelSpec(path=self._folder), dtype=dtype), self._folder, self._options)
+        model = load_model(ModelSpec(path=self._folder), dtype=dtype)
+        if _device(self._options.device).type == "cpu":
+            pack(model)
+        opened = open_loop(model, self._folder, self._options)
         self._loop, self._max_model_len, self._media_encoder = opened.loop, opened.max_model_len, opened.media_encoder
         self._loop.start()
+
+    def _dtype(self) -> torch.dtype | None:
+        """None: as stored."""
+        import torch
+
+        from rayswift.serving.local.precision import dtype_for_cpu
+
+        if self._options.dtype != "auto":
+            named: torch.dtype = getattr(torch, self._options.dtype)
+            return named
+        return dtype_for_cpu(self._folder) if _device(self._options.device).type == "cpu" else None
 
     def _open_encoder(self, pooling: Pooling, dtype: torch.dtype | None) -> None:
         from rayswift.serving.local.embedding import Passes, open_encoder
@@ -133,6 +148,20 @@ class Local:
         device, wanted = _device(self._options.device), self._options.max_model_len
         encoder = open_encoder(self._folder, pooling, dtype, device, wanted)
         self._passes, self._max_model_len = Passes(encoder, self._options.max_concurrency), encoder.max_tokens
+
+
+async def _in_a_thread_that_ends(work: Callable[[], None]) -> None:
+    """Run what loads a model.
+
+    The threads that share a product belong to the one that asked for it. While another that once asked lives on, there
+    are more of them than cores, and then OpenMP (libgomp) sends them to sleep after every product: on two cores a
+    decode step took 1.7 times as long.
+    """
+    executor = ThreadPoolExecutor(1, thread_name_prefix="rayswift-load")
+    try:
+        await asyncio.get_running_loop().run_in_executor(executor, work)
+    finally:
+        executor.shutdown(wait=False)
 
 
 @dataclass(frozen=True)
