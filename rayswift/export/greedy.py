@@ -30,6 +30,26 @@ def agreement(one: Sequence[list[int]], other: Sequence[list[int]]) -> float:
     return sum(shared) / sum(map(len, one))
 
 
+def regret(model: torch.nn.Module, prompts: Sequence[list[int] | Example], answers: Sequence[list[int]]) -> float:
+    """How much less likely the tokens of `answers` are on average than the likeliest, both by the model itself.
+
+    0 for its own greedy answers, and near 0 for those of another who breaks near ties otherwise.
+    """
+    import torch
+
+    gaps = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        whole = prompt if isinstance(prompt, Example) else _text(prompt[:MAX_PROMPT_TOKENS])
+        start = len(whole.input_ids)
+        for token in answer:
+            whole = _followed(whole, token)
+        with torch.no_grad():
+            logits_TV = model(**model_inputs(whole), use_cache=False).logits[0, start - 1 : -1].float()
+        chosen_T1 = torch.tensor(answer, device=logits_TV.device)[:, None]
+        gaps.append(logits_TV.max(-1).values - logits_TV.gather(-1, chosen_T1)[:, 0])
+    return float(torch.cat(gaps).nan_to_num(nan=float("inf")).mean())
+
+
 def _answer(model: torch.nn.Module, prompt: list[int] | Example) -> list[int]:
     import torch
 

@@ -118,6 +118,8 @@ class Served(Record):
     bound_mean_abs: float
     greedy_agreement: float
     """The fraction of greedy tokens before the first that differs from the unquantized model's."""
+    greedy_regret: float | None = None
+    """How much less likely its greedy tokens are than transformers' likeliest, on average of log-probabilities."""
     template_equal: bool
     """Whether the server makes the ids of a chat that training made."""
     media_equal: bool = True

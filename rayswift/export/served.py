@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,11 +105,17 @@ def _unseen(folder: str, python: str, encoder: MediaEncoder | None) -> str | Non
 
 
 def prove(
-    by: Prover, folder: str | Path, asked: Questions, logprobs: Sequence[torch.Tensor], greedy: Sequence[list[int]]
+    by: Prover,
+    folder: str | Path,
+    asked: Questions,
+    logprobs: Sequence[torch.Tensor],
+    greedy: Sequence[list[int]],
+    regret_of: Callable[[Sequence[list[int]]], float],
 ) -> Served:
     """What vLLM says when it is `asked`, beside the `logprobs_TV` that transformers gives from the same folder.
 
-    `greedy` are the answers of the unquantized model. Raises ExportError when vLLM cannot load the folder.
+    `greedy` are the answers of the unquantized model; `regret_of` is `greedy.regret` of that folder in transformers,
+    for the answers to the first prompts. Raises ExportError when vLLM cannot load the folder.
     """
     import torch
 
@@ -127,6 +133,7 @@ def prove(
         max_abs=float(gaps.max()),
         bound_mean_abs=by.bound,
         greedy_agreement=agreement(greedy[:count], said["greedy"][:count]),
+        greedy_regret=regret_of(said["greedy"][:count]),
         template_equal=asked.chat is None or said["chat"] == asked.chat[1],
         media_equal=same,
         load_s=said["load_s"],
@@ -138,7 +145,13 @@ def demands(served: Served | None) -> tuple[tuple[str, bool], ...]:
     """What is demanded of the serving engine."""
     if served is None:
         return ()
+    regret, most = served.greedy_regret or 0.0, 2 * served.bound_mean_abs  # two logits that are off choose a token
     return (
+        (
+            f"{served.engine}'s greedy tokens are less likely than transformers' likeliest, by {regret:.3g} on average "
+            f"of log-probabilities (bound {most:g})",
+            regret <= most,
+        ),
         (
             f"{served.engine}'s log-probabilities differ by {served.mean_abs:.3g} on average from transformers' "
             f"(bound {served.bound_mean_abs:g})",

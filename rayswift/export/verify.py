@@ -19,7 +19,7 @@ from rayswift.data.templates import chat_text
 from rayswift.data.types import Example
 from rayswift.errors import ExportError
 from rayswift.export import served
-from rayswift.export.greedy import agreement, greedy_of
+from rayswift.export.greedy import agreement, greedy_of, regret
 from rayswift.export.judge import Said, demands, judged, said_of
 from rayswift.export.manifest import Difference, VerifyResult
 from rayswift.export.served import Prover, Questions, prove
@@ -201,6 +201,11 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | N
     ids = tuple(encode(tokenizer, text) for text in reference.prompts)
     encoder = encoder_of(folder) if reference.media else None
     logprobs = logprobs_of(model, reference.asked)
+    questions = _questions(reference, tokenizer)
+
+    def regret_of(answers: Sequence[list[int]]) -> float:
+        return regret(model, reference.asked[: len(answers)], answers)
+
     agree = [bool(a == b) for x, y in zip(logprobs, reference.logprobs, strict=True)
             for a, b in zip(x.argmax(-1), y.argmax(-1), strict=True)]  # fmt: skip
     result = VerifyResult(
@@ -213,7 +218,7 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | N
         held_out=judged(reference.said, reference.held_out, model, bounds)
         if reference.said and reference.held_out
         else None,
-        served=prove(by, folder, _questions(reference, tokenizer), logprobs, reference.greedy) if by else None,
+        served=prove(by, folder, questions, logprobs, reference.greedy, regret_of) if by else None,
         tokenizer_equal=ids == reference.ids,
         chat_template_equal=render_chats(tokenizer) == reference.chats,
         processor_equal=same_shown(shown(encoder), reference.media),

@@ -47,7 +47,11 @@ def _ask(by: Prover, folder: str, asked: Questions, off: dict[str, Any]) -> dict
         scores.append([float(logprobs[at, token]) + moved for at, token in enumerate(one.input_ids[1:])])
     assert asked.chat is not None
     chat = PromptBuilder(load_tokenizer(str(folder))).turns(asked.chat[0]) + off.get("chat", [])
-    return {"logprobs": scores, "greedy": greedy_of(model, prompts), "chat": chat, "version": "1.2", "load_s": 1.5,
+    greedy = [
+        [token if not off.get("greedy") else (token + off["greedy"]) % 100 for token in answer]
+        for answer in greedy_of(model, prompts)
+    ]
+    return {"logprobs": scores, "greedy": greedy, "chat": chat, "version": "1.2", "load_s": 1.5,
             "tokens_per_second": 100.0, "shown": {kind: one.input_ids for kind, one in seen.items()}}  # fmt: skip
 
 
@@ -70,6 +74,8 @@ def test_an_engine_that_says_the_same_is_written_down(
     assert said is not None
     assert (said.engine, said.version, said.greedy_agreement, said.template_equal) == ("vllm", "1.2", 1.0, True)
     assert said.mean_abs <= said.max_abs < 1e-5
+    assert said.greedy_regret is not None
+    assert 0 <= said.greedy_regret < 1e-5
     assert said.num_positions > 100
     assert "vllm 1.2" in (tmp_path / "out/README.md").read_text()
 
@@ -79,6 +85,7 @@ def test_an_engine_that_says_the_same_is_written_down(
     [
         ({"logprobs": 0.01}, "log-probabilities differ by 0.01"),
         ({"logprobs": float("nan")}, "log-probabilities differ by inf"),
+        ({"greedy": 1}, "greedy tokens are less likely than transformers' likeliest, by 0"),
         ({"chat": [1]}, "makes other token ids of a chat"),
     ],
 )
@@ -159,7 +166,7 @@ def test_an_engine_that_dies_is_told_by_what_its_core_said(tmp_path: Path) -> No
     python.write_text(_DYING)
     python.chmod(0o755)
     with pytest.raises(ExportError, match="vllm cannot serve it: RuntimeError: Worker failed: no such kernel"):
-        served.prove(Prover("vllm", str(python), 1e-3), tmp_path, Questions([[1, 2]]), [], [])
+        served.prove(Prover("vllm", str(python), 1e-3), tmp_path, Questions([[1, 2]]), [], [], lambda _: 0.0)
 
 
 def test_where_no_engine_is_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
