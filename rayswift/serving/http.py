@@ -143,9 +143,10 @@ class Endpoint:
         except ServeError as error:
             is_asked_for = VERSION_HEADER in http.headers
             other = None if is_asked_for else self._models[self._base(request.model)].instead_of(model)
-            if other is None or isinstance(error, ApiError | Refused):
+            if other is None or not _may_go_elsewhere(error):
                 raise
-            gate.internal_error(error)
+            if not isinstance(error, ApiError):
+                gate.internal_error(error)
         return await self._run(http, request, other, adapter, deadline)
 
     async def _run(
@@ -246,3 +247,8 @@ def _prompts(request: ChatRequest | TextRequest, prompts: PromptBuilder) -> list
 
 async def _on_refused(_: HttpRequest, error: Exception) -> Response:
     return gate.error_response(streams.told(error))
+
+
+def _may_go_elsewhere(error: ServeError) -> bool:
+    """Whether another version may give the answer: this one failed, or has no place for it."""
+    return error.status == 429 if isinstance(error, ApiError) else not isinstance(error, Refused)

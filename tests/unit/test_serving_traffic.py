@@ -259,7 +259,7 @@ def test_what_begins_in_time_is_not_given_up() -> None:
     asyncio.run(scenario())
 
 
-def test_a_refusal_for_want_of_a_place_is_no_failure(tiny_model_dir: Path) -> None:
+def test_what_a_full_version_has_no_place_for_the_live_one_answers_and_it_has_not_failed(tiny_model_dir: Path) -> None:
     pair = _Pair(tiny_model_dir, 0.5)
     counted_new = CountedEngine(pair.new)
     models = {**pair.models, _NEW: replace(pair.models[_NEW], engine=counted_new)}
@@ -271,10 +271,13 @@ def test_a_refusal_for_want_of_a_place_is_no_failure(tiny_model_dir: Path) -> No
 
     pair.new.generate = full  # type: ignore[method-assign]
     for stream in (False, True):
-        replies = {reply.status_code: reply for reply in pair.ask(2, stream=stream)}
-        assert replies[429].headers["Retry-After"] == "7"
-        assert replies[200].headers["X-RaySwift-Version"] == _OLD
+        for reply in pair.ask(2, stream=stream):
+            assert (reply.status_code, reply.headers["X-RaySwift-Version"]) == (200, _OLD)
     assert (counted_new.tally.abandoned, counted_new.tally.failed) == (2, 0)
+    pair.old.generate = full  # type: ignore[method-assign]
+    for reply in (*pair.ask(2), *pair.ask(version=_NEW)):  # both full; and who asks for one is not given another
+        assert (reply.status_code, reply.headers["Retry-After"]) == (429, "7")
+    assert all(model.admission.in_flight == 0 for model in models.values())
 
 
 class _Pair:
