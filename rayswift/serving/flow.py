@@ -68,6 +68,12 @@ def too_large(max_bytes: int) -> ApiError:
     return ApiError(f"the body is larger than {max_bytes} bytes", status=413, code="request_too_large")
 
 
+def took_too_long() -> ApiError:
+    """The 503 for an answer that this server's own deadline has ended."""
+    message = "the answer took longer than this server allows"
+    return ApiError(message, status=503, code="timeout", headers={"Retry-After": "1"})
+
+
 def choice_deltas(
     engine: Engine, requests: Sequence[Request], deadline: float
 ) -> AsyncGenerator[tuple[int, Delta], None]:
@@ -134,7 +140,7 @@ async def before(deadline: float, awaitable: Awaitable[T]) -> T:
         async with asyncio.timeout_at(deadline):
             return await awaitable
     except TimeoutError:
-        raise ApiError("the answer took longer than this server allows", status=503, code="timeout") from None
+        raise took_too_long() from None
 
 
 async def unless_gone(http: HttpRequest, awaitable: Awaitable[T]) -> T:

@@ -124,6 +124,6 @@ def _error_of(status: int | None) -> ApiError:
     if status == 404:
         return ApiError("nothing is served here", status=404, code="unknown_url")
     if status == 408:
-        return ApiError("the answer took longer than this server allows", status=503, code="timeout")
+        return flow.took_too_long()
     message = "the server is at its limit, or not ready yet; try again shortly"
     return ApiError(message, status=503, headers={"Retry-After": "1"})

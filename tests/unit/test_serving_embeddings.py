@@ -198,6 +198,7 @@ def test_a_request_that_takes_too_long_is_given_up(make: Callable[..., _Server])
         async with server.http() as client:
             reply = await client.post(_PATH, json={"model": "e", "input": ["a"] * 20})
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "timeout")
+        assert reply.headers["retry-after"] == "1"
         assert (server.engine.running, server.admission.in_flight) == (0, 0)
 
     asyncio.run(scenario())

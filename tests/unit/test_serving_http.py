@@ -326,6 +326,7 @@ def test_an_answer_that_takes_too_long_is_given_up(make: Callable[..., _Server])
     server = make(FakeEngine(gate=asyncio.Event()), request_timeout_s=0.05)
     response = server.chat()
     assert (response.status_code, response.json()["error"]["code"]) == (503, "timeout")
+    assert response.headers["retry-after"] == "1"
     assert (server.engine.running, server.admission.in_flight) == (0, 0)
 
 
