@@ -243,7 +243,7 @@ def version_application(spec: ServeSpec, model: str, folder: str) -> serve.Appli
 def front_application(spec: ServeSpec) -> serve.Application:
     """The application that answers HTTP; the versions it begins with have to run."""
     deployment: Any = serve.deployment(
-        name="endpoint", **replica_options(spec), **serve_options(spec), ray_actor_options=front_options()
+        name="endpoint", **replica_options(spec), **serve_options(spec), ray_actor_options=front_options(spec)
     )(serve.ingress()(FrontReplica))
     application: serve.Application = deployment.bind(spec)
     return application

@@ -71,10 +71,12 @@ def routing_options(spec: ServeSpec) -> dict[str, Any]:
     return {"request_router_config": router}
 
 
-def front_options() -> dict[str, Any]:
+def front_options(spec: ServeSpec) -> dict[str, Any]:
     """What Ray gives a process that has no engine in it: no core of its own, and the environment of the endpoint."""
-    # A router in a loop of its own would have every delta cross threads.
-    variables = {**_SERVING, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0", "OMP_NUM_THREADS": "1"}
+    variables = {**_SERVING, "OMP_NUM_THREADS": "1", "grpc_proxy": ""}  # a proxy for the web is none for replicas
+    if spec.routing == "load":
+        # A router in a loop of its own has every delta cross threads. Ray's prefix router waits for an actor meanwhile.
+        variables["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "0"
     return {"num_cpus": 0, "runtime_env": {"env_vars": variables}}
 
 

@@ -172,14 +172,14 @@ class RemoteEngine:
 
     async def start(self) -> None:
         with _in_own_words():
-            self._facts = await self._handle.facts.remote()
+            self._facts = await self._asked("facts", stream=False)
         if self._facts.takes_media:
             from rayswift.training.media import load_encoder
 
             self._media_encoder = await asyncio.to_thread(load_encoder, self._folder, self._spec.media)
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        deltas = self._streaming("generate").remote(request)
+        deltas = self._asked("generate", request)
         ended = False
         try:
             await self._taken(deltas)
@@ -193,13 +193,16 @@ class RemoteEngine:
             if not ended:
                 _cancel(deltas)
 
-    def _streaming(self, method: str) -> Any:
+    def _asked(self, method: str, *arguments: Any, stream: bool = True) -> Any:
         """A call whose answers come over Serve's own connection: as a Ray object each costs twice the processor time.
 
         The replicas listen for it whether it is used or not. Plain pickle, since nothing of ours needs more.
         """
-        options = {"request_serialization": "pickle", "response_serialization": "pickle", "_by_reference": False}
-        return self._handle.options(method_name=method, stream=True, **options)
+        call = self._handle.options(
+            method_name=method, stream=stream, _by_reference=False,
+            request_serialization="pickle", response_serialization="pickle",
+        )  # fmt: skip
+        return call.remote(*arguments)
 
     async def _taken(self, deltas: Any) -> None:
         """Returns when a replica has the request: while there is none, Serve would have it wait for one to start."""
@@ -221,7 +224,7 @@ class RemoteEngine:
         self._heard_at = time.monotonic()
 
     async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
-        vectors = self._streaming("embed").remote(list(ids), num_dims)
+        vectors = self._asked("embed", list(ids), num_dims)
         ended = False
         try:
             await self._taken(vectors)
@@ -243,7 +246,7 @@ class RemoteEngine:
         try:
             async with asyncio.timeout(_PING_TIMEOUT_S):
                 with _in_own_words():
-                    await self._handle.facts.remote()
+                    await self._asked("facts", stream=False)
         except ApiError:
             return
         except (ServeError, TimeoutError) as error:
@@ -267,6 +270,10 @@ def _cancel(stream: Any) -> None:
     """Free its place there. Of a stream that no replica has taken, Serve raises once more why."""
     with suppress(RayError, RayServeException):
         stream.cancel()
+        # One that is taken, but has not been heard of here, Serve (2.60) does not cancel in a loop of its own.
+        taken = stream._replica_result_future
+        if taken.done() and not taken.cancelled() and taken.exception() is None:
+            taken.result().cancel()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ class _Stream:
 
     def __init__(self, items: AsyncGenerator[Any, None]) -> None:
         self._items, self._refused, self.cancelled = items, None, False
+        self._replica_result_future: Future[Any] = Future()
 
     def __aiter__(self) -> _Stream:
         return self
@@ -71,12 +73,12 @@ class _Handle:
         self.unreachable: Exception | None = None
         self.hangs = False
 
-    @property
-    def facts(self) -> _Method:
-        return _Method(self._facts)
-
     def options(self, *, method_name: str, stream: bool, **transport: Any) -> _Method:
-        assert stream
+        assert transport == {"_by_reference": False, "request_serialization": "pickle",
+                             "response_serialization": "pickle"}  # fmt: skip
+        if not stream:
+            assert method_name == "facts"
+            return _Method(self._facts)
         method = getattr(VersionReplica, method_name)
         return _Method(lambda *arguments: self._stream(method(self.replica, *arguments)))
 
