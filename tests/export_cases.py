@@ -20,13 +20,15 @@ def shake(tensors: dict[str, torch.Tensor], size: float) -> None:
             tensor.add_(size * torch.randn(tensor.shape, generator=generator))
 
 
-def write_run(run: Path, base: Path, weights: dict[str, torch.Tensor], adapter: AdapterSpec | None) -> Job:
-    """A run directory with one checkpoint, as a training run leaves it."""
+def write_run(
+    run: Path, base: Path, weights: dict[str, torch.Tensor], adapter: AdapterSpec | None, **model: str
+) -> Job:
+    """A run directory with one checkpoint, as a training run leaves it. `model` are keys of the job's."""
     job = Job.model_validate(
         {
             "name": run.name,
             "output": str(run.parent),
-            "model": {"path": str(base)},
+            "model": {"path": str(base), **model},
             "adapter": adapter and adapter.model_dump(),
             "data": {"train": [{"path": "rows.jsonl"}]},
         }

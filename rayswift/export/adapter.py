@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import manifest as manifests
 from rayswift.export.manifest import Difference, FileEntry, Lineage, Record
+from rayswift.export.merge import adapt
 from rayswift.export.pipeline import check_base, check_output, disk_errors
-from rayswift.export.source import Source, resolve
+from rayswift.export.source import resolve
 from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, difference, encode, logprobs_of
-from rayswift.models.adapters import add_lora, attach_adapter, load_adapter_state, load_base, write_adapter
+from rayswift.models.adapters import attach_adapter, load_base, write_adapter
 from rayswift.models.loading import check_folder, load_tokenizer, local_folder
 from rayswift.models.staging import staged_folder
 
@@ -38,7 +39,7 @@ class AdapterManifest(Record):
     lineage: Lineage | None
     versions: dict[str, str]
     verify: Difference
-    """Base plus adapter, read back from disk, against base plus adapter as trained, both in float32."""
+    """Base plus adapter, read back from disk, against base plus adapter as trained, both in float32 and not packed."""
     files: dict[str, FileEntry]
 
 
@@ -62,7 +63,7 @@ def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterM
     base_sha256 = check_base(what, local_folder(what.base))
     tokenizer = load_tokenizer(what.base)
     prompts = [encode(tokenizer, text) for text in PROMPTS]
-    adapted = _adapted(what)
+    adapted = adapt(load_base(what.base, dtype="float32"), what)
     before = logprobs_of(adapted, prompts)
     with disk_errors(output), staged_folder(output, replace=force) as stage:
         write_adapter(adapted, stage, base=what.base, base_sha256=base_sha256)
@@ -80,17 +81,6 @@ def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterM
         )  # fmt: skip
         (stage / RECORD).write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return made
-
-
-def _adapted(what: Source) -> Any:
-    """The base in float32 with the trained adapter on it, not merged."""
-    model = load_base(what.base, dtype="float32")
-    if what.adapter_dir is not None:
-        return attach_adapter(model, what.adapter_dir)
-    assert what.adapter is not None
-    adapted = add_lora(model, what.adapter, seed=0, freeze=what.freeze)
-    load_adapter_state(adapted, what.weights())
-    return adapted
 
 
 def _read(folder: str) -> AdapterManifest:

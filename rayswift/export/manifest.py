@@ -88,6 +88,8 @@ class Lineage(Record):
     data: dict[str, str]
     """The sha256 of each file that was trained on; empty where the run's stream.json is not there."""
     layout: dict[str, int]
+    base_quantization: str | None = None
+    """How the base was packed in training: its weights are what the packed ones stand for; null for those stored."""
 
 
 class Quantization(Record):
@@ -198,7 +200,8 @@ class ExportManifest(Record):
     """Of the trained model in float32, before it was rounded or quantized."""
     versions: dict[str, str]
     merge: Difference | None
-    """The merged model against base plus adapter, both in float32; null without an adapter."""
+    """The merged model against base plus adapter, both in float32, the base packed where it was in training; null
+    without an adapter."""
     verify: VerifyResult | None
     """Null when verification was switched off, and for an embedding model."""
     vectors: Vectors | None = None

@@ -1,5 +1,7 @@
 """Trained tensors become one model: written over the base, or, for an adapter, merged into it and measured.
 
+An adapter is merged into what it was trained on: of a base packed into 4 bits, that is what the bits stand for.
+
 Everything here is float32 on the CPU: rounding to the dtype of the export comes last, in `export/pipeline.py`.
 """
 
@@ -15,6 +17,9 @@ from rayswift.export.manifest import Difference
 from rayswift.export.source import Source
 from rayswift.export.verify import MERGE_BOUNDS, difference, logprobs_of
 from rayswift.models.adapters import add_lora, attach_adapter, load_adapter_state, load_base
+from rayswift.models.loading import load_model
+from rayswift.models.quantized import compute_in_float32, unpack
+from rayswift.parallel.precision import compute_dtype
 from rayswift.planning.parts import part_of
 
 if TYPE_CHECKING:
@@ -22,7 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from rayswift.config.job import Part
+    from rayswift.config.job import ModelSpec, Part
 
 
 @dataclass(frozen=True)
@@ -36,24 +41,50 @@ class Merged:
 def build(source: Source, prompts: Sequence[list[int] | Example]) -> Merged:
     """The model of a source in float32. `prompts` are what a merge is measured on.
 
-    Raises ExportError when the tensors are not those of the base, or when merging changed what the model computes.
+    Raises ExportError when the tensors are not those of the base, or when merging changed what the model computes,
+    ConfigError when the base was packed in training by what is not installed.
     """
+    if source.packed is not None:
+        model, before = _as_trained(source, source.packed, prompts)
+        return merge(adapt(model, source), prompts, before)
     model = load_base(source.base, dtype="float32")
-    if source.adapter_dir is not None:
-        return merge(attach_adapter(model, source.adapter_dir), prompts)
-    if source.checkpoint is None:
+    if source.is_plain:
         return Merged(model)
-    if source.adapter is None:
+    if source.adapter is None and source.adapter_dir is None:
         overwrite(model, source.weights(), frozen=source.freeze)
         return Merged(model)
+    return merge(adapt(model, source), prompts)
+
+
+def adapt(model: PreTrainedModel, source: Source) -> PeftModel:
+    """`model` with the trained adapter on it, not merged."""
+    if source.adapter_dir is not None:
+        return attach_adapter(model, source.adapter_dir)
+    assert source.adapter is not None
     adapted = add_lora(model, source.adapter, seed=0, freeze=source.freeze)
     load_adapter_state(adapted, source.weights())
-    return merge(adapted, prompts)
+    return adapted
 
 
-def merge(adapted: PeftModel, prompts: Sequence[list[int] | Example]) -> Merged:
-    """The adapter merged into its base, and the measured difference. Raises ExportError when it is no rounding."""
-    before = logprobs_of(adapted, prompts)
+def _as_trained(
+    source: Source, spec: ModelSpec, prompts: Sequence[list[int] | Example]
+) -> tuple[PreTrainedModel, tuple[torch.Tensor, ...]]:
+    """The base unpacked, and what the adapter says on it while it is packed as in training; both in float32."""
+    packed = load_model(spec, dtype=compute_dtype(spec.dtype))
+    compute_in_float32(packed)
+    model = load_base(source.base, dtype="float32")
+    unpack(packed, model)
+    return model, logprobs_of(adapt(packed, source), prompts)
+
+
+def merge(
+    adapted: PeftModel, prompts: Sequence[list[int] | Example], before: Sequence[torch.Tensor] | None = None
+) -> Merged:
+    """The adapter merged into its base, and the measured difference. Raises ExportError when it is no rounding.
+
+    `before` is what was trained says to the prompts, where that is not `adapted` itself.
+    """
+    before = before or logprobs_of(adapted, prompts)
     try:
         model = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift import plugins
-from rayswift.config.job import AdapterSpec, DataSpec, Job, Part
+from rayswift.config.job import AdapterSpec, DataSpec, Job, ModelSpec, Part
 from rayswift.data.rendering import Rendering
 from rayswift.errors import CheckpointError, ConfigError
 from rayswift.export import manifest as export_manifest
@@ -49,6 +49,8 @@ class Source:
     """Why each newer checkpoint of the run was not taken, newest first."""
     base_sha256: str | None = None
     """The identity of the base when it was trained, where that was recorded."""
+    packed: ModelSpec | None = None
+    """How the base was packed in training; None where the adapter was trained on it as it is stored."""
     data: DataSpec | None = None
     """What was trained on; None for a folder that was not trained here."""
     rendering: Rendering | None = None
@@ -127,10 +129,16 @@ def _of_checkpoint(path: str, found: CheckpointManifest) -> Source:
         step=found.step,
         finished=found.finished,
         base_sha256=getattr(found, "base_sha256", None),
+        packed=_packed(job.model.path, job.model.dtype, job.model.quantization),
         data=job.data,
         lineage=_lineage(path, found),
         rendering=plugins.load("methods", job.method.name, path="method.name").rendering,
     )
+
+
+def _packed(base: str, dtype: Any, quantization: Any) -> ModelSpec | None:
+    """The base as training loads it, but for kernels that want a GPU; None where it is not packed."""
+    return ModelSpec(path=base, dtype=dtype, quantization=quantization) if quantization else None
 
 
 def _run_of(checkpoint: str) -> str:
@@ -150,6 +158,7 @@ def _lineage(path: str, found: CheckpointManifest) -> Lineage:
     return Lineage(
         checkpoint=path, job=found.job, ledger=found.ledger, layout=found.layout, data=data,
         ledger_sha256=hashlib.sha256(ledger.encode()).hexdigest(),
+        base_quantization=found.job["model"].get("quantization"),
     )  # fmt: skip
 
 

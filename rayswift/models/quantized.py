@@ -1,4 +1,7 @@
-"""A base kept in 4 bits: how bitsandbytes packs it so that FSDP2 can shard it."""
+"""A base kept in 4 bits: how bitsandbytes packs it so that FSDP2 can shard it, and the numbers that it then stands for.
+
+An adapter was trained on these, not on the numbers that were packed.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rayswift.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from rayswift.config.job import ModelSpec
 
 
@@ -38,3 +43,37 @@ def quantized(spec: ModelSpec) -> dict[str, Any]:
         bnb_4bit_quant_storage=dtype,
     )
     return {"quantization_config": config, "device_map": {"": "cpu"}}
+
+
+def compute_in_float32(packed: torch.nn.Module) -> None:
+    """Let a packed model compute in float32, in place. Its bytes stay as they are: only the rest is cast."""
+    import torch
+
+    for module in packed.modules():
+        if _is_packed(module):
+            layer: Any = module
+            layer.compute_dtype = layer.weight.quant_state.dtype = torch.float32
+            layer.support_avx512bf16_for_cpu = False  # that kernel would repack the bytes and multiply in bfloat16
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point() and not hasattr(tensor, "quant_state"):
+                tensor.data = tensor.data.float()
+
+
+def unpack(packed: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Write what `packed` stands for over the numbers of `model`, the same model not packed."""
+    import torch
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.no_grad():
+        for name, module in packed.named_modules():
+            own = model.get_submodule(name)
+            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if hasattr(tensor, "quant_state"):
+                    unpacked = dequantize_bnb_weight(tensor)
+                    tensor = unpacked.T if isinstance(own, Conv1D) else unpacked
+                getattr(own, key).copy_(tensor)
+
+
+def _is_packed(module: torch.nn.Module) -> bool:
+    return hasattr(module._parameters.get("weight"), "quant_state")
