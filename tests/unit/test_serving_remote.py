@@ -23,8 +23,9 @@ from rayswift.models.loading import load_tokenizer
 from rayswift.serving import remote
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Refused, Request, Sampling
+from rayswift.serving.facts import Facts
 from rayswift.serving.prompts import PromptBuilder
-from rayswift.serving.remote import Facts, RemoteEngine, VersionReplica
+from rayswift.serving.remote import RemoteEngine, VersionReplica
 from rayswift.serving.spec import ServeSpec
 
 _REQUEST = Request("r", Prompt((1,)), Sampling(4))

@@ -20,10 +20,10 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 from rayswift.errors import ConfigError, PromotionError, ServeError
 from rayswift.serving import controller, front, registry, replay, rollout
 from rayswift.serving.engine import Embedding
+from rayswift.serving.facts import Facts
 from rayswift.serving.promotion import Policy
 from rayswift.serving.questions import Question
 from rayswift.serving.registry import EndpointRecord, ModelVersions
-from rayswift.serving.remote import Facts
 from rayswift.serving.rollout import Rollout
 from rayswift.serving.routing import LEASE_S, Board, Problem, Report, Route, Routing, Target, Watched
 from rayswift.serving.spec import ServeSpec
