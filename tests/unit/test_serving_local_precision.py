@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,9 +72,9 @@ def test_what_would_not_fit_stays_as_stored(
     half_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     size = sum(file.stat().st_size for file in half_dir.glob("*.safetensors"))
-    monkeypatch.setattr(precision, "memory_left", lambda: int(2 * size / 0.8) + 2)
+    monkeypatch.setattr(precision, "memory_left", lambda: 4 * size + 2)
     assert precision.dtype_for_cpu(str(half_dir)) == torch.float32
-    monkeypatch.setattr(precision, "memory_left", lambda: int(2 * size / 0.8) - 2)
+    monkeypatch.setattr(precision, "memory_left", lambda: 4 * size - 2)
     assert precision.dtype_for_cpu(str(half_dir)) is None
     assert "has no arithmetic for" in caplog.text
 
@@ -83,12 +84,24 @@ def test_float32_stays_float32(tiny_model_dir: Path) -> None:
     assert precision.dtype_for_cpu(str(tiny_model_dir)) is None
 
 
-@pytest.mark.parametrize(("limit", "left"), [("1000\n", 1000), ("max\n", 5000), ("9000\n", 5000), (None, 5000)])
-def test_a_containers_limit_counts(
+@pytest.mark.parametrize(
+    ("limit", "left"), [("3000\n", 1200), ("max\n", 5000), ("9000\n", 5000), ("1000\n", 0), (None, 5000)]
+)
+def test_what_a_container_has_left_counts(
     limit: str | None, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
-    monkeypatch.setattr(precision, "_CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(precision, "_CGROUP", tmp_path)
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text("2000\n")
+        (tmp_path / "memory.stat").write_text("anon 1800\ninactive_file 200\nactive_file 0\n")
     assert precision.memory_left() == left
+
+
+@pytest.mark.usefixtures("avx2")
+def test_quantized_weights_stay_as_stored(half_dir: Path) -> None:
+    config = json.loads((half_dir / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}}
+    (half_dir / "config.json").write_text(json.dumps(config))
+    assert precision.dtype_for_cpu(str(half_dir)) is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,12 +97,14 @@ class Passes:
         self.encoder, self._max_batch = encoder, max_batch
         self._waiting: list[tuple[Sequence[int], asyncio.Future[np.ndarray]]] = []
         self._running: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rayswift-embed")
+        """One for all passes: each that torch computes in has threads of its own, and all together want the cores."""
         self.num_failures = 0
         """Passes that failed in a row."""
 
     @property
     def is_alive(self) -> bool:
-        """Always: each pass has a thread of its own."""
+        """Always: what fails ends a pass and not the thread."""
         return True
 
     async def vector(self, ids: Sequence[int], num_dims: int | None) -> np.ndarray:
@@ -118,11 +121,13 @@ class Passes:
             future.cancel()
         if self._running is not None:
             await self._running
+        self._thread.shutdown(wait=False)
 
     async def _run(self) -> None:
         while batch := self._next():
             try:
-                found = await asyncio.to_thread(self.encoder.vectors, [ids for ids, _ in batch])
+                texts = [ids for ids, _ in batch]
+                found = await asyncio.get_running_loop().run_in_executor(self._thread, self.encoder.vectors, texts)
             except Exception as error:  # what torch raises when memory is short, say: told to each who waits for it
                 self.num_failures += 1
                 _log.error("a pass failed", exc_info=error)

@@ -7,6 +7,7 @@ prompt of 512 tokens took 6.5 times as long in bfloat16 as in float32, and eight
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import psutil
@@ -16,23 +17,25 @@ from rayswift.models.loading import load_config, local_folder
 
 _NEEDS = {torch.bfloat16: "avx512_bw", torch.float16: "avx512_fp16"}
 """What oneDNN must find in an x86 processor to multiply this type (torch 2.13: use_mkldnn_bf16_matmul, _fp16_)."""
-_MOST_OF_MEMORY = 0.8
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_MOST_OF_MEMORY = 0.5
+_CGROUP = Path("/sys/fs/cgroup")
 _log = logging.getLogger("rayswift.serving")
 
 
 def dtype_for_cpu(path: str) -> torch.dtype | None:
     """float32 for a model whose stored type this CPU has no arithmetic for; None: as stored.
 
-    So also where float32 would take more than 0.8 of the memory that is left, which is told.
+    So also where float32 would take more than half of the memory that is left, which is told (other replicas may load
+    at the same time), and for quantized weights, of which the files do not say what they take unpacked.
     """
     folder = local_folder(path)
     config = load_config(str(folder))
     stored = config.get_text_config().dtype or config.dtype
-    if stored not in _NEEDS or is_known(stored):
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    if not isinstance(stored, torch.dtype) or stored not in _NEEDS or is_quantized or is_known(stored):
         return None
     name = str(stored).removeprefix("torch.")
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
     needed, room = size * torch.float32.itemsize // stored.itemsize, memory_left()
     if needed > _MOST_OF_MEMORY * room:
         _log.warning("%s computes in %s, which this CPU has no arithmetic for: its prompts are read several times more "
@@ -51,9 +54,12 @@ def is_known(dtype: torch.dtype) -> bool:
 
 
 def memory_left() -> int:
-    """Bytes that this process may still take, as the machine and the limit of its container say."""
+    """Bytes that may still be taken, as the machine and the limit of its container (control groups, version 2) say."""
     available = int(psutil.virtual_memory().available)
     try:
-        return min(available, int(_CGROUP_LIMIT.read_text()))
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        found = re.search(r"^inactive_file (\d+)$", (_CGROUP / "memory.stat").read_text(), re.MULTILINE)
     except (OSError, ValueError):  # no control groups, or "max"
         return available
+    cached = int(found[1]) if found else 0  # files that are let go where memory is wanted
+    return max(0, min(available, limit - used + cached))
