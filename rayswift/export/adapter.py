@@ -66,7 +66,7 @@ def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterM
     adapted = adapt(load_base(what.base, dtype="float32"), what)
     before = logprobs_of(adapted, prompts)
     with disk_errors(output), staged_folder(output, replace=force) as stage:
-        write_adapter(adapted, stage, base=what.base, base_sha256=base_sha256)
+        write_adapter(adapted, stage, base=what.base, base_sha256=base_sha256, packed=what.packed)
         after = logprobs_of(attach_adapter(load_base(what.base, dtype="float32"), str(stage)), prompts)
         change = difference(after, before, DEFAULT_BOUNDS["float32"])
         if not change.within:

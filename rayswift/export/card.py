@@ -42,7 +42,8 @@ def _origin(manifest: ExportManifest) -> Iterator[str]:
     rows: dict[str, str] = {"base": f"`{manifest.base}`, sha256 of its weights `{manifest.base_sha256}`"}
     if manifest.method:
         rows["method"] = manifest.method + (f", with {_adapter(manifest.adapter)}" if manifest.adapter else "")
-    if manifest.lineage and (packing := manifest.lineage.base_quantization):
+    packing = manifest.lineage.base_quantization if manifest.lineage else None
+    if packing := packing or (manifest.adapter or {}).get("base_quantization"):
         rows["base in training"] = f"packed as {packing}; the adapter is merged into what that stands for"
     if manifest.checkpoint_step is not None:
         rows["step"] = (

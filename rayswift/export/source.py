@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from rayswift import plugins
 from rayswift.config.job import AdapterSpec, DataSpec, Job, ModelSpec, Part
 from rayswift.data.rendering import Rendering
@@ -83,7 +85,10 @@ class Source:
         """The adapter as plain data; None for full fine-tuning and for plain folders."""
         if self.adapter is not None:
             return self.adapter.model_dump(mode="json")
-        return {"name": "lora", "folder": self.adapter_dir} if self.adapter_dir else None
+        if self.adapter_dir is None:
+            return None
+        trained_on = {"base_quantization": self.packed.quantization} if self.packed else {}
+        return {"name": "lora", "folder": self.adapter_dir, **trained_on}
 
 
 def resolve(source: str) -> Source:
@@ -138,7 +143,15 @@ def _of_checkpoint(path: str, found: CheckpointManifest) -> Source:
 
 def _packed(base: str, dtype: Any, quantization: Any) -> ModelSpec | None:
     """The base as training loads it, but for kernels that want a GPU; None where it is not packed."""
-    return ModelSpec(path=base, dtype=dtype, quantization=quantization) if quantization else None
+    if not quantization:
+        return None
+    try:
+        return ModelSpec(path=base, dtype=dtype, quantization=quantization)
+    except ValidationError as error:  # of an adapter's folder: a job was checked before
+        raise ConfigError(
+            f"packs its base as {quantization} in {dtype}, which is unknown here", path="adapter", value=base,
+            fix="use an adapter folder as RaySwift wrote it, and the version that did",
+        ) from error  # fmt: skip
 
 
 def _run_of(checkpoint: str) -> str:
@@ -180,7 +193,10 @@ def _passed_over(place: RunDir, taken: str) -> tuple[str, ...]:
 
 def _of_adapter(path: str) -> Source:
     binding = read_binding(path)
-    return Source(base=binding["base"], adapter_dir=path, base_sha256=binding["base_sha256"])
+    return Source(
+        base=binding["base"], adapter_dir=path, base_sha256=binding["base_sha256"],
+        packed=_packed(binding["base"], binding.get("dtype"), binding.get("quantization")),
+    )  # fmt: skip
 
 
 def _of_folder(path: str) -> Source:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from rayswift.config.job import AdapterSpec, Part
+    from rayswift.config.job import AdapterSpec, ModelSpec, Part
 
 BINDING = "rayswift_base.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -100,8 +100,10 @@ def save_adapter(model: PeftModel, directory: str | Path, *, base: str) -> None:
         write_adapter(model, stage, base=base, base_sha256=base_sha256)
 
 
-def write_adapter(model: PeftModel, folder: Path, *, base: str, base_sha256: str) -> None:
-    """As `save_adapter`, into a folder that is there and that nobody trusts yet."""
+def write_adapter(
+    model: PeftModel, folder: Path, *, base: str, base_sha256: str, packed: ModelSpec | None = None
+) -> None:
+    """As `save_adapter`, into a folder that is there and that nobody trusts yet. `packed` says how the base was."""
     from safetensors.torch import save_file
 
     config = model.peft_config["default"]
@@ -109,8 +111,10 @@ def write_adapter(model: PeftModel, folder: Path, *, base: str, base_sha256: str
     config.save_pretrained(str(folder))
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
     save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    binding = json.dumps({"base": base, "base_sha256": base_sha256}, indent=2)
-    (folder / BINDING).write_text(binding + "\n", encoding="utf-8")
+    binding = {"base": base, "base_sha256": base_sha256}
+    if packed is not None and packed.quantization is not None:
+        binding |= {"quantization": packed.quantization, "dtype": packed.dtype}
+    (folder / BINDING).write_text(json.dumps(binding, indent=2) + "\n", encoding="utf-8")
 
 
 def merge_adapter(base_dir: str, adapter_dir: str) -> PreTrainedModel:
@@ -151,7 +155,10 @@ def check_binding(base_dir: str, adapter_dir: str) -> None:
 
 
 def read_binding(adapter_dir: str) -> dict[str, Any]:
-    """`base` and `base_sha256` of an adapter folder. Raises ConfigError when it names none."""
+    """`base` and `base_sha256` of an adapter folder, and `quantization` and `dtype` where the base was packed.
+
+    Raises ConfigError when it names no base.
+    """
     if not (Path(adapter_dir) / BINDING).is_file():
         raise ConfigError(
             f"has no {BINDING}: which weights it was trained on is unknown",

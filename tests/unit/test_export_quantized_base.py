@@ -19,7 +19,7 @@ from rayswift.export.card import CARD
 from rayswift.export.manifest import MANIFEST, read, read_valid
 from rayswift.export.pipeline import export
 from rayswift.export.source import resolve
-from rayswift.models.adapters import add_lora, load_adapter_state, load_base
+from rayswift.models.adapters import BINDING, add_lora, load_adapter_state, load_base
 from rayswift.models.init import init_model
 from rayswift.models.loading import load_model
 from tests.export_cases import shake, write_run
@@ -117,10 +117,21 @@ def test_a_manifest_from_before_is_read(tmp_path: Path, tiny_model_dir: Path) ->
 
 
 def test_an_adapter_alone_says_what_it_was_trained_on(tmp_path: Path, tiny_model_dir: Path) -> None:
-    make_run(tmp_path / "run", tiny_model_dir, quantization="nf4")
+    """So that its folder, or one made of that, is merged into the same."""
+    trained, _ = make_run(tmp_path / "run", tiny_model_dir, quantization="nf4")
     made = export_adapter(str(tmp_path / "run"), str(tmp_path / "adapter"))
     assert made.lineage is not None
     assert made.lineage.base_quantization == "nf4"
+    export_adapter(str(tmp_path / "adapter"), str(tmp_path / "again"))
+    manifest = export(str(tmp_path / "again"), str(tmp_path / "out"))
+    assert gap(exported(tmp_path / "out"), trained) < 1e-4
+    assert manifest.adapter is not None
+    assert manifest.adapter["base_quantization"] == "nf4"
+    file = tmp_path / "again" / BINDING
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization": "nf2"}))
+    with pytest.raises(ConfigError, match="packs its base as nf2 in float32, which is unknown here"):
+        export(str(tmp_path / "again"), str(tmp_path / "other"))
+    assert "| base in training | packed as nf4" in (tmp_path / "out" / CARD).read_text()
 
 
 def test_without_bitsandbytes_it_is_refused(
