@@ -73,21 +73,24 @@ def export(
     dtype: str | None = None,
     force: bool = False,
     quantize: QuantizeSpec | None = None,
+    max_difference: float | None = None,
     engine: str = "none",
     engine_bound: float | None = None,
 ) -> ExportManifest:
     """The manifest of a verified Hugging Face folder made from a run, a checkpoint or a model folder.
 
-    `engine` is the serving engine that has to answer from it too: vllm, auto or none; `engine_bound` bounds how far its
-    log-probabilities may be off on average.
+    `max_difference` bounds how far its log-probabilities may be off the trained model's on average. `engine` is the
+    serving engine that has to answer from it too: vllm, auto or none; `engine_bound` bounds how far that one's may be
+    off on average.
 
     Raises ExportError (exit 5) when it does not verify; then nothing is left at `output`.
     """
     from rayswift.export.pipeline import export as export_folder
 
     return export_folder(
-        source, output, dtype=dtype, force=force, quantize=quantize, engine=engine, engine_bound=engine_bound
-    )
+        source, output, dtype=dtype, force=force, quantize=quantize, max_difference=max_difference, engine=engine,
+        engine_bound=engine_bound,
+    )  # fmt: skip
 
 
 def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterManifest:

@@ -61,7 +61,8 @@ def model_init(
 @app.command()
 def export(
     source: Annotated[str, typer.Argument(help="A run directory, a checkpoint, or a Hugging Face folder.")],
-    output: Annotated[str, typer.Argument(help="Folder to write.")],
+    output: Annotated[str | None, typer.Argument(help="Folder to write; also as --output.")] = None,
+    output_option: Annotated[str | None, typer.Option("--output", "-o", help="The same as OUTPUT.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the written weights; default: as trained.")] = None,
     quantizer: Annotated[str, typer.Option(help="none, gptq, awq, int8 or fp8.")] = "none",
     bits: Annotated[int | None, typer.Option(help="Bits of a quantized weight: gptq 4 or 8.  [default: 4]")] = None,
@@ -75,6 +76,9 @@ def export(
     ] = None,
     min_agreement: Annotated[
         float | None, typer.Option(help="Least part of positions whose most likely token stays the same.")
+    ] = None,
+    max_difference: Annotated[
+        float | None, typer.Option(min=0, help="Most that log-probabilities may be off the trained model's on average.")
     ] = None,
     engine: Annotated[str, typer.Option(help="Serving engine that is to answer from it too: auto, vllm or none.")] = (
         "auto"
@@ -97,9 +101,11 @@ def export(
     from rayswift import api
     from rayswift.export.quantize import asked
 
+    output = _one_of(output, output_option)
     if adapter_only:
-        if quantizer != "none" or dtype is not None:
-            raise ConfigError("goes with neither --quantizer nor --dtype", path="--adapter-only", fix="leave them out")
+        if quantizer != "none" or dtype is not None or max_difference is not None:
+            raise ConfigError("goes with none of --quantizer, --dtype and --max-difference", path="--adapter-only",
+                              fix="leave them out")  # fmt: skip
         alone = api.export_adapter(source, output, force=force)
         print_result(
             alone.model_dump(mode="json"),
@@ -116,7 +122,7 @@ def export(
         num_held_out=held_out_rows,
     )  # fmt: skip
     manifest = api.export(source, output, dtype=dtype, force=force, quantize=quantize, engine=engine,
-                          engine_bound=max_engine_difference)  # fmt: skip
+                          max_difference=max_difference, engine_bound=max_engine_difference)  # fmt: skip
     text = f"{output}: {len(manifest.files)} files, verified; manifest {os.path.join(output, 'rayswift.json')}"
     if manifest.quantization and manifest.verify and manifest.verify.held_out:
         size = sum(entry.size for name, entry in manifest.files.items() if name.endswith(".safetensors"))
@@ -135,6 +141,15 @@ def export(
         state = "finished" if manifest.run_finished else "not finished"
         text += f"\nfrom step {manifest.checkpoint_step}; the run was {state}"
     print_result(manifest.model_dump(mode="json"), text, as_json)
+
+
+def _one_of(output: str | None, option: str | None) -> str:
+    """OUTPUT, which may be given in two ways. Raises ConfigError unless it is given in one."""
+    found = [one for one in (output, option) if one is not None]
+    if len(found) == 1:
+        return found[0]
+    rule = "is missing" if not found else f"is given twice: {found[0]} and {found[1]}"
+    raise ConfigError(rule, path="OUTPUT", fix="name the folder to write once: rayswift export SOURCE OUTPUT")
 
 
 @app.command()

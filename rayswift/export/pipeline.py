@@ -62,17 +62,19 @@ def export(
     prompts: Sequence[str] = PROMPTS,
     quantize: QuantizeSpec | None = None,
     engine: str = "none",
+    max_difference: float | None = None,
     engine_bound: float | None = None,
 ) -> ExportManifest:
     """The manifest of the folder written to `output` from a run, a checkpoint, an adapter folder or a model.
 
     `dtype` is that of the weights written, or of what a quantizer leaves; None keeps the base's. `bounds` default to
-    `DEFAULT_BOUNDS` of that dtype, or the quantizer's. `engine` is the serving engine that has to answer from the
-    folder too: vllm, auto (where its environment is there) or none; `engine_bound` is for the mean difference of its
-    log-probabilities from transformers'. An embedding model is copied and asked for its vectors: of the options it
-    takes `force` and `prompts`, its texts. An existing `output` is replaced only with `force`. Raises ConfigError for a
-    bad source or output, CheckpointError for a checkpoint that cannot be trusted, ExportError when the result cannot
-    be written or does not verify; `output` is then as it was before.
+    `DEFAULT_BOUNDS` of that dtype, or the quantizer's; `max_difference` takes the place of their `mean_abs`. `engine`
+    is the serving engine that has to answer from the folder too: vllm, auto (where its environment is there) or none;
+    `engine_bound` is for the mean difference of its log-probabilities from transformers'. An embedding model is copied
+    and asked for its vectors: of the options it takes `force` and `prompts`, its texts. An existing `output` is
+    replaced only with `force`. Raises ConfigError for a bad source or output, CheckpointError for a checkpoint that
+    cannot be trusted, ExportError when the result cannot be written or does not verify; `output` is then as it was
+    before.
     """
     import torch
 
@@ -85,7 +87,8 @@ def export(
     check_output(output, keep=(source, str(base)), force=force)
     base_sha256 = check_base(what, base)
     if what.is_plain and read_pooling(str(base), field="SOURCE") is not None:
-        _refuse(quantizer=quantize.name if quantize else None, dtype=dtype, engine=engine if engine == "vllm" else None)
+        _refuse(quantizer=quantize.name if quantize else None, dtype=dtype, max_difference=max_difference,
+                engine=engine if engine == "vllm" else None)  # fmt: skip
         check_engine(engine)
         return _export_embedding(what.base, base, base_sha256, output, prompts, force=force)
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
@@ -110,7 +113,11 @@ def export(
         _write_model(merged.model, base, stage)
         if done:
             write_ignored(stage, done)
-        result = compare(reference, stage, bounds or DEFAULT_BOUNDS[dtype], by) if reference else None
+        result = (
+            compare(reference, stage, (bounds or DEFAULT_BOUNDS[dtype]).with_mean(max_difference), by)
+            if reference
+            else None
+        )
         manifest = ExportManifest(
             base=what.base,
             base_sha256=base_sha256,
@@ -132,7 +139,7 @@ def export(
         return _signed(manifest, what.run, output, stage)
 
 
-def _refuse(**given: str | None) -> None:
+def _refuse(**given: str | float | None) -> None:
     """Raises ConfigError for an option that an embedding model has no use for."""
     for name, value in given.items():
         if value is not None:

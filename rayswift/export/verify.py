@@ -58,6 +58,12 @@ class Bounds:
     perplexity: float = 1.0
     engine: float | None = None
 
+    def with_mean(self, mean_abs: float | None) -> Bounds:
+        """With another bound on average, and ten times that at most where there is one; None changes nothing."""
+        if mean_abs is None:
+            return self
+        return replace(self, mean_abs=mean_abs, max_abs=None if self.max_abs is None else 10 * mean_abs)
+
 
 DEFAULT_BOUNDS = {
     "float32": Bounds(1e-3, 1e-4),

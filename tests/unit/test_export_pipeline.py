@@ -157,6 +157,11 @@ def test_dtype_is_rounded_once_and_bounded(full_run: tuple[Path, torch.Tensor], 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
     with pytest.raises(ExportError, match="did not verify: log-probabilities differ"):
         export(str(full_run[0]), str(tmp_path / "strict"), dtype="bfloat16", bounds=Bounds(1e-6, 1e-6))
+    with pytest.raises(ExportError, match=r"and \S+ on average \(bound 1e-06\)"):
+        export(str(full_run[0]), str(tmp_path / "strict"), dtype="bfloat16", max_difference=1e-6)
+    wide = export(str(full_run[0]), str(tmp_path / "wide"), dtype="bfloat16", max_difference=0.2).verify
+    assert wide is not None
+    assert (wide.logprobs.bound_mean_abs, wide.logprobs.bound_max_abs) == (0.2, 2.0)
     with pytest.raises(ConfigError, match="--dtype=int3 is not a dtype"):
         export(str(full_run[0]), str(tmp_path / "strict"), dtype="int3")
     assert not (tmp_path / "strict").exists()
