@@ -209,7 +209,7 @@ def test_the_config_for_serve_deploy_is_one() -> None:
     made = ServeDeploySchema.model_validate(yaml.safe_load((root / "serve/config.yaml").read_text()))
     (application,) = made.applications
     assert application.import_path == "serve.app:app"
-    assert set(application.runtime_env["env_vars"]) == {"RAYSWIFT_SERVE", "RAYSWIFT_API_KEY"}
+    assert set(application.runtime_env["env_vars"]) == {"PYTHONPATH", "RAYSWIFT_SERVE", "RAYSWIFT_API_KEY"}
     assert made.http_options.host == "127.0.0.1"
 
 
