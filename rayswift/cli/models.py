@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rayswift.cli.options import Force, Json, print_result
 from rayswift.errors import ConfigError
 from rayswift.units import format_bytes
+
+if TYPE_CHECKING:
+    from rayswift.export.manifest import ExportManifest
 
 app = typer.Typer()
 model_app = typer.Typer(help="Base models.", no_args_is_help=True)
@@ -123,11 +126,17 @@ def export(
     )  # fmt: skip
     manifest = api.export(source, output, dtype=dtype, force=force, quantize=quantize, engine=engine,
                           max_difference=max_difference, engine_bound=max_engine_difference)  # fmt: skip
+    print_result(manifest.model_dump(mode="json"), _told(manifest, output), as_json)
+
+
+def _told(manifest: ExportManifest, output: str) -> str:
+    """What was written and proved, for a person."""
     text = f"{output}: {len(manifest.files)} files, verified; manifest {os.path.join(output, 'rayswift.json')}"
     if manifest.quantization and manifest.verify and manifest.verify.held_out:
         size = sum(entry.size for name, entry in manifest.files.items() if name.endswith(".safetensors"))
+        before = format_bytes(manifest.quantization.bytes_before)
         text += (
-            f"\n{quantizer}: {format_bytes(manifest.quantization.bytes_before)} -> {format_bytes(size)}, perplexity "
+            f"\n{manifest.quantizer}: {before} -> {format_bytes(size)}, perplexity "
             f"x{manifest.verify.held_out.perplexity_ratio:.4f} on {manifest.verify.held_out.rows.num_rows} held-out "
             f"rows, the same most likely token at {manifest.verify.held_out.top1_agreement:.1%} of their places"
         )
@@ -140,7 +149,7 @@ def export(
     if manifest.checkpoint_step is not None:
         state = "finished" if manifest.run_finished else "not finished"
         text += f"\nfrom step {manifest.checkpoint_step}; the run was {state}"
-    print_result(manifest.model_dump(mode="json"), text, as_json)
+    return text
 
 
 def _one_of(output: str | None, option: str | None) -> str:

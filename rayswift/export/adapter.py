@@ -15,9 +15,10 @@ from rayswift.errors import ConfigError, ExportError
 from rayswift.export import manifest as manifests
 from rayswift.export.manifest import Difference, FileEntry, Lineage, Record
 from rayswift.export.merge import adapt
-from rayswift.export.pipeline import check_base, check_output, disk_errors
+from rayswift.export.pipeline import check_base, check_output
 from rayswift.export.source import resolve
 from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, difference, encode, logprobs_of
+from rayswift.export.written import disk_errors
 from rayswift.models.adapters import attach_adapter, load_base, write_adapter
 from rayswift.models.loading import check_folder, load_tokenizer, local_folder
 from rayswift.models.staging import staged_folder

@@ -7,11 +7,8 @@ at all.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,30 +22,23 @@ from rayswift.export.merge import build
 from rayswift.export.quantize import QuantizeSpec, load_quantizer, write_ignored
 from rayswift.export.quantize import quantize as quantize_model
 from rayswift.export.rows import Rows, read_rows_of
-from rayswift.export.served import ENGINE_BOUNDS, check_engine, prover
+from rayswift.export.served import ENGINE_BOUNDS, Prover, check_engine, prover
 from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source, resolve
 from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, Bounds, compare, encode, probe
+from rayswift.export.written import disk_errors, write_model
 from rayswift.models.adapters import weights_sha256
 from rayswift.models.folder import stored_dtype
-from rayswift.models.hub_names import write_hub_names
-from rayswift.models.loading import check_folder, load_config, load_tokenizer, local_folder, quiet_progress
+from rayswift.models.loading import check_folder, load_config, load_tokenizer, local_folder
 from rayswift.models.pooling import read_pooling
 from rayswift.models.staging import is_empty_folder, staged_folder
-from rayswift.units import format_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from rayswift.data.media.encoder import MediaEncoder
+    from rayswift.export.quantizers import Quantizer
     from rayswift.training.run_dir import RunDir
-
-_SHARD_SIZE = "5GB"
-_COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
-    *("tekken.json", "chat_template.*", "additional_chat_templates/*", "generation_config.json"),
-    "*processor_config.json",
-)
-"""What is copied as it is: a tokenizer that is loaded and saved again may come out another one."""
 
 
 def export(
@@ -92,14 +82,8 @@ def export(
         check_engine(engine)
         return _export_embedding(what.base, base, base_sha256, output, prompts, force=force)
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
-    own_bound = quantizer.bounds.engine if quantizer else None
-    is_packed = quantizer is not None and quantizer.is_packed
     encoder = encoder_of(base)
-    by, note = prover(
-        engine, base, engine_bound or own_bound or ENGINE_BOUNDS[dtype], is_packed=is_packed, encoder=encoder
-    )
-    if note:
-        print(f"note: {note}", file=sys.stderr)
+    by = _prover(engine, base, engine_bound, quantizer, dtype, encoder)
     tokenizer = load_tokenizer(str(base))
     calibration, held_out = _rows(what, tokenizer, quantize, needs_rows=quantizer is not None and quantizer.needs_rows)
     merged = build(what, [*(encode(tokenizer, text) for text in prompts), *shown(encoder).values()])
@@ -110,14 +94,11 @@ def export(
         if quantize and quantizer and calibration:
             done = quantize_model(merged.model, tokenizer, quantize, quantizer, calibration)
             bounds = bounds or quantize.bounds(quantizer)
-        _write_model(merged.model, base, stage)
+        write_model(merged.model, base, stage)
         if done:
             write_ignored(stage, done)
-        result = (
-            compare(reference, stage, (bounds or DEFAULT_BOUNDS[dtype]).with_mean(max_difference), by)
-            if reference
-            else None
-        )
+        bounds = (bounds or DEFAULT_BOUNDS[dtype]).with_mean(max_difference)
+        result = compare(reference, stage, bounds, by) if reference else None
         manifest = ExportManifest(
             base=what.base,
             base_sha256=base_sha256,
@@ -137,6 +118,18 @@ def export(
             files={},
         )
         return _signed(manifest, what.run, output, stage)
+
+
+def _prover(
+    engine: str, base: Path, bound: float | None, quantizer: Quantizer | None, dtype: str, encoder: MediaEncoder | None
+) -> Prover | None:
+    """The serving engine to prove in; why there is none is told."""
+    bound = bound or (quantizer.bounds.engine if quantizer else None) or ENGINE_BOUNDS[dtype]
+    is_packed = quantizer is not None and quantizer.is_packed
+    by, note = prover(engine, base, bound, is_packed=is_packed, encoder=encoder)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    return by
 
 
 def _refuse(**given: str | float | None) -> None:
@@ -250,55 +243,3 @@ def _dtype(asked: str | None, base: Path, *, is_quantized: bool = False) -> str:
     if dtype not in DEFAULT_BOUNDS:
         raise ConfigError("is not a dtype", path="--dtype", value=dtype, fix=f"use {', '.join(DEFAULT_BOUNDS)}")
     return dtype
-
-
-def _write_model(model: PreTrainedModel, base: Path, stage: Path) -> None:
-    """Weights, config, tokenizer, template and generation settings."""
-    _check_space(model, stage)
-    _restore_cache(model, base)
-    with quiet_progress(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")  # of a quantizer
-        model.save_pretrained(stage, max_shard_size=_SHARD_SIZE)
-    write_hub_names(stage)
-    for pattern in _COMPANIONS:
-        for file in filter(Path.is_file, base.glob(pattern)):
-            target = stage / file.relative_to(base)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
-
-
-def _restore_cache(model: PreTrainedModel, base: Path) -> None:
-    """What the base's config says of the cache: off is for training only."""
-    before = load_config(str(base))
-    for config, own in ((model.config, before), (model.config.get_text_config(), before.get_text_config())):
-        config.use_cache = getattr(own, "use_cache", True)
-
-
-def _check_space(model: PreTrainedModel, stage: Path) -> None:
-    """Raises ExportError when the weights alone are more than what is free."""
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    free = shutil.disk_usage(stage).free
-    if needed > free:
-        raise ExportError(
-            f"needs {format_bytes(needed)}, of which {format_bytes(free)} are free",
-            path="OUTPUT",
-            value=str(stage.parent),
-            fix="make room or name a folder on another disk",
-        )
-
-
-@contextmanager
-def disk_errors(output: str) -> Iterator[None]:
-    """Turns a full disk, a missing permission and the like into an ExportError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ExportError(
-            f"could not be written: {reason}",
-            path="OUTPUT",
-            value=output,
-            fix="make room or name a folder on another disk; nothing was left there",
-        ) from error

@@ -115,13 +115,13 @@ def _lose_the_processor(stage: Path) -> None:
 def test_a_lost_tower_or_processor_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], message: str
 ) -> None:
-    base, write = make("llava", tmp_path / "base"), pipeline._write_model
+    base, write = make("llava", tmp_path / "base"), pipeline.write_model
 
     def damaged(*args: Any) -> None:
         write(*args)
         damage(args[-1])
 
-    monkeypatch.setattr(pipeline, "_write_model", damaged)
+    monkeypatch.setattr(pipeline, "write_model", damaged)
     with pytest.raises(ExportError, match=message):
         export(str(base), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

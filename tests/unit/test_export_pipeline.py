@@ -206,13 +206,13 @@ def _damage_tokenizer(stage: Path) -> None:
 def test_what_does_not_verify_is_not_left_behind(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, message: str
 ) -> None:
-    write = pipeline._write_model
+    write = pipeline.write_model
 
     def damaged(*args: Any) -> None:
         write(*args)
         damage(args[-1])
 
-    monkeypatch.setattr(pipeline, "_write_model", damaged)
+    monkeypatch.setattr(pipeline, "write_model", damaged)
     with pytest.raises(ExportError, match=message) as caught:
         export(str(tiny_model_dir), str(tmp_path / "out"))
     assert caught.value.exit_code == 5

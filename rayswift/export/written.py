@@ -1,0 +1,78 @@
+"""The files of a model folder on their way to a disk: weights and what belongs to them, if there is room."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayswift.errors import ExportError
+from rayswift.models.hub_names import write_hub_names
+from rayswift.models.loading import load_config, quiet_progress
+from rayswift.units import format_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SHARD_SIZE = "5GB"
+_COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
+    *("tekken.json", "chat_template.*", "additional_chat_templates/*", "generation_config.json"),
+    "*processor_config.json",
+)
+"""What is copied as it is: a tokenizer that is loaded and saved again may come out another one."""
+
+
+def write_model(model: PreTrainedModel, base: Path, stage: Path) -> None:
+    """Weights, config, tokenizer, template and generation settings."""
+    _check_space(model, stage)
+    _restore_cache(model, base)
+    with quiet_progress(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")  # of a quantizer
+        model.save_pretrained(stage, max_shard_size=_SHARD_SIZE)
+    write_hub_names(stage)
+    for pattern in _COMPANIONS:
+        for file in filter(Path.is_file, base.glob(pattern)):
+            target = stage / file.relative_to(base)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def _restore_cache(model: PreTrainedModel, base: Path) -> None:
+    """What the base's config says of the cache: off is for training only."""
+    before = load_config(str(base))
+    for config, own in ((model.config, before), (model.config.get_text_config(), before.get_text_config())):
+        config.use_cache = getattr(own, "use_cache", True)
+
+
+def _check_space(model: PreTrainedModel, stage: Path) -> None:
+    """Raises ExportError when the weights alone are more than what is free."""
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(stage).free
+    if needed > free:
+        raise ExportError(
+            f"needs {format_bytes(needed)}, of which {format_bytes(free)} are free",
+            path="OUTPUT",
+            value=str(stage.parent),
+            fix="make room or name a folder on another disk",
+        )
+
+
+@contextmanager
+def disk_errors(output: str) -> Iterator[None]:
+    """Turns a full disk, a missing permission and the like into an ExportError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ExportError(
+            f"could not be written: {reason}",
+            path="OUTPUT",
+            value=output,
+            fix="make room or name a folder on another disk; nothing was left there",
+        ) from error
