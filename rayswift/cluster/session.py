@@ -222,7 +222,7 @@ def _init_local(folder: str, object_store_bytes: int) -> None:
         object_store_memory=object_store_bytes,
         logging_level=logging.ERROR,
         log_to_driver=False,
-        _temp_dir=folder,
+        _temp_dir=os.path.join(folder, "r"),  # Ray lets everybody write to it: what keeps others out is the one above
         runtime_env={"env_vars": process_environment(1), **worker_python()},
     )
 

@@ -6,6 +6,7 @@ Ray asks for its token here, as it does of a user who sets nothing; most other t
 from __future__ import annotations
 
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -184,6 +185,14 @@ def test_no_dashboard_listens() -> None:
     (dashboard,) = _named("dashboard/dashboard.py")
     assert [address for address in _listening(dashboard) if address[0].startswith("127.")] == []
     assert "--disable-frontend" in dashboard.cmdline()
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_no_other_user_gets_into_the_folder_of_rays_sockets_and_logs(place: Path) -> None:
+    """Ray itself lets everybody write to its own."""
+    (folder,) = place.glob("rayswift-*")
+    assert list(folder.glob("*/session_*/sockets/*"))
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def _listening(process: psutil.Process) -> list[tuple[str, int]]:
