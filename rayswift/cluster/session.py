@@ -33,6 +33,13 @@ _ENVIRONMENT = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
+_HAPROXY_FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "a",  # short: a node's id comes before it, and sockets have short paths
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "m",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+}
 _SET_BY_USER = frozenset(os.environ)
 _KNOCK_TIMEOUT_S = 10.0
 _OBJECT_STORE_BYTES = 2 * 10**9
@@ -190,6 +197,7 @@ def _start_local() -> str:
     # Nothing drains a node of one machine's own cluster: its watcher would only cost a process.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     folder = _private_folder()
+    os.environ.update(_haproxy_files(folder))
     free = shutil.disk_usage("/dev/shm").free if sys.platform == "linux" else _OBJECT_STORE_BYTES
     object_store_bytes = max(100 * 10**6, min(_OBJECT_STORE_BYTES, int(free * _LOCAL_OBJECT_STORE_FRACTION)))
     try:
@@ -198,6 +206,17 @@ def _start_local() -> str:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
+
+
+def _haproxy_files(folder: str) -> dict[str, str]:
+    """Has HAProxy, where it is asked for, keep its files in a private folder; what the user sets wins.
+
+    Ray puts them under /tmp, its admin socket with a mode that lets every user of the machine write to it: they could
+    have requests, keys and all, sent to themselves. (ray 2.60)
+    """
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+        return {}
+    return {name: os.path.join(folder, file) for name, file in _HAPROXY_FILES.items() if name not in _SET_BY_USER}
 
 
 def _private_folder() -> str:

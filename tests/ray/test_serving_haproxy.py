@@ -77,11 +77,6 @@ def endpoint(place: Path, tiny_model_dir: Path, free_port: Callable[[], int]) ->
     (place / "serve.yaml").write_text(yaml.safe_dump(spec))
     variables = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(place / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(place / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(place / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(place),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(place / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(count_ports[0]), "RAY_SERVE_HAPROXY_METRICS_PORT": str(count_ports[1]),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # in which a balancer would notice that a replica ends
         "RAY_AUTH_TOKEN_PATH": str(place / "token"), "RAYSWIFT_TMPDIR": str(place),
@@ -198,3 +193,14 @@ def test_no_other_user_gets_into_the_folder_of_rays_sockets_and_logs(place: Path
 def _listening(process: psutil.Process) -> list[tuple[str, int]]:
     """(address, port) of all that it listens at."""
     return [(one.laddr.ip, one.laddr.port) for one in process.net_connections("tcp") if one.status == "LISTEN"]
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_no_other_user_gets_at_the_socket_that_haproxy_is_ordered_by(place: Path) -> None:
+    """Its own mode lets everybody write, and who does can have requests sent to himself, keys and all."""
+    sockets = [Path(words[-1]) for words in map(str.split, Path("/proc/net/unix").read_text().splitlines())
+               if words[-1].startswith(str(place)) and "/r/" not in words[-1]]  # fmt: skip
+    assert sockets
+    for socket in sockets:
+        session = place / socket.relative_to(place).parts[0]
+        assert stat.S_IMODE(session.stat().st_mode) == 0o700

@@ -162,7 +162,7 @@ def test_every_node_installs_this_checkout_with_its_constraints(name: str) -> No
     config = load(name)
     sources = {local for remote, local in config["file_mounts"].items() if remote.startswith("~/rayswift-source/")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert sources == {"rayswift", "pyproject.toml", "constraints.txt", project["readme"]}
+    assert sources == {"rayswift", "serve", "pyproject.toml", "constraints.txt", project["readme"]}
     assert all((ROOT / local).exists() for local in sources)
     lists = [config["head_setup_commands"], config["worker_setup_commands"]]
     lists += [pool["worker_setup_commands"] for pool in pools(config).values() if "worker_setup_commands" in pool]
