@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -83,6 +84,19 @@ def ray_temp_dir() -> Iterator[str]:
 @pytest.fixture
 def ray_local(ray_temp_dir: str) -> Iterator[None]:
     """A private two-CPU Ray cluster in this process, shut down after the test."""
+    with _ray(ray_temp_dir):
+        yield
+
+
+@pytest.fixture(scope="module")
+def ray_of_module(ray_temp_dir: str) -> Iterator[None]:
+    """The same for all tests of a module, which leave nothing running there."""
+    with _ray(ray_temp_dir):
+        yield
+
+
+@contextmanager
+def _ray(ray_temp_dir: str) -> Iterator[None]:
     import ray
 
     from rayswift.cluster.session import worker_python

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -199,7 +200,8 @@ def _run(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quantizer: Quantizer, layers: Layers,
     rows: Sequence[Example],
 ) -> None:  # fmt: skip
-    from llmcompressor.entrypoints.oneshot import oneshot
+    with redirect_stdout(sys.stderr):  # as it is imported it tells that there is no accelerator
+        from llmcompressor.entrypoints.oneshot import oneshot
     from torch.utils.data import DataLoader
 
     given: dict[str, Any] = {}

@@ -84,7 +84,7 @@ def _running(**options: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def handle(ray_local: None) -> Iterator[Any]:
+def handle(ray_of_module: None) -> Iterator[Any]:
     with _running() as found:
         yield found
 
@@ -202,7 +202,7 @@ def test_a_prompt_with_large_media_reaches_its_replica(handle: Any) -> None:
     asyncio.run(scenario())
 
 
-def test_a_full_replica_is_not_down(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_replica_is_not_down(ray_of_module: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One place and one that waits for it: the third is refused by Serve at once, the second in time by us."""
     monkeypatch.setattr(remote, "_TAKEN_TIMEOUT_S", 2)
 

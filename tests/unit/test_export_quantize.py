@@ -6,6 +6,8 @@ Every quantizer that there is goes through the same tests; a new module is found
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,16 @@ def matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             for name, layer in model.named_modules()
             if name.endswith("_proj")
         }
+
+
+def test_json_on_standard_output_is_the_manifest_alone(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
+    """In a process of its own: llm-compressor has something to say as it is imported."""
+    command = [sys.executable, "-m", "rayswift.cli", "export", str(tiny_model_dir), str(tmp_path / "out"), "--json",
+               "--quantizer", "fp8", "--calibration", str(rows), "--held-out-rows", "6", "--max-length", "64",
+               "--engine", "none"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["quantizer"] == "fp8"
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
