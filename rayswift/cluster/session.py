@@ -12,7 +12,6 @@ import shlex
 import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -20,7 +19,8 @@ from typing import Any, cast
 import ray
 
 from rayswift.cluster.nodes import living_nodes, weakest_device
-from rayswift.errors import ConfigError, PlanError, RaySwiftError, WorkerError
+from rayswift.cluster.session_folder import RAY_FOLDER, end_haproxy, haproxy_files, make_folder
+from rayswift.errors import PlanError, RaySwiftError, WorkerError
 from rayswift.planning.hardware import ClusterSpec
 
 _ENVIRONMENT = {
@@ -32,13 +32,6 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # CPU tasks keep seeing the machine's GPUs, as Ray will do by default
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
-}
-_HAPROXY_FILES = {
-    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
-    "RAY_SERVE_HAPROXY_SOCKET_PATH": "a",  # short: a node's id comes before it, and sockets have short paths
-    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "m",
-    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
-    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
 }
 _SET_BY_USER = frozenset(os.environ)
 _KNOCK_TIMEOUT_S = 10.0
@@ -85,15 +78,10 @@ def session(address: str | None = None, *, token: bool = False) -> Iterator[None
     try:
         yield
     except BaseException as error:
-        ray.shutdown()
-        if _is_explained(error):
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            print(f"Ray's logs of this session are kept in {folder}", file=sys.stderr)
+        _stop_local(folder, keep=not _is_explained(error))
         raise
     else:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        _stop_local(folder)
 
 
 def _is_explained(error: BaseException) -> bool:
@@ -196,8 +184,11 @@ def _start_local() -> str:
     """Start a cluster of this machine's cores and accelerators; its temp folder is private and short for sockets."""
     # Nothing drains a node of one machine's own cluster: its watcher would only cost a process.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    folder = _private_folder()
-    os.environ.update(_haproxy_files(folder))
+    haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    folder = make_folder(haproxy=haproxy)
+    if haproxy:
+        files = haproxy_files(folder)
+        os.environ.update({name: value for name, value in files.items() if name not in _SET_BY_USER})
     free = shutil.disk_usage("/dev/shm").free if sys.platform == "linux" else _OBJECT_STORE_BYTES
     object_store_bytes = max(100 * 10**6, min(_OBJECT_STORE_BYTES, int(free * _LOCAL_OBJECT_STORE_FRACTION)))
     try:
@@ -208,29 +199,13 @@ def _start_local() -> str:
     return folder
 
 
-def _haproxy_files(folder: str) -> dict[str, str]:
-    """Has HAProxy, where it is asked for, keep its files in a private folder; what the user sets wins.
-
-    Ray puts them under /tmp, its admin socket with a mode that lets every user of the machine write to it: they could
-    have requests, keys and all, sent to themselves. (ray 2.60)
-    """
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
-        return {}
-    return {name: os.path.join(folder, file) for name, file in _HAPROXY_FILES.items() if name not in _SET_BY_USER}
-
-
-def _private_folder() -> str:
-    """A new folder of the session's own. Raises ConfigError when the place for it is not there or full."""
-    place = os.environ.get("RAYSWIFT_TMPDIR")
-    try:
-        return tempfile.mkdtemp(prefix="rayswift-", dir=place)
-    except OSError as error:
-        raise ConfigError(
-            f"has no room for Ray's session folder: {error.strerror}",
-            path="RAYSWIFT_TMPDIR" if place else "TMPDIR",
-            value=place or tempfile.gettempdir(),
-            fix="name a writable folder with a short path",
-        ) from error
+def _stop_local(folder: str, *, keep: bool = False) -> None:
+    ray.shutdown()
+    end_haproxy(folder)
+    if keep:
+        print(f"Ray's logs of this session are kept in {folder}", file=sys.stderr)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _init_local(folder: str, object_store_bytes: int) -> None:
@@ -241,7 +216,7 @@ def _init_local(folder: str, object_store_bytes: int) -> None:
         object_store_memory=object_store_bytes,
         logging_level=logging.ERROR,
         log_to_driver=False,
-        _temp_dir=os.path.join(folder, "r"),  # Ray lets everybody write to it: what keeps others out is the one above
+        _temp_dir=os.path.join(folder, RAY_FOLDER),
         runtime_env={"env_vars": process_environment(1), **worker_python()},
     )
 

@@ -89,7 +89,20 @@ def endpoint(place: Path, tiny_model_dir: Path, free_port: Callable[[], int]) ->
             until(lambda: _is_straight(count_ports[0]), "HAProxy asks the replica, not the proxy it begins with", 30)
             yield _Endpoint(port, tuple(count_ports))
             processes = psutil.Process().children(recursive=True)
-        until(lambda: not [one for one in processes if one.is_running()], "all of its processes end", 30)
+        try:
+            until(lambda: not _alive(processes), "all of its processes end", 30)
+        except AssertionError as error:
+            raise AssertionError(f"still there: {_alive(processes)}") from error
+
+
+def _alive(processes: list[psutil.Process]) -> list[list[str]]:
+    """The command lines of those that run."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.cmdline())
+    return found
 
 
 def _is_straight(port: int) -> bool:
@@ -185,7 +198,7 @@ def test_no_dashboard_listens() -> None:
 @pytest.mark.usefixtures("endpoint")
 def test_no_other_user_gets_into_the_folder_of_rays_sockets_and_logs(place: Path) -> None:
     """Ray itself lets everybody write to its own."""
-    (folder,) = place.glob("rayswift-*")
+    (folder,) = place.glob("rs-*")
     assert list(folder.glob("*/session_*/sockets/*"))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 

