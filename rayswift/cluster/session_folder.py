@@ -85,7 +85,7 @@ def _program_that_ends_with_its_parent(folder: str) -> str | None:
     """A script that starts HAProxy so; None where the kernel or the package has no such thing.
 
     When `rayswift serve` is killed, by a lack of memory say, Ray's processes end and HAProxy would go on: it would hold
-    the port and answer 503 to everybody. (ray 2.60; Ray's own switch for orphans ended it in one of two trials.)
+    the port and answer 503 to everybody. (ray 2.60; Ray's own switch for orphans left it in one of three trials.)
     """
     if sys.platform != "linux":
         return None
