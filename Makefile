@@ -11,6 +11,9 @@ STAMP := .venv/.rayswift-stamp
 SERVE_STAMP := .venv-serve/.rayswift-stamp
 OPS_STAMP := .venv/.deepspeed-ops-stamp
 QUICKSTART_DIR ?= quickstart
+UNIT := tests/unit tests/property
+# One process a core; the other suites start several themselves. By file, as the tests of one share what is slow to make.
+SIDE_BY_SIDE := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 export OMP_NUM_THREADS ?= 1
 
 help:  ## show this list
@@ -43,7 +46,8 @@ $(OPS_STAMP): $(STAMP)
 	@touch $(OPS_STAMP)
 
 test: $(STAMP) $(OPS_STAMP)  ## every suite but the long tests, with the slowest listed
-	@$(PY) -m pytest -m "not long and not vllm" --durations=25
+	@$(PY) -m pytest $(UNIT) $(SIDE_BY_SIDE) -m "not long" --durations=10
+	@$(PY) -m pytest $(addprefix --ignore=,$(UNIT)) -m "not long and not vllm" --durations=25
 
 browser:  ## install Debian's Chromium, which the test of the chat page needs (it is skipped without)
 	@bash .ci/browser
@@ -58,7 +62,7 @@ test-serve-long: $(STAMP) $(SERVE_STAMP)  ## more of them: images, embeddings, S
 	@$(PY) -m pytest -m "vllm and long" --durations=25
 
 test-unit: $(STAMP)  ## unit and property tests only
-	@$(PY) -m pytest tests/unit tests/property --durations=10
+	@$(PY) -m pytest $(UNIT) $(SIDE_BY_SIDE) --durations=10
 
 parity: $(STAMP) $(OPS_STAMP)  ## every layout and every architecture against one process; keeps the results (half an hour)
 	@failed=0; $(PY) bench/parity.py --keep || failed=1; $(PY) bench/architectures.py --keep || failed=1; exit $$failed
@@ -67,7 +71,7 @@ check: $(STAMP)  ## formatting, lint, strict types, unit tests
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(PY) -m pytest tests/unit tests/property -q
+	@$(PY) -m pytest $(UNIT) $(SIDE_BY_SIDE) -q
 
 format: $(STAMP)  ## format and fix what ruff can fix
 	@$(PY) -m ruff format .
