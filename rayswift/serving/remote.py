@@ -20,6 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from rayswift.errors import ServeError
+from rayswift.serving import beats
 from rayswift.serving.api_errors import ApiError, overloaded
 from rayswift.serving.engine import Delta, Embedding, Request, Sampling
 from rayswift.serving.facts import Facts
@@ -53,19 +54,31 @@ class VersionReplica:
         )  # fmt: skip
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta | None, None]:
-        """The deltas of one answer, behind a None that says at once that this replica has taken the request."""
-        deltas = self._model.engine.generate(request)
+        """The deltas of one answer, behind a None that says at once that this replica has taken the request.
+
+        Further ones say that it is there while the engine says nothing. Any error is a ServeError.
+        """
+        beating = beats.with_beats(self._model.engine.generate(request))
         try:
-            yield None
-            async for delta in deltas:
-                yield delta
+            with _by_name():
+                async for delta in beating:
+                    yield delta
         finally:
-            await deltas.aclose()
+            await beating.aclose()
 
     async def embed(self, ids: Sequence[int], num_dims: int | None) -> AsyncGenerator[np.ndarray | None, None]:
-        """The vector of a text, behind a None as in `generate`."""
-        yield None
-        yield await self._model.engine.embed(ids, num_dims)
+        """The vector of a text, and None as in `generate`."""
+
+        async def alone() -> AsyncGenerator[np.ndarray, None]:
+            yield await self._model.engine.embed(ids, num_dims)
+
+        beating = beats.with_beats(alone())
+        try:
+            with _by_name():
+                async for vector in beating:
+                    yield vector
+        finally:
+            await beating.aclose()
 
     async def answer(self, asked: list[dict[str, Any]] | str, max_new_tokens: int) -> str:
         """The greedy answer to a conversation of text, or what continues a text, its prompt made as for any client.
@@ -142,9 +155,7 @@ class RemoteEngine:
         try:
             await self._taken(deltas)
             while not ended:
-                with _in_own_words():
-                    delta = await anext(deltas)
-                self._heard_at = time.monotonic()
+                delta = await self._next(deltas)
                 ended = delta.finish_reason is not None
                 yield delta
         finally:
@@ -181,13 +192,21 @@ class RemoteEngine:
             raise ServeError(self._failure) from None
         self._heard_at = time.monotonic()
 
+    async def _next(self, stream: Any) -> Any:
+        """What the replica sends beside signs of life. Raises ServeError when they stop, ApiError as it does."""
+        item = None
+        while item is None:
+            with _in_own_words():
+                item = await beats.heard(stream)
+            self._heard_at = time.monotonic()
+        return item
+
     async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
         vectors = self._asked("embed", list(ids), num_dims)
         ended = False
         try:
             await self._taken(vectors)
-            with _in_own_words():
-                vector = np.asarray(await anext(vectors))
+            vector = np.asarray(await self._next(vectors))
             ended = True
             return vector
         finally:
@@ -232,6 +251,20 @@ def _cancel(stream: Any) -> None:
         taken = stream._replica_result_future
         if taken.done() and not taken.cancelled() and taken.exception() is None:
             taken.result().cancel()
+
+
+@contextmanager
+def _by_name() -> Iterator[None]:
+    """Makes what only this process may know how to build an error of its name: Serve takes down what it cannot pickle.
+
+    To the other side that looks as if this process had ended. Serve writes the whole error into the replica's log.
+    """
+    try:
+        yield
+    except ServeError:
+        raise
+    except Exception as error:
+        raise ServeError(f"failed inside its replica: {type(error).__name__}") from error
 
 
 @contextmanager

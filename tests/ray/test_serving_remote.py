@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from ray import serve
 from ray.exceptions import RayTaskError
 
 from rayswift.errors import ServeError
-from rayswift.serving import remote
+from rayswift.serving import beats, remote
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Refused, Request, Sampling
 from rayswift.serving.placement import actor_options, front_options
@@ -64,6 +65,9 @@ class _Replica(VersionReplica):
         engine = _Engine(embedding=Embedding(3))
         prompts: Any = PromptBuilder(SimpleNamespace(chat_template=None))  # type: ignore[arg-type]  # none is made here
         self._model = ServedModel(engine, prompts, None)  # type: ignore[arg-type]
+
+    async def pid(self) -> int:
+        return os.getpid()
 
     async def running(self) -> int:
         return self._model.engine.running  # type: ignore[attr-defined,no-any-return]
@@ -121,7 +125,7 @@ def test_errors_keep_their_type_and_streams_end(handle: Any) -> None:
         assert (caught.value.status, caught.value.code) == (413, "too_large")
         with pytest.raises(ServeError, match="failed inside its replica: ValueError"):
             await _all(engine, 3)
-        with pytest.raises(ServeError, match=r"(failed inside|was lost with) its replica"):
+        with pytest.raises(ServeError, match="failed inside its replica: _Unpicklable"):
             await _all(engine, 5)
         await _leave(engine)
         task = asyncio.create_task(_all(engine, 9))
@@ -185,6 +189,27 @@ def test_what_a_replica_that_is_ended_did_not_finish_is_lost(handle: Any) -> Non
         with pytest.raises(ServeError, match="was lost with its replica"):
             await _read(deltas)
         await ending
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_falls_silent_is_lost_after_a_while(handle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one on a machine that has vanished does: a stopped process ends no connection."""
+    monkeypatch.setattr(beats, "SILENT_S", 7)  # longer than a replica that is well is ever silent
+
+    async def scenario() -> None:
+        engine = RemoteEngine(handle, _SPEC, "exports/v1")
+        await engine.start()
+        deltas, pid = engine.generate(_request(9)), await handle.pid.remote()
+        await anext(deltas)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            with pytest.raises(ServeError, match="with its replica, of which nothing was heard for 7 s"):
+                await _read(deltas)
+            assert time.monotonic() - began < 12
+        finally:
+            os.kill(pid, signal.SIGKILL)
 
     asyncio.run(scenario())
 

@@ -20,7 +20,7 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 
 from rayswift.errors import ServeError
 from rayswift.models.loading import load_tokenizer
-from rayswift.serving import remote
+from rayswift.serving import beats, remote
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Refused, Request, Sampling
 from rayswift.serving.facts import Facts
@@ -325,3 +325,48 @@ def test_a_version_lacks_what_clients_of_another_would_be_refused() -> None:
         (replace(vectors, chat_takes=frozenset()), vectors),
     ]:  # fmt: skip
         assert mine.lacks(live) is None
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_an_engine_may_be_silent_for_longer_than_a_replica(monkeypatch: pytest.MonkeyPatch, embeds: bool) -> None:
+    monkeypatch.setattr(beats, "BEAT_S", 0.02)
+    monkeypatch.setattr(beats, "SILENT_S", 0.2)
+    fake = FakeEngine(embedding=Embedding(2) if embeds else None)
+    _, engine = _started(fake)
+
+    async def scenario() -> None:
+        fake.gate = asyncio.Event()
+        asking = asyncio.ensure_future(engine.embed([1]) if embeds else _all(engine))  # type: ignore[arg-type]
+        assert not (await asyncio.wait((asking,), timeout=3 * beats.SILENT_S))[0]
+        fake.gate.set()
+        assert len(await asking) == (2 if embeds else len(fake.pieces))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_a_replica_that_falls_silent_is_lost(monkeypatch: pytest.MonkeyPatch, embeds: bool) -> None:
+    monkeypatch.setattr(beats, "SILENT_S", 0.05)  # and its next sign of life would come after 5 s
+    fake = FakeEngine(embedding=Embedding(2) if embeds else None)
+    handle, engine = _started(fake)
+
+    async def scenario() -> None:
+        fake.gate = asyncio.Event()
+        with pytest.raises(ServeError, match="with its replica, of which nothing was heard"):
+            await (engine.embed([1]) if embeds else _all(engine))  # type: ignore[arg-type]
+        assert handle.streams[-1].cancelled
+
+    asyncio.run(scenario())
+
+
+def test_an_error_that_only_the_replica_knows_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeEngine()
+
+    async def fail(request: Request) -> AsyncGenerator[Delta, None]:
+        raise ZeroDivisionError("a secret")
+        yield
+
+    monkeypatch.setattr(fake, "generate", fail)
+    _, engine = _started(fake)
+    with pytest.raises(ServeError, match=r"failed inside its replica: ZeroDivisionError$"):
+        asyncio.run(_all(engine))
