@@ -90,7 +90,7 @@ def endpoint(place: Path, tiny_model_dir: Path, free_port: Callable[[], int]) ->
             yield _Endpoint(port, tuple(count_ports))
             processes = psutil.Process().children(recursive=True)
         try:
-            until(lambda: not _alive(processes), "all of its processes end", 30)
+            until(lambda: not _alive(processes), "all of its processes end", 180)  # Ray's agents take their time
         except AssertionError as error:
             raise AssertionError(f"still there: {_alive(processes)}") from error
 
