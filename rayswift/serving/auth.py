@@ -21,13 +21,15 @@ VARIABLE = "RAYSWIFT_API_KEY"
 ALLOW_NO_KEY = "RAYSWIFT_ALLOW_NO_KEY"
 """Set to 1, it says that an endpoint whose address somebody else chooses may be open to whoever reaches it."""
 MIN_KEY_CHARS = 8
+_OF_A_SECRET = f"a mounted secret: defaultMode 0400, or have it set {VARIABLE} instead"
+"""How to close what chmod cannot: Kubernetes mounts a secret for everybody to read unless told otherwise."""
 
 
 def secured(spec: ServeSpec, environ: Mapping[str, str] | None = None) -> ServeSpec:
     """The spec with the sha256 of every configured key, its limits, and no key file: ready to be sent to replicas.
 
-    Raises ConfigError for a key file that is missing, holds no usable key, or holds hashes and may be read by others;
-    ServeError when the endpoint would be open to other machines without a key.
+    Raises ConfigError for a key file that is missing, holds no usable key, or may be read by others; ServeError when
+    the endpoint would be open to other machines without a key.
     """
     environ = os.environ if environ is None else environ
     limited: tuple[ApiKey, ...] = ()
@@ -107,9 +109,9 @@ def _keys_of_file(file: str) -> tuple[list[str], tuple[ApiKey, ...]]:
     field = "api_key_file"
     if file.startswith(key_files.PREFIX) and not os.path.exists(file):
         raise ConfigError("is a key and no file of keys", path=field, fix=f"set {VARIABLE} to it")
-    text, mode = key_files.open_text(file, field)
+    text, status = key_files.open_text(file, field)
     if key_files.holds_hashes(text):
-        limited = key_files.parse(text, mode, file, field)
+        limited = key_files.parse(text, status, file, field)
         if not limited:
             raise ConfigError("holds no key", path=field, value=file, fix="make one with: rayswift keys add")
         return [], limited
@@ -117,8 +119,9 @@ def _keys_of_file(file: str) -> tuple[list[str], tuple[ApiKey, ...]]:
     if not keys:
         raise ConfigError("is empty", path=field, value=file, fix="write one key per line, or use rayswift keys add")
     checked = _checked(keys, field, f"of {file} ")
-    if key_files.is_open(mode):  # not refused: such files were in use before there was a rule
-        _note(f"{field}={file} holds keys that others may read or write; {key_files.how_to_close(file)}")
+    if key_files.is_open(status):  # as ssh does with a private key
+        raise ConfigError("holds keys that others may read or write", path=field, value=file,
+                          fix=f"{key_files.how_to_close(file)}  # {_OF_A_SECRET}")  # fmt: skip
     return checked, ()
 
 

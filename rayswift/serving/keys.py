@@ -33,6 +33,7 @@ T = TypeVar("T", bound=Section)
 PREFIX = "rsk-"
 _HEAD = re.compile(r"""(?:\s|\#.*\n)*(?:\{\s*)?["']?rayswift_keys["']?\s*:""")
 _OTHERS = stat.S_IRGRP | stat.S_IWGRP | stat.S_IROTH | stat.S_IWOTH
+_LENT = _OTHERS & ~stat.S_IRGRP
 _LOCK_WAIT_S, _LOCK_POLL_S = 10.0, 0.02
 
 
@@ -111,11 +112,11 @@ def read(file: str, field: str = "file") -> tuple[ApiKey, ...]:
     return parse(*open_text(file, field), file, field)
 
 
-def parse(text: str, mode: int, file: str, field: str = "file") -> tuple[ApiKey, ...]:
+def parse(text: str, status: os.stat_result, file: str, field: str = "file") -> tuple[ApiKey, ...]:
     """The keys in a file's text. Raises ConfigError, also when the file's permissions let others in."""
     if not holds_hashes(text):
         raise ConfigError("is not a file of `rayswift keys add`", path=field, value=file, fix="give another path")
-    if is_open(mode):
+    if is_open(status):
         raise ConfigError("may be read or written by others", path=field, value=file, fix=how_to_close(file))
     raw, _ = yamlfile.parse(text, file)
     if not isinstance(raw, dict):
@@ -123,11 +124,14 @@ def parse(text: str, mode: int, file: str, field: str = "file") -> tuple[ApiKey,
     return _valid(KeyFile, raw, root="key_file.").keys
 
 
-def open_text(file: str, field: str = "file") -> tuple[str, int]:
-    """Text and mode of a file of either kind, of the same moment. Raises ConfigError when it cannot be read."""
+def open_text(file: str, field: str = "file") -> tuple[str, os.stat_result]:
+    """Text and status of a file of either kind, of the same moment. Raises ConfigError when it cannot be read.
+
+    Of a link the status is that of the file it leads to, as it is of the text.
+    """
     try:
         with open(file, encoding="utf-8") as stream:
-            return stream.read(), os.fstat(stream.fileno()).st_mode
+            return stream.read(), os.fstat(stream.fileno())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot be read: {reason}", path=field, value=file, fix="check the path") from error
@@ -146,9 +150,14 @@ def is_of_hashes(file: str) -> bool:
         return False
 
 
-def is_open(mode: int) -> bool:
-    """Whether a file's mode lets its group or others read or write it."""
-    return bool(mode & _OTHERS)
+def is_open(status: os.stat_result) -> bool:
+    """Whether a file's mode lets its group or others read or write it.
+
+    One of root's that a group may read and nobody else is how a secret is mounted for a process that is not root
+    (0440, Kubernetes' fsGroup): who else is in that group is root's choice.
+    """
+    is_lent = status.st_uid == 0 and os.geteuid() != 0
+    return bool(status.st_mode & (_LENT if is_lent else _OTHERS))
 
 
 def how_to_close(file: str) -> str:
@@ -160,8 +169,8 @@ def _known(file: str) -> tuple[ApiKey, ...]:
     """The keys of a file that may be missing or empty."""
     if not os.path.exists(file):
         return ()
-    text, mode = open_text(file)
-    return parse(text, mode, file) if text.strip() else ()
+    text, status = open_text(file)
+    return parse(text, status, file) if text.strip() else ()
 
 
 def _valid(model: type[T], raw: dict[str, Any], *, root: str) -> T:

@@ -108,7 +108,8 @@ class ServeSpec(Section):
     api_key_file: str | None = None
     """The keys clients may send: a file of `rayswift keys add`, or one whose lines are keys without limits.
 
-    Read once, when the endpoint starts. Without it RAYSWIFT_API_KEY is the key."""
+    Nobody but its owner may read it; root may lend it to a group (0440), as a secret is mounted in a container. Read
+    once, when the endpoint starts. Without it RAYSWIFT_API_KEY is the key."""
     api_key_sha256: Annotated[tuple[Sha256, ...], BeforeValidator(_list), Field(repr=False)] = ()
     """sha256 (hex) of further keys: what replicas are given, so that no key itself is stored in the cluster."""
     api_keys: ApiKeys = ()

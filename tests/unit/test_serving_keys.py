@@ -109,14 +109,53 @@ def test_a_file_that_others_may_touch_is_refused_with_the_chmod_that_mends_it(fi
     assert auth.secured(_spec(file), {}).has_keys
 
 
-def test_lines_that_others_may_read_are_told_and_still_used(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _write(file, _SECRET, 0o644)
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o644, 0o444, 0o440])
+def test_lines_that_others_may_touch_are_refused_with_the_chmod_that_mends_it(file: str, mode: int) -> None:
+    _write(file, _SECRET, mode)
+    told = rf"api_key_file={re.escape(file)} holds keys that others may read or write; chmod .*set RAYSWIFT_API_KEY"
+    with pytest.raises(ConfigError, match=told) as caught:
+        auth.secured(_spec(file), {})
+    assert caught.value.exit_code == 2
+    assert _SECRET not in str(caught.value)
+    subprocess.run(str(caught.value).partition("; ")[2], shell=True, check=True)
     assert auth.secured(_spec(file), {}).api_key_sha256 == (auth.fingerprint(_SECRET),)
-    err = capsys.readouterr().err
-    assert err == f"note: api_key_file={file} holds keys that others may read or write; chmod go-rwx {file}\n"
-    _write(file, _SECRET, 0o600)
-    auth.secured(_spec(file), {})
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o700])
+def test_lines_that_only_their_owner_may_read_are_taken_without_a_word(
+    file: str, mode: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(file, _SECRET, mode)
+    assert auth.secured(_spec(file), {}).has_keys
     assert capsys.readouterr().err == ""
+
+
+def test_a_mounted_secret_is_judged_by_the_file_its_links_lead_to(tmp_path: Path) -> None:
+    """As Kubernetes mounts one: key -> ..data/key, ..data -> ..2026_11_30, and links have mode 0777."""
+    (folder := tmp_path / "..2026_11_30").mkdir()
+    _write(str(folder / "key"), _SECRET, 0o644)
+    (tmp_path / "..data").symlink_to(folder.name)
+    (tmp_path / "key").symlink_to("..data/key")
+    mounted = str(tmp_path / "key")
+    with pytest.raises(ConfigError, match="a mounted secret: defaultMode 0400, or have it set RAYSWIFT_API_KEY"):
+        auth.secured(_spec(mounted), {})
+    os.chmod(folder / "key", 0o400)
+    assert auth.secured(_spec(mounted), {}).has_keys
+    assert auth.secured(spec.parse({"models": {"a": "x"}}), {auth.VARIABLE: _SECRET}).has_keys
+
+
+@pytest.mark.parametrize(
+    ("owner", "me", "mode", "is_open"),
+    [(0, 1000, 0o440, False), (0, 1000, 0o640, False), (0, 1000, 0o660, True), (0, 1000, 0o444, True),
+     (0, 1000, 0o644, True), (0, 0, 0o440, True), (1000, 1000, 0o440, True), (1001, 1000, 0o440, True),
+     (1000, 1000, 0o400, False)],
+)  # fmt: skip
+def test_root_may_lend_a_file_to_a_group(
+    monkeypatch: pytest.MonkeyPatch, owner: int, me: int, mode: int, is_open: bool
+) -> None:
+    monkeypatch.setattr(keys.os, "geteuid", lambda: me)
+    status = os.stat_result((mode, 0, 0, 1, owner, 2000, 0, 0, 0, 0))
+    assert keys.is_open(status) is is_open
 
 
 @pytest.mark.parametrize(

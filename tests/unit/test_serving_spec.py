@@ -60,9 +60,15 @@ def _spec(**fields: object) -> ServeSpec:
     return spec.parse({"models": {"a": "x"}, **fields})
 
 
+def _write(file: Path, text: str) -> None:
+    """A file that nobody else may read."""
+    file.touch(mode=0o600)
+    file.write_text(text)
+
+
 def test_keys_become_fingerprints(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text(f"{_KEY}\n\nanother-key-0001\n")
+    _write(file, f"{_KEY}\n\nanother-key-0001\n")
     secured = auth.secured(_spec(api_key_file=str(file)), {})
     assert secured.api_key_sha256 == (auth.fingerprint(_KEY), auth.fingerprint("another-key-0001"))
     assert secured.api_key_file is None
@@ -75,7 +81,7 @@ def test_keys_become_fingerprints(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "\n\n", "short", "has a space in it", "schlüssel-123456"])
 def test_an_unusable_key_file_is_refused_without_showing_the_key(tmp_path: Path, content: str) -> None:
     file = tmp_path / "keys"
-    file.write_text(content)
+    _write(file, content)
     with pytest.raises(ConfigError, match="api_key_file") as caught:
         auth.secured(_spec(api_key_file=str(file)), {})
     assert not content.strip() or content not in str(caught.value)
@@ -101,7 +107,7 @@ def test_where_ray_serve_chooses_the_address_a_key_is_required_or_waived_in_word
             auth.secured_anywhere(_spec(), environ)
     assert auth.secured_anywhere(_spec(), {auth.ALLOW_NO_KEY: "1"}).api_key_sha256 == ()
     assert auth.secured_anywhere(_spec(), {auth.VARIABLE: _KEY}).api_key_sha256 == (auth.fingerprint(_KEY),)
-    (tmp_path / "keys").write_text(_KEY)
+    _write(tmp_path / "keys", _KEY)
     assert auth.secured_anywhere(_spec(api_key_file=str(tmp_path / "keys")), {}).api_key_sha256
 
 
@@ -164,7 +170,7 @@ def test_what_is_printed_when_ready_works_with_a_key_file(
     from rayswift.serving.process import ready_text
 
     file = tmp_path / "my keys"
-    file.write_text(f"\n{_KEY}\nanother-key-0001\n")
+    _write(file, f"\n{_KEY}\nanother-key-0001\n")
     if set_before:
         monkeypatch.setenv(auth.VARIABLE, "not-of-this-endpoint")
     else:
