@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift.config.job import is_hub_id
-from rayswift.errors import ConfigError
+from rayswift.errors import ConfigError, ExportError
 from rayswift.evaluation import harness, on_rows
 from rayswift.evaluation.harness import Tasks
-from rayswift.evaluation.report import EvalReport, HarnessReport, Kind, Target, report_place, write
+from rayswift.evaluation.report import EvalReport, HarnessReport, Kind, Target, report_name, report_place, write
 from rayswift.evaluation.rows import Rows, open_rows
-from rayswift.export.manifest import current_versions
+from rayswift.export import kept
+from rayswift.export.manifest import MANIFEST, current_versions
 from rayswift.progress import Progress, Silent
 from rayswift.serving import client
 
@@ -54,7 +56,10 @@ def evaluate(
     output: str | None = None,
     progress: Progress | None = None,
 ) -> EvalReport:
-    """The report on a run, checkpoint, adapter, model folder or endpoint; written beside a run, and to `output`.
+    """The report on a run, checkpoint, adapter, export, model folder or endpoint.
+
+    It is written beside a run, into an export with its manifest and its card, and to `output`. Where an export does not
+    take it, on read-only storage for one, that is told on stderr, and the report is returned all the same.
 
     Raises ConfigError for a target, rows, tasks or settings that cannot be, DataError when no row can be used,
     ServeError when an endpoint does not answer, and what loading a run raises.
@@ -70,7 +75,26 @@ def evaluate(
     report = report.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
     for place in dict.fromkeys(filter(None, (report_place(report.target, rows, settings.tasks), output))):
         write(report, place)
+    _keep(report, report_name(rows, settings.tasks), is_written=output is not None)
     return report
+
+
+def _keep(report: EvalReport, name: str, *, is_written: bool) -> None:
+    """Put the report into the export that it is of; what becomes of it there is told."""
+    target = report.target
+    if target.kind not in ("export", "adapter", "model"):
+        return
+    if target.version is None:
+        if not is_written:
+            print(f"note: {target.path} has no {MANIFEST}, so no report is kept with it; --output FILE keeps one",
+                  file=sys.stderr)  # fmt: skip
+        return
+    try:
+        kept.keep(report, target.path, name)
+    except ExportError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return
+    print(f"note: kept as {os.path.join(target.path, name)}, in its manifest too", file=sys.stderr)
 
 
 def _check(target: str, rows: str | None, settings: Settings, output: str | None) -> None:
@@ -154,6 +178,7 @@ def _of_model(
 ) -> EvalReport:
     from rayswift.evaluation.target import load, longest, opened
 
+    version = kept.version_evaluated(target)
     source, kind = opened(target)
     length = longest(source, settings.max_length, _DEFAULT_LENGTH)
     plan = rows.stream(length) if rows is not None else None
@@ -171,7 +196,7 @@ def _of_model(
         with harness.blamed():
             scores = harness.measure(tasks, lm, limit=settings.limit, chat_template=lm.is_chat)
     return EvalReport(
-        target=_target(target, kind, source),
+        target=_target(target, kind, source, version),
         **measured,
         harness=scores,
         settings=_settings(settings, rows, **found),
@@ -197,10 +222,10 @@ def _of_harness(
     return lm
 
 
-def _target(target: str, kind: Kind, source: Source) -> Target:
+def _target(target: str, kind: Kind, source: Source, version: str | None) -> Target:
     return Target(
         path=target, kind=kind, model=source.base, checkpoint=source.checkpoint, step=source.step,
-        run_finished=source.finished,
+        run_finished=source.finished, version=version,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from rayswift.training.run_dir import RunDir
 
-Kind = Literal["run", "checkpoint", "adapter", "model", "endpoint"]
+Kind = Literal["run", "checkpoint", "adapter", "export", "model", "endpoint"]
 _NAME_CHARS = 100
 """Of the name of a report; some file systems end names at 255 bytes."""
 
@@ -33,6 +33,8 @@ class Target(Record):
     checkpoint: str | None = None
     step: int | None = None
     run_finished: bool | None = None
+    version: str | None = None
+    """Of an export, or of an adapter that was exported alone."""
 
 
 class RowFile(Record):
@@ -206,30 +208,35 @@ def scored(score: TaskScore) -> str:
 
 
 def report_place(target: Target, rows: str | None, tasks: Sequence[str] = ()) -> str | None:
-    """Where the report of a run or checkpoint is kept: beside the run, under the name of the rows; else None.
-
-    Where there are tasks alone, it is kept under their names.
-    """
+    """Where the report of a run or checkpoint is kept: beside the run, under its `report_name`; None for others."""
     if target.kind not in ("run", "checkpoint"):
         return None
     folder = target.path.rstrip("/")
     if target.kind == "checkpoint":
         above, _, name = folder.rpartition("/")[0].rpartition("/")
         folder = above if name == "checkpoints" else folder.rpartition("/")[0]
+    return f"{folder or '.'}/{report_name(rows, tasks)}"
+
+
+def report_name(rows: str | None, tasks: Sequence[str] = ()) -> str:
+    """`eval-ROWS.json`, or `eval-tasks-TASKS.json` where there are tasks alone."""
     base = "-".join(["tasks", *tasks]) if rows is None else rows.rstrip("/").rsplit("/", 1)[-1]
     stem = base if rows is None else base.rpartition(".")[0] or base
     name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "rows"
     if len(name) > _NAME_CHARS:
         name = f"{name[:_NAME_CHARS]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return f"{folder or '.'}/eval-{name}.json"
+    return f"eval-{name}.json"
 
 
 def write(report: EvalReport, path: str) -> None:
     """Write the report to a path or URL: beside its place, then renamed."""
     folder, _, name = path.rpartition("/")
-    RunDir(folder or ("/" if path.startswith("/") else ".")).write_text(
-        name, json.dumps(report.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-    )
+    RunDir(folder or ("/" if path.startswith("/") else ".")).write_text(name, text_of(report))
+
+
+def text_of(report: EvalReport) -> str:
+    """The report as it is written to files."""
+    return json.dumps(report.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
 
 def _share(value: float | None, part: int, whole: int) -> str:

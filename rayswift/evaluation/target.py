@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from rayswift.errors import CheckpointError, ConfigError
 from rayswift.evaluation.report import Kind
+from rayswift.export.kept import manifest_name
 from rayswift.export.merge import build
 from rayswift.export.source import Source, resolve
 from rayswift.export.verify import PROMPTS, encode
@@ -33,7 +34,9 @@ def opened(target: str) -> tuple[Source, Kind]:
     check_folder(source.base)
     if source.checkpoint is not None:
         return source, "checkpoint" if source.checkpoint == target else "run"
-    return source, "adapter" if source.adapter_dir is not None else "model"
+    if source.adapter_dir is not None:
+        return source, "adapter"
+    return source, "export" if manifest_name(target) is not None else "model"
 
 
 def longest(source: Source, asked: int | None, default: int) -> int:

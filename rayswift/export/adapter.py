@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import manifest as manifests
-from rayswift.export.manifest import Difference, FileEntry, Lineage, Record
+from rayswift.export.manifest import Evaluation, FileEntry, Lineage
+from rayswift.export.measured import Difference, Record
 from rayswift.export.merge import adapt
 from rayswift.export.pipeline import check_base, check_output
 from rayswift.export.source import resolve
@@ -41,7 +42,12 @@ class AdapterManifest(Record):
     versions: dict[str, str]
     verify: Difference
     """Base plus adapter, read back from disk, against base plus adapter as trained, both in float32 and not packed."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """Of the base with this adapter."""
     files: dict[str, FileEntry]
+    rewriting: dict[str, FileEntry] = Field(default_factory=dict)
+    version: str | None = None
+    """As those of an export's manifest."""
 
 
 def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterManifest:
@@ -60,7 +66,7 @@ def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterM
     for reason in what.passed_over:
         print(f"warning: passed over a newer checkpoint: {reason}", file=sys.stderr)
     check_folder(what.base)
-    check_output(output, keep=(source,), force=force, read=_read)
+    check_output(output, keep=(source,), force=force, read=read)
     base_sha256 = check_base(what, local_folder(what.base))
     tokenizer = load_tokenizer(what.base)
     prompts = [encode(tokenizer, text) for text in PROMPTS]
@@ -80,11 +86,11 @@ def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterM
             job_hash=what.job_hash, checkpoint_step=what.step, run_finished=what.finished, lineage=what.lineage,
             versions=manifests.current_versions(), verify=change, files=manifests.describe_files(stage),
         )  # fmt: skip
-        (stage / RECORD).write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        manifests.write(made, stage, RECORD)
     return made
 
 
-def _read(folder: str) -> AdapterManifest:
+def read(folder: str) -> AdapterManifest:
     """The record of an adapter folder. Raises ExportError where there is none."""
     try:
         return AdapterManifest.model_validate_json((Path(folder) / RECORD).read_bytes())

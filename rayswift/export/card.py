@@ -10,23 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from rayswift.evaluation.report import HarnessReport, scored
-from rayswift.export.manifest import MANIFEST, Evaluation, ExportManifest, Lineage, Quantization
+from rayswift.export.manifest import MANIFEST, Evaluation, ExportManifest, Lineage
+from rayswift.export.measured import Quantization
 from rayswift.training.run_dir import RunDir
 from rayswift.units import format_bytes
 
 CARD, CURVES = "README.md", "curves.png"
+_MODEL = {"run": "as trained, in float32", "export": "these files"}
+"""What an evaluation was of."""
 
 
 def write_card(manifest: ExportManifest, name: str, run: RunDir | None, folder: Path) -> None:
     """Write README.md, and the loss curve of the run if it has one, into an export that lacks only its manifest."""
-    curves = run is not None and run.exists(CURVES)
-    if run is not None and curves:
+    if run is not None and run.exists(CURVES):
         (folder / CURVES).write_bytes(run.read_bytes(CURVES))
+    (folder / CARD).write_text(card_of(manifest, name, has_curves=(folder / CURVES).is_file()), encoding="utf-8")
+
+
+def card_of(manifest: ExportManifest, name: str, *, has_curves: bool) -> str:
+    """The text of README.md; `name` is that of the folder, which has curves.png or not."""
     lines = [*_head(manifest, name), *_origin(manifest)]
-    if curves:
+    if has_curves:
         lines += ["## Training", "", f"![loss]({CURVES})", ""]
     lines += [*_evaluated(manifest.evaluations), *_quantized(manifest), *_proved(manifest), *_use(name)]
-    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+    return "\n".join(lines)
 
 
 def _head(manifest: ExportManifest, name: str) -> Iterator[str]:
@@ -76,22 +83,24 @@ def _trained_on(lineage: Lineage | None) -> dict[str, str]:
 def _evaluated(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     """What `rayswift eval` measured, on rows and by tasks."""
     on_rows = [one for one in evaluations if one.rows]
-    by_tasks = [one.harness for one in evaluations if one.harness]
+    by_tasks = [(one, one.harness) for one in evaluations if one.harness]
     if on_rows or by_tasks:
         yield from ("## Evaluation", "")
     if on_rows:
-        yield from ("| rows | loss | perplexity | exact match | accuracy |", "|---|---|---|---|---|")
+        yield "| model | rows | loss | perplexity | exact match | accuracy |"
+        yield "|---|---|---|---|---|---|"
         for one in on_rows:
             figures = (one.loss, one.perplexity, one.exact_match, one.accuracy)
             files = ", ".join(f"`{Path(file).name}`" for file in one.rows)
-            yield f"| {files} ({one.num_rows}) | {' | '.join(_number(figure) for figure in figures)} |"
+            yield f"| {_MODEL[one.of]} | {files} ({one.num_rows}) | {' | '.join(map(_number, figures))} |"
         yield ""
-    for found in by_tasks:
-        yield from _tasks(found)
+    for one, found in by_tasks:
+        yield from _tasks(found, _MODEL[one.of])
 
 
-def _tasks(found: HarnessReport) -> Iterator[str]:
-    yield f"lm-evaluation-harness {found.version}, asked as {'chats' if found.chat_template else 'plain text'}:"
+def _tasks(found: HarnessReport, model: str) -> Iterator[str]:
+    asked = "chats" if found.chat_template else "plain text"
+    yield f"lm-evaluation-harness {found.version}, asked as {asked}: {model}"
     yield from ("", "| task | version | shots | samples | result | sha256 |", "|---|---|---|---|---|---|")
     for task in found.tasks:
         shots = "-" if task.num_fewshot is None else str(task.num_fewshot)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from rayswift.errors import ExportError
-from rayswift.export.manifest import MANIFEST, Vectors
+from rayswift.export.manifest import MANIFEST
+from rayswift.export.measured import Vectors
 from rayswift.models.folder import weight_files
 from rayswift.models.loading import load_tokenizer
 from rayswift.models.pooling import module_folders, read_pooling

@@ -1,6 +1,7 @@
-"""What `rayswift eval` left beside a run about the step that is exported, for the manifest and the card.
+"""What reports of `rayswift eval` say, for the manifest and the card: of the step exported, or of an export itself.
 
-Knows where reports lie and what of them is told on; measures nothing.
+Knows where those of a run lie and what of them is told on; measures nothing. How one comes into the folder of an export
+is known by `export/kept.py`.
 """
 
 from __future__ import annotations
@@ -31,17 +32,23 @@ def _found(run: RunDir, step: int | None) -> Iterator[Evaluation]:
         try:
             report = json.loads(run.read_text(name))
             if report["target"].get("step") == step:
-                yield _evaluation(name, report)
+                yield evaluation(name, report)
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
             reason = " ".join(str(error).split())[:200]
             print(f"warning: passed over {run.path(name)}, which is no report: {reason}", file=sys.stderr)
 
 
-def _evaluation(name: str, report: Mapping[str, Any]) -> Evaluation:
+def evaluation(name: str, report: Mapping[str, Any], sha256: str | None = None) -> Evaluation:
+    """What a report says; `sha256` is that of one in the folder of the export that it is of.
+
+    Raises what plain data raises that is no report: KeyError, TypeError, AttributeError, ValidationError.
+    """
     rows, answers = report.get("rows") or {}, report.get("answers") or {}
     harness = report.get("harness")
     return Evaluation(
         report=name,
+        of="run" if sha256 is None else "export",
+        sha256=sha256,
         rows={file["path"]: file.get("sha256") for file in rows.get("files", ())},
         num_rows=rows.get("used", 0),
         loss=report.get("loss"),

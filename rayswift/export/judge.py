@@ -15,7 +15,7 @@ import numpy as np
 from rayswift.data.collate import PackedSequence, collate
 from rayswift.data.media.features import model_inputs
 from rayswift.data.types import Example, PackedBatch
-from rayswift.export.manifest import HeldOut
+from rayswift.export.measured import HeldOut
 from rayswift.methods.sft import Sft
 from rayswift.parallel.logprobs import token_logprobs
 from rayswift.training.evaluate import LossSum

@@ -5,28 +5,24 @@ Knows how a manifest is written last and when it can be trusted. Does not know h
 
 from __future__ import annotations
 
-import math
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from rayswift.errors import ExportError
 from rayswift.evaluation.report import HarnessReport
+from rayswift.export.measured import Difference, Quantization, Record, Vectors, VerifyResult
 from rayswift.models.adapters import file_sha256
 from rayswift.models.staging import sync_folder
 
 MANIFEST = "rayswift.json"
+UNFINISHED = ".rayswift-"
+"""What files begin with that are on their way to their place: one that was left by a crash is nobody's."""
 _PACKAGES = ("rayswift", "torch", "transformers", "tokenizers", "safetensors", "peft")
-
-
-class Record(BaseModel):
-    """Base of everything the manifest holds: frozen, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class FileEntry(Record):
@@ -34,46 +30,6 @@ class FileEntry(Record):
 
     size: int
     sha256: str
-
-
-class Difference(Record):
-    """Absolute differences of log-probabilities over all prompt positions and the whole vocabulary, and bounds."""
-
-    max_abs: float
-    mean_abs: float
-    bound_max_abs: float | None
-    """None for a quantized model: one token in thousands may move far without harm."""
-    bound_mean_abs: float
-
-    @property
-    def within(self) -> bool:
-        """Whether both figures are numbers within their bounds."""
-        bound = math.inf if self.bound_max_abs is None else self.bound_max_abs
-        return self.max_abs <= bound and self.mean_abs <= self.bound_mean_abs
-
-
-class RowsUsed(Record):
-    """Rows that an export was calibrated or judged on."""
-
-    files: dict[str, str]
-    """The sha256 of each file that they were read from."""
-    num_rows: int
-    num_tokens: int
-    sha256: str
-    """Of their token ids."""
-
-
-class HeldOut(Record):
-    """What quantizing cost on rows that it did not see: loss per trained token, and the ratio of perplexities."""
-
-    rows: RowsUsed
-    reference_loss: float
-    loss: float
-    perplexity_ratio: float
-    bound_perplexity_ratio: float
-    top1_agreement: float
-    """The fraction of trained tokens whose place has the same most likely token."""
-    bound_top1_agreement: float
 
 
 class Lineage(Record):
@@ -92,78 +48,16 @@ class Lineage(Record):
     """How the base was packed in training: its weights are what the packed ones stand for; null for those stored."""
 
 
-class Quantization(Record):
-    """How the weights were quantized. `ignore` has the patterns of the linear layers that were not."""
-
-    quantizer: str
-    settings: dict[str, Any]
-    num_layers: int
-    ignore: tuple[str, ...]
-    fraction: float
-    """Of the weights in the language model's blocks that were quantized."""
-    bytes_before: int
-    """Size of the weights before, in the dtype of the export."""
-    calibration: RowsUsed | None = None
-    """Null for a quantizer that needs no rows."""
-    versions: dict[str, str]
-
-
-class Served(Record):
-    """What a serving engine said from the written folder, beside transformers reading the same folder in float32."""
-
-    engine: str
-    version: str
-    num_positions: int
-    mean_abs: float
-    """Of the differences of log-probabilities of the prompts' own tokens."""
-    max_abs: float
-    bound_mean_abs: float
-    greedy_agreement: float
-    """The fraction of greedy tokens before the first that differs from the unquantized model's."""
-    greedy_regret: float | None = None
-    """How much less likely its greedy tokens are than transformers' likeliest, on average of log-probabilities."""
-    template_equal: bool
-    """Whether the server makes the ids of a chat that training made."""
-    media_equal: bool = True
-    """As `template_equal`, of the questions about media among the prompts; true for a model of text."""
-    load_s: float
-    tokens_per_second: float
-    """Of eight answers at a time, on the machine of the export."""
-
-
-class VerifyResult(Record):
-    """What was proved by reading the written folder back."""
-
-    num_prompts: int
-    media: tuple[str, ...] = ()
-    """The kinds of media that prompts were given with; none for a model of text."""
-    num_positions: int
-    logprobs: Difference
-    top1_agreement: float
-    """The fraction of positions whose most likely next token is the same."""
-    greedy_agreement: float | None = None
-    """The fraction of greedy tokens before the first that differs; null for an export that is not quantized."""
-    held_out: HeldOut | None = None
-    """Null for an export that is not quantized: the bounds on log-probabilities are narrower."""
-    served: Served | None = None
-    """Null where no serving engine was asked."""
-    tokenizer_equal: bool
-    chat_template_equal: bool
-    processor_equal: bool = True
-    """Whether the files of the processor make the same features; true for a model of text."""
-
-
-class Vectors(Record):
-    """What was proved of an embedding model by reading the written folder back: its vectors are the source's."""
-
-    num_texts: int
-    num_dims: int
-
-
 class Evaluation(Record):
-    """What a report of `rayswift eval` beside the run says of the step exported. None is what was not measured."""
+    """What a report of `rayswift eval` says. None is what was not measured."""
 
     report: str
+    """Its name: beside the run, or in the folder of the export itself."""
+    of: Literal["run", "export"] = "run"
+    """The step of the run that was exported, in float32, before it was rounded or quantized; or the files that were
+    written, computed with in float32."""
+    sha256: str | None = None
+    """Of a report in the folder of the export; null for one beside the run."""
     rows: dict[str, str | None]
     """The sha256 of each file that rows were read from; empty where only tasks were asked for."""
     num_rows: int
@@ -197,7 +91,6 @@ class ExportManifest(Record):
     lineage: Lineage | None = None
     """Null for what was not trained here."""
     evaluations: tuple[Evaluation, ...] = ()
-    """Of the trained model in float32, before it was rounded or quantized."""
     versions: dict[str, str]
     merge: Difference | None
     """The merged model against base plus adapter, both in float32, the base packed where it was in training; null
@@ -207,6 +100,11 @@ class ExportManifest(Record):
     vectors: Vectors | None = None
     """Null for a model that answers with text."""
     files: dict[str, FileEntry]
+    rewriting: dict[str, FileEntry] = Field(default_factory=dict)
+    """Files that an evaluation is putting there, each perhaps still as `files` says, or absent. Empty but for moments,
+    and where that was cut short: the next evaluation mends it."""
+    version: str | None = None
+    """The export's version, which an evaluation does not change; null before the first, see `serving/versions.py`."""
 
     @property
     def is_verified(self) -> bool:
@@ -214,18 +112,19 @@ class ExportManifest(Record):
         return self.verify is not None or self.vectors is not None
 
 
-def describe_files(folder: Path) -> dict[str, FileEntry]:
-    """Every file below `folder` but the manifest, by its path with forward slashes."""
+def describe_files(folder: Path, manifest: str = MANIFEST) -> dict[str, FileEntry]:
+    """Every file below `folder` but the `manifest`, by its path with forward slashes."""
     return {
         name: FileEntry(size=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
-        for name in _contents(folder)
+        for name in _contents(folder, manifest)
     }
 
 
-def _contents(folder: Path) -> list[str]:
+def _contents(folder: Path, manifest: str = MANIFEST) -> list[str]:
     """The path of everything below `folder` but plain folders and the manifest. A link to a folder is one entry."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
-    return [name for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST]
+    names = (path.relative_to(folder).as_posix() for path in paths)
+    return [name for name in names if name != manifest and not name.startswith(UNFINISHED)]
 
 
 def current_versions() -> dict[str, str]:
@@ -239,13 +138,18 @@ def current_versions() -> dict[str, str]:
     return found
 
 
-def write(manifest: ExportManifest, folder: Path) -> None:
+def write(manifest: Record, folder: Path, name: str = MANIFEST) -> None:
     """Write the manifest of a finished folder: flushed to disk beside its place, then renamed."""
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
+    temporary = unfinished(folder, name)
     temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     sync_folder(temporary)
-    os.replace(temporary, folder / MANIFEST)
+    os.replace(temporary, folder / name)
     sync_folder(folder)
+
+
+def unfinished(folder: Path, name: str) -> Path:
+    """Where a file of the folder is written before it is put at its place."""
+    return folder / f"{UNFINISHED}{name}.{os.getpid()}"
 
 
 def read_valid(directory: str | os.PathLike[str]) -> ExportManifest:
@@ -254,17 +158,25 @@ def read_valid(directory: str | os.PathLike[str]) -> ExportManifest:
     A file that was added counts: an adapter_config.json or a weights index changes what is loaded. Raises ExportError
     naming the file that is missing, changed or added, or when there is no manifest.
     """
-    folder, manifest = Path(directory), read(directory)
+    while True:
+        manifest = read(directory)
+        try:
+            _check(Path(directory), manifest)
+            return manifest
+        except ExportError:
+            if read(directory) == manifest:  # else an evaluation was put there in the meantime
+                raise
+
+
+def _check(folder: Path, manifest: ExportManifest) -> None:
     for name, entry in manifest.files.items():
-        _check_file(folder, name, entry)
-    if added := sorted(set(_contents(folder)) - set(manifest.files)):
-        more = f" and {len(added) - 1} more" if len(added) > 1 else ""
-        raise ExportError(
-            f"holds {added[0]}{more}, which its manifest does not list",
-            path=str(folder),
-            fix="move it elsewhere, or export again",
-        )
-    return manifest
+        _check_file(folder, name, entry, manifest.rewriting.get(name))
+    for name in (added := sorted(set(_contents(folder)) - set(manifest.files))):
+        if name not in manifest.rewriting:
+            more = f" and {len(added) - 1} more" if len(added) > 1 else ""
+            raise ExportError(f"holds {name}{more}, which its manifest does not list", path=str(folder),
+                              fix="move it elsewhere, or export again")  # fmt: skip
+        _check_file(folder, name, manifest.rewriting[name])
 
 
 def read(directory: str | os.PathLike[str]) -> ExportManifest:
@@ -283,11 +195,19 @@ def read(directory: str | os.PathLike[str]) -> ExportManifest:
         ) from error
 
 
-def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
+def _check_file(folder: Path, name: str, entry: FileEntry, announced: FileEntry | None = None) -> None:
+    """Raises ExportError unless the file is what `entry` says, or what was `announced` to take its place."""
     file = folder / name
+    if announced is not None and is_as(file, announced):
+        return
     if not file.is_file():
         raise ExportError(f"lacks {name}", path=str(folder), fix="export again")
     if (size := file.stat().st_size) != entry.size:
         raise ExportError(f"has {name} with {size} bytes instead of {entry.size}", path=str(folder), fix="export again")
     if file_sha256(file) != entry.sha256:
         raise ExportError(f"has {name} with another sha256 than its manifest", path=str(folder), fix="export again")
+
+
+def is_as(file: Path, entry: FileEntry) -> bool:
+    """Whether a file is there and what the entry says."""
+    return file.is_file() and file.stat().st_size == entry.size and file_sha256(file) == entry.sha256

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rayswift.data.types import Example
 from rayswift.errors import ExportError
-from rayswift.export.manifest import Difference
+from rayswift.export.measured import Difference
 from rayswift.export.source import Source
 from rayswift.export.verify import MERGE_BOUNDS, difference, logprobs_of
 from rayswift.models.adapters import add_lora, attach_adapter, load_adapter_state, load_base

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayswift.errors import ConfigError, ExportError
-from rayswift.export.manifest import ExportManifest, read_valid
+from rayswift.export.manifest import UNFINISHED, ExportManifest, read_valid
 from rayswift.serving.versions import version_of
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
@@ -48,7 +48,7 @@ def push(folder: str, repo: str, *, public: bool = False, branch: str = "main", 
         api.create_repo(repo, private=not public, exist_ok=True)
         made = api.upload_folder(
             repo_id=repo, folder_path=Path(folder), revision=branch, commit_message=_message(manifest, version),
-            delete_patterns="*",
+            delete_patterns="*", ignore_patterns=f"{UNFINISHED}*",
         )  # fmt: skip
     except HfHubHTTPError as error:
         status = error.response.status_code

@@ -24,7 +24,7 @@ from rayswift.config import problems
 from rayswift.data.media.features import model_inputs
 from rayswift.data.types import Example
 from rayswift.errors import ConfigError, ExportError
-from rayswift.export.manifest import Quantization
+from rayswift.export.measured import Quantization
 from rayswift.export.quantizers import FAMILY, Layers, Quantizer
 from rayswift.export.rows import Rows
 from rayswift.export.verify import Bounds

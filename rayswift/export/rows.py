@@ -21,7 +21,7 @@ from rayswift.data.rendering import Rendering
 from rayswift.data.stream import StreamPlan
 from rayswift.data.types import Example
 from rayswift.errors import ConfigError, RaySwiftError
-from rayswift.export.manifest import RowsUsed
+from rayswift.export.measured import RowsUsed
 from rayswift.export.source import Source
 from rayswift.training.media import media_encoder
 

@@ -20,7 +20,7 @@ from rayswift import plugins
 from rayswift.data.types import Example
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export.greedy import GREEDY_TOKENS, MAX_PROMPT_TOKENS, agreement
-from rayswift.export.manifest import Served
+from rayswift.export.measured import Served
 from rayswift.models.processor import has_processor
 from rayswift.serving.environment import interpreter_of, lacks_for_images
 from rayswift.serving.vllm import cpu, media

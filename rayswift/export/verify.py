@@ -21,7 +21,7 @@ from rayswift.errors import ExportError
 from rayswift.export import served
 from rayswift.export.greedy import agreement, greedy_of, regret
 from rayswift.export.judge import Said, demands, judged, said_of
-from rayswift.export.manifest import Difference, VerifyResult
+from rayswift.export.measured import Difference, VerifyResult
 from rayswift.export.served import Prover, Questions, prove
 from rayswift.export.shown import encoder_of, same_shown, shown
 from rayswift.models.adapters import load_base

@@ -25,7 +25,8 @@ from rayswift.data.types import Example, Message, Sample
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import quantize as module
 from rayswift.export.judge import said_of
-from rayswift.export.manifest import ExportManifest, RowsUsed, read_valid
+from rayswift.export.manifest import ExportManifest, read_valid
+from rayswift.export.measured import RowsUsed
 from rayswift.export.pipeline import export
 from rayswift.export.quantize import FAMILY, QuantizeSpec, asked
 from rayswift.export.rows import Rows, read_rows_of

@@ -1,0 +1,162 @@
+"""A report of `rayswift eval` put into the folder of the export that it is of: the file, the manifest and the card.
+
+An export that was proved stays proved whenever this is killed, and for whoever reads it meanwhile: the manifest first
+announces the new files beside the old ones, then they are put there, then it lists them and what they say. Those who
+evaluate the same export at the same time come one after the other. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rayswift.errors import ExportError
+from rayswift.evaluation.report import EvalReport, text_of
+from rayswift.export import manifest as manifests
+from rayswift.export.card import CARD, CURVES, card_of
+from rayswift.export.evaluations import evaluation
+from rayswift.export.manifest import MANIFEST, UNFINISHED, Evaluation, ExportManifest, FileEntry, is_as
+from rayswift.models.staging import sync_folder
+from rayswift.serving.versions import version_of
+
+if TYPE_CHECKING:
+    from rayswift.export.adapter import AdapterManifest
+
+    Signed = TypeVar("Signed", ExportManifest, AdapterManifest)
+
+_ADAPTER_RECORD = "rayswift_adapter.json"
+_WAIT_S, _POLL_S = 60.0, 0.1
+_OUTPUT = "keep the report elsewhere with --output FILE"
+
+
+def manifest_name(folder: str | os.PathLike[str]) -> str | None:
+    """The manifest that a folder has: that of an export, or of an adapter exported alone; None for any other."""
+    return next((name for name in (MANIFEST, _ADAPTER_RECORD) if (Path(folder) / name).is_file()), None)
+
+
+def version_evaluated(folder: str | os.PathLike[str]) -> str | None:
+    """The version of what `rayswift export` wrote, an adapter's too; None for any other folder."""
+    name = manifest_name(folder)
+    return None if name is None else version_of(folder, name)
+
+
+def keep(report: EvalReport, folder: str, name: str) -> None:
+    """Put the report of a finished evaluation into an export's folder as `name`, in its manifest and on its card.
+
+    A report of this name is replaced. Raises ExportError, everything being as it was before, for a folder that is no
+    export or not the version that was evaluated, and where it cannot be written.
+    """
+    place = Path(os.path.realpath(folder))
+    try:
+        with _sole_writer(place):
+            _keep(report, place, name)
+    except OSError as error:
+        raise ExportError(f"does not keep the report of its evaluation: {error.strerror or error}", path="TARGET",
+                          value=folder, fix=_OUTPUT) from error  # fmt: skip
+
+
+def _keep(report: EvalReport, place: Path, name: str) -> None:
+    record = manifest_name(place)
+    if record is None:
+        raise ExportError(f"has no {MANIFEST}, so no report is kept with it", path="TARGET", value=str(place),
+                          fix=f"export it, or {_OUTPUT}")  # fmt: skip
+    version = version_of(place, record)
+    if version != report.target.version:
+        raise ExportError(f"is version {version} now, and {report.target.version} was evaluated: the report is not "
+                          "kept with it", path="TARGET", value=str(place), fix="evaluate it again")  # fmt: skip
+    if record == MANIFEST:
+        _put(manifests.read(place), record, version, place, {name: text_of(report).encode()})
+        return
+    from rayswift.export import adapter
+
+    _put(adapter.read(str(place)), record, version, place, {name: text_of(report).encode()})
+
+
+def _put(manifest: Signed, record: str, version: str | None, place: Path, reports: Mapping[str, bytes]) -> None:
+    """Write reports and the card, each step of it a folder that is whole."""
+    for left in place.glob(f"{UNFINISHED}*"):
+        left.unlink()  # by somebody who was killed: who writes is alone here
+    before = _mended(manifest, place)
+    evaluations = before.evaluations
+    for name, content in reports.items():
+        evaluations = _with(evaluations, _said(name, content))
+    after = before.model_copy(update={"evaluations": evaluations, "version": version})
+    contents = dict(reports)
+    if isinstance(after, ExportManifest):
+        contents[CARD] = card_of(after, place.name, has_curves=CURVES in after.files).encode()
+    entries = {name: _entry(content) for name, content in contents.items()}
+    try:
+        for name, content in contents.items():  # before anything is announced: a disk that is full says so here
+            _write(manifests.unfinished(place, name), content)
+        manifests.write(before.model_copy(update={"rewriting": entries, "version": version}), place, record)
+        for name in contents:
+            os.replace(manifests.unfinished(place, name), place / name)
+        sync_folder(place)
+        files = dict(sorted({**after.files, **entries}.items()))
+        manifests.write(after.model_copy(update={"files": files}), place, record)
+    except BaseException:
+        with suppress(OSError):
+            for left in place.glob(f"{UNFINISHED}*"):
+                left.unlink()
+        raise
+
+
+def _mended(manifest: Signed, place: Path) -> Signed:
+    """A manifest that announces nothing: what an evaluation that was cut short had put there is taken as it is."""
+    files, evaluations = dict(manifest.files), manifest.evaluations
+    for name, entry in manifest.rewriting.items():
+        if not is_as(place / name, entry):
+            continue  # not put there yet
+        files[name] = entry
+        if name != CARD:
+            evaluations = _with(evaluations, _said(name, (place / name).read_bytes()))
+    return manifest.model_copy(update={"files": files, "evaluations": evaluations, "rewriting": {}})
+
+
+def _said(name: str, content: bytes) -> Evaluation:
+    return evaluation(name, json.loads(content), hashlib.sha256(content).hexdigest())
+
+
+def _with(evaluations: tuple[Evaluation, ...], new: Evaluation) -> tuple[Evaluation, ...]:
+    """Those of the run first, then those of the export by name, the new one in the place of an older one."""
+    own = {one.report: one for one in (*evaluations, new) if one.of == "export"}
+    return (*(one for one in evaluations if one.of == "run"), *(own[name] for name in sorted(own)))
+
+
+def _entry(content: bytes) -> FileEntry:
+    return FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    sync_folder(path)
+
+
+@contextmanager
+def _sole_writer(place: Path) -> Iterator[None]:
+    """Hold a folder for the duration, without a file in it that its manifest would have to list.
+
+    The lock ends with the process. On a file system of several machines it may hold on this one alone.
+    """
+    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        deadline = time.monotonic() + _WAIT_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise OSError(errno.EBUSY, f"another evaluation has held it for {_WAIT_S:.0f} s") from None
+                time.sleep(_POLL_S)
+        yield
+    finally:
+        os.close(descriptor)
