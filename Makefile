@@ -62,7 +62,7 @@ test-serve-long: $(STAMP) $(SERVE_STAMP)  ## more of them: images, embeddings, S
 	@$(PY) -m pytest -m "vllm and long" --durations=25
 
 test-unit: $(STAMP)  ## unit and property tests only
-	@$(PY) -m pytest $(UNIT) $(SIDE_BY_SIDE) --durations=10
+	@$(PY) -m pytest $(UNIT) $(SIDE_BY_SIDE) -m "not long" --durations=10
 
 parity: $(STAMP) $(OPS_STAMP)  ## every layout and every architecture against one process; keeps the results (half an hour)
 	@failed=0; $(PY) bench/parity.py --keep || failed=1; $(PY) bench/architectures.py --keep || failed=1; exit $$failed
@@ -71,7 +71,7 @@ check: $(STAMP)  ## formatting, lint, strict types, unit tests
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(PY) -m pytest $(UNIT) $(SIDE_BY_SIDE) -q
+	@$(PY) -m pytest $(UNIT) $(SIDE_BY_SIDE) -m "not long" -q
 
 format: $(STAMP)  ## format and fix what ruff can fix
 	@$(PY) -m ruff format .
