@@ -40,6 +40,8 @@ class Sampling:
     """How many alternatives are reported beside each chosen token; None reports nothing."""
     json_schema: str | None = None
     """The JSON Schema, as text, that the answer keeps to; only for an engine that `can_constrain`."""
+    grammar: str | None = None
+    """The Lark grammar, as llguidance reads it, that it keeps to instead; only for such an engine."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Engine(Protocol):
 
     @property
     def can_constrain(self) -> bool:
-        """Whether it keeps an answer to a JSON Schema."""
+        """Whether it keeps an answer to a JSON Schema or a grammar."""
 
     @property
     def embedding(self) -> Embedding | None:

@@ -175,7 +175,8 @@ class Endpoint:
         reply = Reply(request.model, chat=isinstance(request, ChatRequest), version=model.version)
         headers = {VERSION_HEADER: model.version} if model.version else {}
         deltas = flow.choice_deltas(model.engine, work.requests, work.deadline)
-        answers = [Answer(index, calling=request.calling) for index in range(len(work.requests))]
+        calling = model.prompts.calling(request.calling)
+        answers = [Answer(index, calling=calling) for index in range(len(work.requests))]
         if not request.stream:
             with places:
                 await flow.unless_gone(http, streams.collect(deltas, answers))
@@ -204,6 +205,7 @@ class Endpoint:
         for prompt in prompts:
             sampling = wishes.sampling(
                 request,
+                calling=model.prompts.calling(request.calling),
                 num_prompt_tokens=len(prompt.ids),
                 room=model.engine.max_model_len,
                 max_new_tokens=self._spec.max_new_tokens,

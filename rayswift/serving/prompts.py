@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rayswift.data.formats import RowError, one_row
@@ -15,7 +17,7 @@ from rayswift.data.types import Medium
 from rayswift.serving.api_errors import ApiError, too_long
 from rayswift.serving.engine import Prompt
 from rayswift.serving.messages import Message
-from rayswift.serving.tools import OPEN, Calling
+from rayswift.serving.tools import OPEN, Calling, is_readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +56,19 @@ class PromptBuilder:
         """Which of `messages`, `tools` and a free `tool_choice` the chat template lets a request have."""
         template = str(self._tokenizer.chat_template or "")
         tools = "tools" in template
-        known = {"messages": bool(template), "tools": tools, "tool_choice": tools and OPEN in template}
+        reads = tools and is_readable(template) and not self._hides_marks
+        known = {"messages": bool(template), "tools": tools, "tool_choice": reads}
         return frozenset(name for name, is_known in known.items() if is_known)
+
+    @cached_property
+    def _hides_marks(self) -> bool:
+        """Whether the marks of a call are special tokens, which engines leave out of an answer's text."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        return any(token.content == OPEN and token.special for token in added)
+
+    def calling(self, calling: Calling | None) -> Calling | None:
+        """The same tools, with calls that are demanded written as this model was trained to, where that can be read."""
+        return calling and replace(calling, is_written="tool_choice" in self.chat_takes)
 
     def chat(self, messages: Sequence[Message], calling: Calling | None = None) -> Prompt:
         """The conversation that the model is to continue, told of the tools it may call.

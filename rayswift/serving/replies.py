@@ -59,8 +59,9 @@ class Answer:
 
     @property
     def finish_reason(self) -> str | None:
-        """Why it ended, as the API says it."""
-        return "tool_calls" if self.calls and self._reason == "stop" else self._reason
+        """Why it ended, as the API says it: to have called the one function that was named is no reason of its own."""
+        is_named = self.calling is not None and self.calling.is_named
+        return "tool_calls" if self.calls and self._reason == "stop" and not is_named else self._reason
 
     @property
     def _reason(self) -> FinishReason | None:

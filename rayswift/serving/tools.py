@@ -1,7 +1,8 @@
 """Tools that a model may call: how a client names them, what an answer is held to, and calls read out of its text.
 
 A model writes a call as its chat template was trained to: `<tool_call>` around JSON (Hermes, Qwen2.5 and later). Where
-a call is demanded, the answer is held to a JSON Schema instead. Knows no HTTP and no engine.
+a call is demanded, the answer is held to that form; of a model that writes calls in another one, to a JSON Schema.
+Knows no HTTP and no engine.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from rayswift.serving.formats import Schema, Strict, validator
 
 MAX_TOOLS, MAX_CALLS, MAX_ARGUMENT_CHARS = 64, 64, 256 * 1024
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_NOT_JSON = ("<function=", "<arg_key>")
+"""What templates write between the same marks whose calls are no JSON (Qwen3-Coder, GLM-4.5)."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
@@ -75,6 +78,15 @@ class ToolCall(Strict):
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 
+_SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How llguidance is told to write JSON."""
+
+
+def is_readable(template: str) -> bool:
+    """Whether a chat template has a model write calls as this server reads them."""
+    return OPEN in template and not any(mark in template for mark in _NOT_JSON)
+
+
 def _parsed(text: str) -> Any:
     """What a JSON text says. Raises ValueError also for what could not be written again: NaN, half a surrogate pair."""
     return jiter.from_json(text.encode(), allow_inf_nan=False, catch_duplicate_keys=True)
@@ -89,15 +101,40 @@ class Calling:
 
     tools: tuple[Tool, ...]
     demanded: str | None = None
+    is_written: bool = False
+    """Whether a demanded call is written between the marks, as the model was trained to, and not as bare JSON."""
 
     def for_template(self) -> list[dict[str, Any]]:
         """The tools as chat templates take them."""
         return [tool.model_dump(exclude_none=True) for tool in self.tools]
 
     @property
+    def is_named(self) -> bool:
+        """Whether one function is demanded by its name."""
+        return self.demanded not in (None, "*")
+
+    @property
+    def grammar(self) -> str | None:
+        """The Lark grammar, as llguidance has it, of an answer that has to call in the model's own form; None else.
+
+        JSON is spaced as templates write it: what a model was trained on is what it is held to.
+        """
+        if self.demanded is None or not self.is_written:
+            return None
+        functions = [tool.function for tool in self.tools if not self.is_named or tool.function.name == self.demanded]
+        more = "" if self.is_named else f"(NEWLINE? call){{0,{MAX_CALLS - 1}}}"
+        either = " | ".join(f"call_{number}" for number in range(len(functions)))
+        rules = [f"start: call {more}", f'call: "{OPEN}" NEWLINE? ({either}) NEWLINE? "{CLOSE}"', r"NEWLINE: /\n/"]
+        for number, function in enumerate(functions):
+            begin = json.dumps(f'{{"name": "{function.name}", "arguments": ')
+            schema = json.dumps(function.parameters | {"x-guidance": _SPACED})
+            rules += [f'call_{number}: {begin} arguments_{number} "}}"', f"arguments_{number}: %json {schema}"]
+        return "\n".join(rules)
+
+    @property
     def schema_text(self) -> str | None:
-        """The JSON Schema of an answer that has to call, as text; None where the model may answer freely."""
-        if self.demanded is None:
+        """The JSON Schema of an answer that has to call, as text; None where it is held to none."""
+        if self.demanded is None or self.is_written:
             return None
         if self.demanded != "*":
             return json.dumps(self._function(self.demanded).parameters)
@@ -165,19 +202,23 @@ class CallReader:
     def feed(self, text: str, *, is_last: bool) -> tuple[str, list[Call]]:
         """What can be said and the calls that are whole now."""
         self._held += text
-        if self.calling.demanded is not None:
+        if self.calling.demanded is not None and not self.calling.is_written:
             return self._demanded(is_last)
         said, made = "", list[Call]()
-        while (start := self._held.find(OPEN)) >= 0 and (end := self._held.find(CLOSE, start)) >= 0:
-            whole = self._held[start : end + len(CLOSE)]
-            call = self.calling.written_call(whole[len(OPEN) : -len(CLOSE)])
+        while (start := self._held.find(OPEN)) >= 0:
+            end = self._held.find(CLOSE, start)
+            if end < 0 and not is_last:
+                break
+            # No mark at the end of the answer: a stop string has taken its place, or the model left it out.
+            whole = self._held[start:] if end < 0 else self._held[start : end + len(CLOSE)]
+            call = self.calling.written_call(whole.removeprefix(OPEN).removesuffix(CLOSE))
             is_call = call is not None and len(self.calls) < MAX_CALLS
             said += self._say(self._held[:start]) + ("" if is_call else self._say(whole))
             if call is not None and is_call:
                 made.append(call)
                 self.calls.append(call)
                 self._is_behind_call = True
-            self._held = self._held[end + len(CLOSE) :]
+            self._held = self._held[start + len(whole) :]
         free = len(self._held) if is_last else self._free(self._held.find(OPEN))
         said, self._held = said + self._say(self._held[:free]), self._held[free:]
         return said, made

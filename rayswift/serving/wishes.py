@@ -7,10 +7,20 @@ from dataclasses import replace
 from rayswift.serving.api_errors import ApiError, too_long
 from rayswift.serving.engine import Sampling
 from rayswift.serving.openai import ChatRequest, TextRequest
+from rayswift.serving.tools import Calling
 
 
-def sampling(request: ChatRequest | TextRequest, *, num_prompt_tokens: int, room: int, max_new_tokens: int) -> Sampling:
+def sampling(
+    request: ChatRequest | TextRequest,
+    *,
+    calling: Calling | None = None,
+    num_prompt_tokens: int,
+    room: int,
+    max_new_tokens: int,
+) -> Sampling:
     """How one prompt is answered; `room` is the model's length. Raises ApiError for what does not fit.
+
+    `calling` are the request's tools in the form in which this model calls them.
 
     Without a wish of the client's the answer may take what room is left, up to the server's `max_new_tokens`.
     """
@@ -33,7 +43,8 @@ def sampling(request: ChatRequest | TextRequest, *, num_prompt_tokens: int, room
         stop=tuple(request.stop),
         seed=request.seed,
         logprobs=request.num_logprobs,
-        json_schema=request.json_schema,
+        json_schema=calling.schema_text if calling else request.json_schema,
+        grammar=calling.grammar if calling else None,
     )
 
 

@@ -234,7 +234,8 @@ def test_a_demanded_call_keeps_to_the_tools_schema(client: openai.OpenAI) -> Non
         if choice == "required" and reply.choices[0].finish_reason == "length":  # it has no reason to stop calling
             assert said.startswith('[{"name":"pick","arguments":{"digit":')
             continue
-        assert reply.choices[0].finish_reason == "tool_calls"
+        # OpenAI's API says `stop` of a call that was demanded by its name
+        assert reply.choices[0].finish_reason == ("tool_calls" if choice == "required" else "stop")
         call: Any = (reply.choices[0].message.tool_calls or [])[0]
         assert call.function.name == "pick"
         assert set(json.loads(call.function.arguments)) == {"digit", "letter"}

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving.admission import Admission
@@ -28,6 +29,7 @@ _WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]},
     },
 }
+_NAMED = {"type": "function", "function": {"name": "get_weather"}}
 _TOOL = Tool.model_validate(_WEATHER)
 _CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 _TEMPLATE = (
@@ -61,10 +63,20 @@ def test_calls_are_read_however_the_text_is_cut(cuts: list[int]) -> None:
         "no call <tool_", "<tool_call>{}</tool_call>", "<tool_call>not JSON</tool_call>", "<tool_call>{", "",
         _CALL.replace("Rome", "Bonn"), _CALL.replace("get_weather", "other"), _CALL.replace('"city"', '"town"'),
         '<tool_call>{"name": [1], "arguments": 5}</tool_call>', "<tool_call>" + "[" * 5000 + "</tool_call>",
+        _CALL.replace("Rome", "Bonn").removesuffix("</tool_call>"), _CALL[:-20],
     ],
 )  # fmt: skip
 def test_what_is_no_call_of_a_tool_is_said(text: str) -> None:
     assert _read(text, list(range(0, len(text), 7))) == (text, [])
+
+
+@pytest.mark.parametrize("demanded", [None, "*", "get_weather"])
+def test_a_call_is_whole_without_its_last_mark_once_the_answer_ends(demanded: str | None) -> None:
+    calling, text = Calling((_TOOL,), demanded, is_written=True), _CALL.removesuffix("</tool_call>")
+    reader = CallReader(calling)
+    assert reader.feed(text, is_last=False) == ("", [])
+    said, (call,) = reader.feed("", is_last=True)
+    assert (said, call.name, json.loads(call.arguments)) == ("", "get_weather", {"city": "Rome"})
 
 
 def test_arguments_may_be_written_as_a_text() -> None:
@@ -128,14 +140,40 @@ def test_a_streamed_call_comes_as_deltas(tiny_model_dir: Path) -> None:
     assert choices[-1]["finish_reason"] == "tool_calls"
 
 
-def test_a_demanded_call_holds_the_engine_to_the_schema(tiny_model_dir: Path) -> None:
-    named = {"type": "function", "function": {"name": "get_weather"}}
-    server = _Server(tiny_model_dir, _TEMPLATE, ('{"city": ', '"Oslo"}'), can_constrain=True)
-    choice = server.chat(tool_choice=named).json()["choices"][0]
+@pytest.mark.parametrize("choice", [_NAMED, "required"], ids=["named", "required"])
+def test_a_demanded_call_holds_the_engine_to_the_form_the_model_was_trained_to(
+    tiny_model_dir: Path, choice: Any
+) -> None:
+    server = _Server(tiny_model_dir, _TEMPLATE, (_CALL[:20], _CALL[20:]), can_constrain=True)
+    answer = server.chat(tool_choice=choice).json()["choices"][0]
+    assert answer["message"]["content"] is None
+    assert answer["message"]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+    assert answer["finish_reason"] == ("stop" if choice is _NAMED else "tool_calls")  # as OpenAI's API has it
+    held = server.engine.seen[-1].sampling
+    assert held.json_schema is None
+    assert held.grammar is not None
+    start, call, _, one, arguments = held.grammar.split("\n")
+    assert start == ("start: call " if choice is _NAMED else "start: call (NEWLINE? call){0,63}")
+    assert call == 'call: "<tool_call>" NEWLINE? (call_0) NEWLINE? "</tool_call>"'
+    assert one == r'call_0: "{\"name\": \"get_weather\", \"arguments\": " arguments_0 "}"'
+    schema = json.loads(arguments.removeprefix("arguments_0: %json "))
+    del schema["x-guidance"]
+    assert schema == _WEATHER["function"]["parameters"]  # type: ignore[index]
+
+
+def test_a_demanded_call_of_a_model_with_another_form_is_held_to_the_schema(tiny_model_dir: Path) -> None:
+    other = _TEMPLATE.replace("<tool_call>", "<tool_call><function=")
+    server = _Server(tiny_model_dir, other, ('{"city": ', '"Oslo"}'), can_constrain=True)
+    choice = server.chat(tool_choice=_NAMED).json()["choices"][0]
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
-    assert json.loads(str(server.engine.seen[-1].sampling.json_schema)) == _WEATHER["function"]["parameters"]  # type: ignore[index]
+    assert choice["finish_reason"] == "stop"
+    held = server.engine.seen[-1].sampling
+    assert (json.loads(str(held.json_schema)), held.grammar) == (_WEATHER["function"]["parameters"], None)  # type: ignore[index]
+
+
+def test_an_engine_that_holds_to_nothing_is_demanded_no_call(tiny_model_dir: Path) -> None:
     plain = _Server(tiny_model_dir, _TEMPLATE, ("x",))
-    for choice in (named, "required"):
+    for choice in (_NAMED, "required"):
         assert plain.chat(tool_choice=choice).json()["error"]["param"] == "tool_choice"
     assert plain.chat(tool_choice="none").status_code == 200
     assert "get_weather" not in plain.prompt()
@@ -170,7 +208,17 @@ def test_tools_beyond_their_bounds_are_refused(tiny_model_dir: Path, fields: dic
 def test_a_template_that_cannot_call_is_told(tiny_model_dir: Path) -> None:
     plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert "knows no tools" in _Server(tiny_model_dir, plain, ("x",)).chat().json()["error"]["message"]
-    other = plain + "{{ tools }}"
-    server = _Server(tiny_model_dir, other, ('{"city": "Oslo"}',), can_constrain=True)
-    assert server.chat().json()["error"]["param"] == "tool_choice"
-    assert server.chat(tool_choice={"type": "function", "function": {"name": "get_weather"}}).status_code == 200
+    # no marks, and Qwen3-Coder's and GLM-4.5's, between which is no JSON
+    for form in ("", "<tool_call>\n<function=f>", "<tool_call>f\n<arg_key>"):
+        other = plain + "{{ tools }}" + form
+        server = _Server(tiny_model_dir, other, ('{"city": "Oslo"}',), can_constrain=True)
+        assert server.chat().json()["error"]["param"] == "tool_choice"
+    assert server.chat(tool_choice=_NAMED).status_code == 200
+
+
+def test_marks_that_engines_leave_out_of_a_text_are_told(tiny_model_dir: Path) -> None:
+    for special in (False, True):
+        tokenizer = load_tokenizer(str(tiny_model_dir))
+        tokenizer.chat_template = _TEMPLATE
+        tokenizer.add_tokens([AddedToken("<tool_call>", special=special)], special_tokens=special)
+        assert ("tool_choice" in PromptBuilder(tokenizer).chat_takes) == (not special)

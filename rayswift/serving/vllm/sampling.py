@@ -16,8 +16,9 @@ def params(sampling: Sampling, stop_ids: Sequence[int]) -> Any:
     """The SamplingParams of an answer that ends at one of `stop_ids` and comes as deltas."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-    schema = sampling.json_schema
-    structured = StructuredOutputsParams(json=schema) if schema is not None else None
+    schema, grammar = sampling.json_schema, sampling.grammar
+    is_held = schema is not None or grammar is not None
+    structured = StructuredOutputsParams(json=schema, grammar=grammar) if is_held else None
     return SamplingParams(
         max_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
