@@ -31,6 +31,9 @@ def promote(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer to one, in tokens.")] = 128,
     max_answer_loss: Annotated[float, typer.Option(help="How many fewer may be right, as a fraction.")] = 0.02,
     min_agreement: Annotated[float, typer.Option(help="Least fraction answered as by the live version.")] = 0.0,
+    min_token_agreement: Annotated[
+        float, typer.Option(help="Least fraction of its answers' tokens chosen alike, without right answers.")
+    ] = 0.1,
     min_similarity: Annotated[float, typer.Option(help="Least mean cosine to the live version's vectors.")] = 0.8,
     keep_old: Annotated[
         bool, typer.Option("--keep-old", help="Keep the old one running: `rollback` is instant.")
@@ -50,7 +53,7 @@ def promote(
 
     policy = Policy(
         _shares(steps), step_seconds, min_requests, max_wait, max_error_rate, max_latency_ratio, max_answer_loss,
-        min_agreement, max_token_wait, min_similarity,
+        min_agreement, max_token_wait, min_similarity, min_token_agreement,
     )  # fmt: skip
     with rollout.opened(exports or rollout.home_of(export), model, _say) as running:
         kind = questions.kind_of(export, running.live_export)

@@ -76,6 +76,14 @@ class Policy:
     """Least mean cosine of its vectors and the live version's, beside which clients have stored those.
 
     Quantizing costs a hundredth or so, more training a tenth; vectors of another model have nothing to do with them."""
+    min_token_agreement: float = 0.1
+    """Least fraction of tokens of the live version's answers that the candidate would choose too, behind those before.
+
+    Asked where no right answers vouch for it (`Answers.vouch`), to find a broken version: whole answers of two good
+    ones differ as soon as one token does. Of small models, noise, one token over and over, and layers in a wrong order
+    choose at most 0.01 of them, a base that nobody tuned 0.05; of two tuned little and on other rows 0.16, by another
+    seed 0.62, with a tenth of noise in its weights 0.94. A version that is to answer in another language or manner is
+    taken for a broken one, and one that is wrong in the same words for a good one: rows with right answers tell."""
 
     def __post_init__(self) -> None:
         rising = all(0 < step <= 1 for step in self.steps) and list(self.steps) == sorted(set(self.steps))
@@ -90,6 +98,7 @@ class Policy:
             ("max_latency_ratio", self.max_latency_ratio, 1, inf), ("max_answer_loss", self.max_answer_loss, 0, 1),
             ("min_agreement", self.min_agreement, 0, 1), ("max_token_wait", self.max_token_wait_s, 0, inf),
             ("min_similarity", self.min_similarity, -1, 1),
+            ("min_token_agreement", self.min_token_agreement, 0, 1),
         ):  # fmt: skip
             if not least <= value <= most:
                 bounds = f"from {least} to {most}" if most < inf else f"of at least {least}"
@@ -159,6 +168,15 @@ class Answers:
         given = [(a, b) for a, b in zip(self.live, self.candidate, strict=True) if a is not None]
         return sum(a == b for a, b in given) / len(given) if given else 1.0
 
+    def vouch(self, policy: Policy) -> bool:
+        """Whether the candidate's answers themselves say that it is not broken: some are the right ones, or all alike.
+
+        More than may be lost, for else a version without any would pass beside the live one. None may be right of long
+        answers, however good they are.
+        """
+        right = self.right(self.candidate) if self.expected else 0.0
+        return right > policy.max_answer_loss
+
     def right(self, said: Sequence[str | None]) -> float:
         """The fraction of answers that are as expected, white space around them not counted."""
         assert self.expected
@@ -181,6 +199,25 @@ def judged(answers: Answers, policy: Policy, within_s: float) -> RollBack | None
         new, old = answers.right(answers.candidate), answers.right(answers.live)
         if new < old - policy.max_answer_loss:
             return RollBack(f"{new:.1%} of its answers are right, beside {old:.1%} of the live version's")
+    return None
+
+
+def judged_tokens(agreeing: Sequence[float | None], policy: Policy, within_s: float) -> RollBack | None:
+    """As `judged`, of the fraction of each live answer's tokens that the candidate chose too; None where it failed."""
+    found = [one for one in agreeing if one is not None]
+    if failed := len(agreeing) - len(found):
+        return RollBack(f"{failed} of {len(agreeing)} answers could not be followed within {within_s:.0f} s")
+    if not found:
+        return RollBack(
+            "the live version's answers are empty, so that nothing can be compared; name rows with right answers by"
+            " --prompts, or give --min-token-agreement 0"
+        )
+    mean = sum(found) / len(found)
+    if mean < policy.min_token_agreement:
+        return RollBack(
+            f"it would choose {mean:.0%} of the tokens of the live version's answers, less than --min-token-agreement,"
+            f" {policy.min_token_agreement:.0%}: one of them is broken, or they are meant to differ; then give 0"
+        )
     return None
 
 

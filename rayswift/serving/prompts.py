@@ -165,6 +165,14 @@ class PromptBuilder:
             raise _refusal(place, f"has {kept[min(found)]}, which stands for a medium; use /v1/chat/completions")
         return Prompt(tuple(ids))
 
+    def pieces(self, text: str) -> list[tuple[int, str]]:
+        """The ids of an answer, as they follow a prompt, each with the text that engines report of it."""
+        with self._lock:
+            ids = self._tokens(text, add_special_tokens=False)
+            told = [self._tokenizer.decode([one], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                    for one in ids]  # fmt: skip
+        return [(one, str(piece)) for one, piece in zip(ids, told, strict=True)]
+
     def _check_length(self, text: str, place: str) -> None:
         """Raises ApiError for a text that is far too long, after about as much work as the longest that fits takes.
 

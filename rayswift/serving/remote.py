@@ -20,9 +20,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from rayswift.errors import ServeError
-from rayswift.serving import beats
+from rayswift.serving import beats, replayed
 from rayswift.serving.api_errors import ApiError, overloaded
-from rayswift.serving.engine import Delta, Embedding, Request, Sampling
+from rayswift.serving.engine import Delta, Embedding, Request
 from rayswift.serving.facts import Facts
 from rayswift.serving.served import open_model
 from rayswift.serving.spec import ServeSpec
@@ -85,23 +85,15 @@ class VersionReplica:
 
         Raises ServeError.
         """
-        prompts = self._model.prompts
-        if isinstance(asked, str):
-            prompt = await asyncio.to_thread(prompts.text, asked)
-        else:
-            prompt = await asyncio.to_thread(prompts.conversation, asked)
-        room = min(max_new_tokens, self._model.engine.max_model_len - len(prompt.ids))
-        if room < 1:
-            raise ServeError(f"a prompt of {len(prompt.ids)} tokens leaves no room for an answer")
-        request = Request(f"verify-{id(prompt)}", prompt, Sampling(max_new_tokens=room, temperature=0))
-        return "".join([delta.text async for delta in self._model.engine.generate(request)])
+        return await replayed.answer(self._model, asked, max_new_tokens)
+
+    async def follows(self, asked: list[dict[str, Any]] | str, said: str) -> float:
+        """The fraction of an answer's tokens that it would choose too, as `replayed.follows`. Raises ServeError."""
+        return await replayed.follows(self._model, asked, said)
 
     async def vector(self, text: str) -> np.ndarray:
         """The vector of a text. Raises ServeError."""
-        prompt = await asyncio.to_thread(self._model.prompts.text, text)
-        if len(prompt.ids) > self._model.engine.max_model_len:
-            raise ServeError(f"a text of {len(prompt.ids)} tokens is too long")
-        return await self._model.engine.embed(prompt.ids)
+        return await replayed.vector(self._model, text)
 
     async def check_health(self) -> None:
         """Raises when the engine cannot answer any more; Serve then replaces this replica."""

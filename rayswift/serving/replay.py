@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from rayswift.errors import PromotionError, ServeError
-from rayswift.serving.promotion import Answers, Policy, RollBack, Vectors, judged, judged_vectors
+from rayswift.serving.promotion import Answers, Policy, RollBack, Vectors, judged, judged_tokens, judged_vectors
 from rayswift.serving.questions import Question
 from rayswift.serving.routing import Target
 
@@ -65,17 +65,36 @@ class Replay:
                                  value=candidate.folder, fix="name rows that it can answer with --prompts")  # fmt: skip
         within_s = min(self._timeout_s, policy.answer_patience_s(self._live_s))
         said, _ = self._answers(candidate, within_s)
-        judge = self._judged_vectors if self._embeds else self._judged
-        verdict, told = judge(said, policy, within_s)
+        if self._embeds:
+            verdict, told = self._judged_vectors(said, policy, within_s)
+        else:
+            verdict, told = self._judged(candidate, said, policy, within_s)
         if verdict is not None:
             raise PromotionError(verdict.reason)
         self._say(f"{len(self._questions)} prompts answered, {told}")
 
-    def _judged(self, said: list[Any], policy: Policy, within_s: float) -> tuple[RollBack | None, str]:
+    def _judged(
+        self, candidate: Target, said: list[Any], policy: Policy, within_s: float
+    ) -> tuple[RollBack | None, str]:
         expected = [one.expected for one in self._questions]
         known = [text for text in expected if text is not None]
         answers = Answers(self._live, said, known if len(known) == len(expected) else None)
-        return judged(answers, policy, within_s), f"{answers.agreement:.0%} as the live version does"
+        verdict, told = judged(answers, policy, within_s), f"{answers.agreement:.0%} as the live version does"
+        if verdict is None and policy.min_token_agreement > 0 and not answers.vouch(policy):
+            agreeing = self._agreeing(candidate, said, within_s)
+            verdict = judged_tokens(agreeing, policy, within_s)
+            told += f", {sum(one or 0 for one in agreeing) / max(len(agreeing), 1):.0%} token by token"
+        return verdict, told
+
+    def _agreeing(self, candidate: Target, said: list[Any], within_s: float) -> list[float | None]:
+        """The fraction of the tokens of each live answer that a candidate chooses too: all of one that it gives itself.
+
+        None for what has failed. Empty answers have no tokens, and are left out.
+        """
+        both = [(one, old, new) for one, old, new in zip(self._questions, self._live, said, strict=True) if old]
+        others = [(one, old) for one, old, new in both if old != new]
+        found, _ = self._asked(candidate, within_s, "follows", [(one.asked, old) for one, old in others])
+        return [1.0] * (len(both) - len(others)) + found
 
     def _judged_vectors(self, said: list[Any], policy: Policy, within_s: float) -> tuple[RollBack | None, str]:
         vectors = Vectors(self._live, said)
@@ -83,23 +102,26 @@ class Replay:
         return judged_vectors(vectors, policy, within_s), told
 
     def _answers(self, target: Target, timeout_s: float) -> tuple[list[Any], float]:
-        """What a version says, or the vectors it makes, and the seconds that those asked at once took at most.
+        """What a version says, or the vectors it makes, as `_asked`."""
+        if self._embeds:
+            return self._asked(target, timeout_s, "vector", [(one.text,) for one in self._questions])
+        return self._asked(target, timeout_s, "answer", [(one.asked, one.max_new_tokens) for one in self._questions])
+
+    def _asked(
+        self, target: Target, timeout_s: float, method: str, calls: Sequence[tuple[Any, ...]]
+    ) -> tuple[list[Any], float]:
+        """What a method of a version says to each of these, and the seconds that those asked at once took at most.
 
         None for what has failed, or was not there in time.
         """
         handle, slowest_s = serve.get_app_handle(target.app), 0.0
         found: list[Any] = []
-        for start in range(0, len(self._questions), _AT_ONCE):
+        for start in range(0, len(calls), _AT_ONCE):
             began = time.monotonic()
-            asked = [self._ask(handle, one) for one in self._questions[start : start + _AT_ONCE]]
+            asked = [getattr(handle, method).remote(*call) for call in calls[start : start + _AT_ONCE]]
             found += [self._result(response, began + timeout_s) for response in asked]
             slowest_s = max(slowest_s, time.monotonic() - began)
         return found, slowest_s
-
-    def _ask(self, handle: Any, question: Question) -> Any:
-        if self._embeds:
-            return handle.vector.remote(question.text)
-        return handle.answer.remote(question.asked, question.max_new_tokens)
 
     def _result(self, response: Any, until: float) -> Any:
         """What a replica returns; None where it fails or has not by then."""

@@ -19,6 +19,7 @@ from rayswift.serving.promotion import (
     Vectors,
     Window,
     judged,
+    judged_tokens,
     judged_vectors,
 )
 from rayswift.serving.tallies import Tally, counted
@@ -93,7 +94,7 @@ def test_steps_grow_to_all_of_the_traffic(steps: tuple[float, ...]) -> None:
     ("field", "value"),
     [("step_s", -1), ("min_requests", -1), ("max_wait_s", -1), ("max_error_rate", -1), ("max_latency_ratio", 0.5),
      ("max_answer_loss", -0.1), ("min_agreement", 90), ("max_error_rate", 2), ("step_s", float("nan")),
-     ("max_token_wait_s", -1), ("min_similarity", 2)],
+     ("max_token_wait_s", -1), ("min_similarity", 2), ("min_token_agreement", -0.1)],
 )  # fmt: skip
 def test_bounds_beyond_sense_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match="is out of bounds; write a number"):
@@ -122,6 +123,31 @@ def test_answers_are_judged() -> None:
         assert found is not None
         assert reason in found.reason
     assert judged(Answers(["x", "b"], ["a ", "b"], ["a", "b"]), _POLICY, 60) is None
+
+
+def test_right_answers_vouch_only_where_a_version_without_any_would_not_pass() -> None:
+    wanted = [str(number) for number in range(100)]
+    for num_right, vouch in ((0, False), (2, False), (3, True)):
+        said = [*wanted[:num_right], *["garbage"] * (100 - num_right)]
+        assert Answers(wanted, said, wanted).vouch(_POLICY) is vouch
+    assert not Answers(["a"], ["a"]).vouch(_POLICY)
+    assert not Answers(["a"], ["b"], ["a"]).vouch(replace(_POLICY, max_answer_loss=0))
+
+
+def test_tokens_are_judged_by_their_mean() -> None:
+    assert judged_tokens([0.2, 0.0], _POLICY, 60) is None
+    assert judged_tokens([1.0, 0.0], replace(_POLICY, min_token_agreement=0.5), 60) is None
+    for agreeing, reason in [
+        ([0.5, None], "1 of 2 answers could not be followed within 60 s"),
+        (
+            [0.06, 0.04],
+            "it would choose 5% of the tokens of the live version's answers, less than --min-token-agreement",
+        ),
+        ([], "the live version's answers are empty, so that nothing can be compared; name rows with right answers"),
+    ]:
+        found = judged_tokens(agreeing, _POLICY, 60)
+        assert found is not None
+        assert reason in found.reason
 
 
 def test_vectors_are_judged_by_their_cosine() -> None:

@@ -58,7 +58,8 @@ def test_a_folder_without_versions_says_so(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [("--steps", "half", "--steps=half is no list of numbers; write 0.05"), ("--steps", "0.5", "growing shares"),
-     ("--min-agreement", "90", "min_agreement=90.0 is out of bounds; write a number from 0 to 1")],
+     ("--min-agreement", "90", "min_agreement=90.0 is out of bounds; write a number from 0 to 1"),
+     ("--min-token-agreement", "25", "min_token_agreement=25.0 is out of bounds; write a number from 0 to 1")],
 )  # fmt: skip
 def test_wrong_bounds_are_refused_before_anything_is_done(
     exports: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, told: str

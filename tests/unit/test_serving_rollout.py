@@ -79,6 +79,7 @@ class _World:
     seconds: dict[str, float] = field(default_factory=dict)
     says: dict[str, Callable[[], str]] = field(default_factory=dict)
     asked: set[tuple[str, str]] = field(default_factory=set)
+    follows: dict[str, Callable[[], float]] = field(default_factory=dict)
     vectors: dict[str, np.ndarray] = field(default_factory=dict)
     facts: dict[str, Facts] = field(default_factory=dict)
     at_sleep: Callable[[], None] = lambda: None
@@ -118,8 +119,14 @@ class _World:
     def opened(self) -> Rollout:
         return Rollout(str(self.home), "m", self.said.append, self.board)
 
-    def promote(self, name: str, policy: Policy = _POLICY, *, keep_old: bool = False) -> ModelVersions:
-        questions: Sequence[Question] = _QUESTIONS
+    def promote(
+        self,
+        name: str,
+        policy: Policy = _POLICY,
+        *,
+        questions: Sequence[Question] = _QUESTIONS,
+        keep_old: bool = False,
+    ) -> ModelVersions:
         return self.opened().promote(str(self.home / name), policy, questions, keep_old=keep_old)
 
     def answer(self, version: str) -> Tally:
@@ -159,8 +166,13 @@ class _World:
             self.asked.add((self._of(app), str(asked)))
             return SimpleNamespace(result=lambda **_: say(), cancel=lambda: None)
 
+        def follows(asked: Any, said: str) -> Any:
+            self.asked.add((self._of(app), f"{asked} -> {said}"))
+            return SimpleNamespace(result=lambda **_: self.follows[self._of(app)](), cancel=lambda: None)
+
         return SimpleNamespace(
             answer=SimpleNamespace(remote=answer),
+            follows=SimpleNamespace(remote=follows),
             vector=SimpleNamespace(remote=lambda _: SimpleNamespace(result=lambda **_: self.vectors[self._of(app)])),
             facts=SimpleNamespace(remote=lambda: SimpleNamespace(result=lambda **_: facts)),
         )
@@ -211,6 +223,10 @@ def _lost() -> str:
     raise ServeError("a prompt of 70 tokens leaves no room for an answer")
 
 
+def _cannot_follow() -> float:
+    raise ServeError("a prompt of 70 tokens leaves no room for an answer")
+
+
 @dataclass(frozen=True)
 class _Ending:
     """A way for a promotion of `b` to fail."""
@@ -232,6 +248,18 @@ _ENDINGS = {
         "cannot be verified: the live version answers none of the prompts; name rows that it can answer with --prompts",
     ),
     "says nothing": _Ending(lambda world: world.says.update(b=lambda: ""), "empty answer"),
+    "says something else throughout": _Ending(
+        lambda world: (world.says.update(b=lambda: "7 7 7"), world.follows.update(b=lambda: 0.05)),
+        "it would choose 5% of the tokens of the live version's answers, less than --min-token-agreement, 10%",
+    ),
+    "cannot be followed": _Ending(
+        lambda world: (world.says.update(b=lambda: "7 7 7"), world.follows.update(b=_cannot_follow)),
+        "1 of 1 answers could not be followed within 60 s",
+    ),
+    "is to be compared with nothing": _Ending(
+        lambda world: world.says.update(a=lambda: "", b=lambda: "hi"),
+        "the live version's answers are empty, so that nothing can be compared",
+    ),
     "cannot be opened": _Ending(lambda world: world.cannot_open.add("b"), "a front cannot open it: no such file"),
     "fails": _Ending(lambda world: world.fails.add("b"), "answers failed"),
     "hangs": _Ending(lambda world: world.hangs.add("b"), "by waiting more than 30 s for a token"),
@@ -251,6 +279,27 @@ def test_however_it_fails_everything_is_as_before_and_the_reason_is_written_down
     assert (world.route(), world.apps) == (before, apps)
     assert world.states() == {"a": "live", "b": "rolled-back"}
     assert ending.reason in str(world.known().get(world.version("b")).reason)
+
+
+def test_other_words_are_no_fault_of_a_version_that_would_choose_the_live_ones_tokens_too(world: _World) -> None:
+    world.says, world.follows = {"b": lambda: "hello"}, {"b": lambda: 0.6}
+    assert world.promote("b").live == world.version("b")
+    assert ("b", f"{_QUESTIONS[0].asked} -> hi") in world.asked
+    assert "1 prompts answered, 0% as the live version does, 60% token by token" in world.said
+
+
+def test_right_answers_vouch_for_a_version_and_wrong_ones_do_not(world: _World) -> None:
+    asked = [Question([{"role": "user", "content": "2 + 2"}], "4", 8)]
+    world.says, world.follows = {"b": lambda: "4"}, {"b": lambda: 0.0}
+    assert world.promote("b", questions=asked).live == world.version("b")
+    assert "1 prompts answered, 0% as the live version does" in world.said
+    world.says["c"] = world.says["b"] = lambda: "5"  # neither is right, which says nothing of either
+    world.follows["c"] = lambda: 0.0
+    assert world.promote("c", questions=asked).live == world.version("c")  # all as the live one
+    world.says["a"], world.follows["a"] = lambda: "6", lambda: 0.02
+    with pytest.raises(PromotionError, match="it would choose 2% of the tokens"):
+        world.promote("a", questions=asked)
+    assert world.promote("a", replace(_POLICY, min_token_agreement=0), questions=asked).live == world.version("a")
 
 
 def test_a_model_that_embeds_is_asked_for_vectors(world: _World) -> None:
