@@ -44,7 +44,7 @@ def own_server(folder: Path, log: Path, port: int, *options: str) -> Iterator[st
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | variables)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while True:
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]

@@ -6,33 +6,41 @@ Where the two refuse, the status is compared: the words of ours are OpenAI's, th
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import jiter
+import jsonschema_rs
 import openai
 import pytest
 
 from rayswift.models.init import init_model
 from rayswift.serving.app import serve_in_background
-from rayswift.serving.environment import interpreter_of
 from rayswift.serving.spec import ServeSpec
+from tests import vllm_cases
+from tests.vllm_cases import Pair, both
 
-_FOUND = interpreter_of("vllm", None)
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.long,
-    pytest.mark.ray,
-    pytest.mark.skipif(_FOUND.problem is not None, reason=f"no serving environment: {_FOUND.problem}"),
-]
-_MAX_LEN, _KV_BYTES = 256, 2**28
+pytestmark = vllm_cases.MARKS
+_MAX_LEN = 256
 _CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "the quick brown"}], "max_tokens": 12}
 _TEXT: dict[str, Any] = {"prompt": "the quick brown fox", "max_tokens": 12}
+# As ours: with free whitespace a model without sense writes that alone, until its tokens end.
+_COMPACT = '{"backend": "guidance", "disable_any_whitespace": true}'
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "digit": {"type": "integer", "minimum": 0, "maximum": 9},
+        "letters": {"type": "array", "items": {"enum": ["x", "y"]}, "maxItems": 3},
+        "inner": {"$ref": "#/$defs/inner"},
+    },
+    "required": ["digit", "letters", "inner"],
+    "additionalProperties": False,
+    "$defs": {"inner": {"type": "object", "properties": {"is_it": {"type": "boolean"}}, "required": ["is_it"],
+                        "additionalProperties": False}},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,31 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path:
 @pytest.fixture(scope="module")
 def theirs(folder: Path, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]) -> Iterator[str]:
     """The URL of `vllm serve`."""
-    from rayswift.serving.engines.vllm import Vllm
-
-    port, log = free_port(), tmp_path_factory.mktemp("vllm-serve") / "log"
-    command = [
-        _FOUND.path, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--host", "127.0.0.1", "--port",
-        str(port), "--served-model-name", "m", "--dtype", "float32", "--max-model-len", str(_MAX_LEN),
-        "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(_KV_BYTES), "--enforce-eager", "--disable-log-stats",
-    ]  # fmt: skip
-    variables = {**Vllm.environment, **Vllm.environment_on_cpu, "OMP_NUM_THREADS": "1"}
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | variables)
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5, trust_env=False).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(60)
+    log, options = tmp_path_factory.mktemp("vllm-serve") / "log", ("--structured-outputs-config", _COMPACT)
+    with vllm_cases.own_server(folder, log, free_port(), "--max-model-len", str(_MAX_LEN), *options) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -80,23 +66,29 @@ def ours(folder: Path, serving_ray: Callable[[], AbstractContextManager[int]]) -
     """The URL of our endpoint."""
     with serving_ray() as port:
         spec = ServeSpec(models={"m": str(folder)}, port=port, engine="vllm", max_concurrency=8,
-                         max_model_len=_MAX_LEN, kv_cache_bytes=_KV_BYTES)  # fmt: skip
+                         max_model_len=_MAX_LEN, kv_cache_bytes=vllm_cases.KV_BYTES)  # fmt: skip
         with serve_in_background(spec) as running:
             yield running.url
 
 
 @pytest.fixture(scope="module")
-def pair(ours: str, theirs: str) -> Iterator[tuple[openai.OpenAI, openai.OpenAI]]:
-    with (
-        openai.OpenAI(base_url=ours, api_key="none", max_retries=0, timeout=120) as one,
-        openai.OpenAI(base_url=theirs, api_key="none", max_retries=0, timeout=120) as other,
-    ):
-        yield one, other
+def pair(ours: str, theirs: str) -> Iterator[Pair]:
+    with vllm_cases.clients(ours, theirs) as made:
+        yield made
 
 
-def _both(pair: tuple[openai.OpenAI, openai.OpenAI], ask: Callable[[openai.OpenAI], Any]) -> None:
-    ours, theirs = (ask(client) for client in pair)
-    assert ours == theirs
+def test_models_are_listed_alike_and_ours_are_shown_too(pair: Pair) -> None:
+    def ask(client: openai.OpenAI) -> Any:
+        page = client.models.list()
+        # Beside these ours have the version that is served, and theirs the folder, its length and what keys may do.
+        return page.object, [(card.id, card.object, type(card.created)) for card in page.data]
+
+    assert both(pair, ask) == ("list", [("m", "model", int)])
+    # vLLM 0.32 has no such route, and OpenAI's API has.
+    shown = pair[0].models.retrieve("m")
+    assert shown == pair[0].models.list().data[0]
+    with pytest.raises(openai.NotFoundError):
+        pair[0].models.retrieve("nobody")
 
 
 def _chat(client: openai.OpenAI, **asked: Any) -> list[tuple[Any, ...]]:
@@ -119,15 +111,15 @@ def _chat(client: openai.OpenAI, **asked: Any) -> list[tuple[Any, ...]]:
     ],
     ids=json.dumps,
 )
-def test_chats_are_answered_alike(pair: tuple[openai.OpenAI, openai.OpenAI], asked: dict[str, Any]) -> None:
-    _both(pair, lambda client: _chat(client, **asked))
+def test_chats_are_answered_alike(pair: Pair, asked: dict[str, Any]) -> None:
+    both(pair, lambda client: _chat(client, **asked))
 
 
-def test_a_stop_string_ends_both_at_the_same_place(pair: tuple[openai.OpenAI, openai.OpenAI]) -> None:
+def test_a_stop_string_ends_both_at_the_same_place(pair: Pair) -> None:
     whole = pair[1].completions.create(model="m", temperature=0, **_TEXT).choices[0].text
     stop = whole[len(whole) // 2 :][:3]
     assert stop
-    _both(
+    both(
         pair,
         lambda client: [
             (one.text, one.finish_reason)
@@ -136,7 +128,7 @@ def test_a_stop_string_ends_both_at_the_same_place(pair: tuple[openai.OpenAI, op
     )
 
 
-def test_log_probabilities_are_the_same(pair: tuple[openai.OpenAI, openai.OpenAI]) -> None:
+def test_log_probabilities_are_the_same(pair: Pair) -> None:
     ours, theirs = (
         client.chat.completions.create(model="m", temperature=0, logprobs=True, top_logprobs=3, **_CHAT)
         for client in pair
@@ -155,7 +147,7 @@ def test_log_probabilities_are_the_same(pair: tuple[openai.OpenAI, openai.OpenAI
         )
 
 
-def test_streams_say_the_same_and_end_with_the_usage(pair: tuple[openai.OpenAI, openai.OpenAI]) -> None:
+def test_streams_say_the_same_and_end_with_the_usage(pair: Pair) -> None:
     def ask(client: openai.OpenAI) -> tuple[Any, ...]:
         chunks = list(client.chat.completions.create(
             model="m", temperature=0, stream=True, stream_options={"include_usage": True}, **_CHAT
@@ -168,17 +160,42 @@ def test_streams_say_the_same_and_end_with_the_usage(pair: tuple[openai.OpenAI, 
         usage = (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens)
         return text, reasons, answer[0].choices[0].delta.role, last.object, usage
 
-    _both(pair, ask)
+    both(pair, ask)
 
 
-def test_prompts_as_ids_and_several_at_once_are_answered_alike(pair: tuple[openai.OpenAI, openai.OpenAI]) -> None:
+_KEPT: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": _SCHEMA}}
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_a_json_schema_holds_both_to_the_same_answer_whole_and_streamed(pair: Pair, seed: int | None) -> None:
+    asked = _CHAT | {"max_tokens": 80, "seed": seed, "temperature": 0 if seed is None else 1, "response_format": _KEPT}
+
+    def ask(client: openai.OpenAI) -> Any:
+        whole = _chat(client, **asked)[1]
+        chunks = client.chat.completions.create(model="m", stream=True, **asked)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole[2]
+        return whole
+
+    *_, content, reason = both(pair, ask)
+    assert reason == "stop"
+    jsonschema_rs.validate(_SCHEMA, json.loads(content))
+
+
+def test_a_json_object_without_a_schema_is_begun_alike(pair: Pair) -> None:
+    """The model has no reason to end one: what is compared is as much as its tokens allow."""
+    content = both(pair, lambda client: _chat(client, temperature=0, max_tokens=24,
+                                              response_format={"type": "json_object"}))[1][2]  # fmt: skip
+    assert isinstance(jiter.from_json(content.encode(), partial_mode="trailing-strings"), dict)
+
+
+def test_prompts_as_ids_and_several_at_once_are_answered_alike(pair: Pair) -> None:
     for prompt in (["the quick", "a dog"], [5, 6, 7, 8], [[5, 6, 7], [8, 9, 10]]):
 
         def ask(client: openai.OpenAI, prompt: Any = prompt) -> list[tuple[Any, ...]]:
             reply = client.completions.create(model="m", prompt=prompt, max_tokens=8, temperature=0)
             return [(one.index, one.text, one.finish_reason) for one in reply.choices]
 
-        _both(pair, ask)
+        both(pair, ask)
 
 
 @pytest.mark.parametrize(
