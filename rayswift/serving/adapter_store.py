@@ -6,6 +6,7 @@ Knows copying from storage and when a copy is out of date. Which folders are ada
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -136,6 +137,25 @@ class AdapterStore:
                 self._copied[name] = state
                 return
         raise OSError(f"was written again {_MAX_TRIES} times while it was fetched")
+
+
+def packed_in_training(root: str) -> dict[str, str]:
+    """The adapters directly below a local folder whose base was in 4 bits in their training, and as what: `nf4`."""
+    found = {}
+    for name in AdapterStore(root).names():
+        with suppress(OSError, ValueError):  # whoever loads it says what is wrong with it
+            binding = json.loads((Path(root) / name / BINDING).read_text(encoding="utf-8"))
+            if isinstance(binding, dict) and (how := binding.get("quantization")):
+                found[name] = str(how)
+    return found
+
+
+def told_of_packed(names: str, how: str) -> str:
+    """What is told of adapters of such a base. They are bound to the stored one, of whose weights those were made."""
+    return (
+        f"{names} trained on a base in {how} and served on its stored weights, which are others: answers are not those"
+        " of the trained model; to have those, export the run merged (rayswift export RUN FOLDER) and serve FOLDER"
+    )
 
 
 def _check_package(root: str) -> None:

@@ -23,7 +23,7 @@ from ray import serve
 from rayswift.cluster.session import session
 from rayswift.errors import ConfigError
 from rayswift.models.loading import check_folder
-from rayswift.serving import auth, controller, environment, front, process
+from rayswift.serving import adapter_store, auth, controller, environment, front, process
 from rayswift.serving.controller import APP_NAME
 from rayswift.serving.http import build_asgi
 from rayswift.serving.placement import actor_options, replica_options, serve_options
@@ -161,12 +161,18 @@ def _with_checked_models(spec: ServeSpec) -> ServeSpec:
 
 
 def _checked_roots(spec: ServeSpec) -> dict[str, str]:
-    """The folders of adapters, absolute; URLs as they are. Raises ConfigError for a folder that is not there."""
+    """The folders of adapters, absolute; URLs as they are. Raises ConfigError for a folder that is not there.
+
+    Adapters that will not answer as they were trained to are told; of those in a storage the replica's log tells.
+    """
     roots = {}
     for name, root in spec.adapters.items():
         if "://" not in root and not os.path.isdir(root):
             raise ConfigError("is not a folder", path=f"adapters.{name}", value=root, fix="check the path")
         roots[name] = root if "://" in root else str(Path(root).resolve())
+        if "://" not in root and (packed := adapter_store.packed_in_training(root)):
+            told = adapter_store.told_of_packed(f"{', '.join(packed)}:", " and ".join(sorted(set(packed.values()))))
+            print(f"note: adapters.{name}={root}: {told}", file=sys.stderr)
     return roots
 
 

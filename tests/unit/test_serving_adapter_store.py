@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
-from rayswift.serving.adapter_store import AdapterStore
+from rayswift.models.adapters import weights_sha256
+from rayswift.serving import app
+from rayswift.serving.adapter_store import AdapterStore, packed_in_training
 from rayswift.serving.api_errors import ApiError
-from rayswift.serving.engine import Refused
+from rayswift.serving.engine import Adapter, Refused
+from rayswift.serving.spec import ServeSpec
+from rayswift.serving.vllm.adapters import Adapters
 
 
 def _write(folder: Path, weights: bytes = b"one") -> None:
@@ -30,6 +35,41 @@ def test_a_local_folder_is_used_where_it_lies(tmp_path: Path) -> None:
     for name in ("absent", "../good", "", "good/../good", "/etc"):
         with pytest.raises(ApiError, match="does not exist"):
             store.find(name)
+
+
+def test_adapters_of_a_base_in_4_bits_are_told_at_the_start_with_what_to_do(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "adapters"
+    for name in ("plain", "packed", "packed-too", "broken"):
+        _write(root / name)
+    for name in ("packed", "packed-too"):
+        (root / name / "rayswift_base.json").write_text(json.dumps({"quantization": "nf4", "dtype": "bfloat16"}))
+    (root / "broken" / "rayswift_base.json").write_text("{")
+    assert packed_in_training(str(root)) == {"packed": "nf4", "packed-too": "nf4"}
+    spec = ServeSpec(models={"m": str(tiny_model_dir)}, adapters={"m": str(root)}, engine="vllm")
+    app._with_checked_models(spec)
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert note.startswith(f"note: adapters.m={root}: packed, packed-too: trained on a base in nf4 and served on its")
+    assert "answers are not those of the trained model" in note
+    assert "export the run merged (rayswift export RUN FOLDER)" in note
+    shutil.rmtree(root / "packed")
+    shutil.rmtree(root / "packed-too")
+    app._with_checked_models(spec)
+    assert "note:" not in capsys.readouterr().err
+
+
+def test_a_replica_says_so_of_an_adapter_that_it_loads(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapters = Adapters(str(tiny_model_dir), pad_base=False)
+    for name, packed in (("plain", {}), ("packed", {"quantization": "nf4"})):
+        _write(tmp_path / name)
+        binding = {"base": "b", "base_sha256": weights_sha256(tiny_model_dir), **packed}
+        (tmp_path / name / "rayswift_base.json").write_text(json.dumps(binding))
+        adapters._check(Adapter(name, str(tmp_path / name)))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the adapter packed was trained on a base in nf4 and served on its stored")
 
 
 @pytest.fixture

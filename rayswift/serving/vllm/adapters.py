@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from rayswift.config.job import ModelSpec
 from rayswift.errors import ConfigError
 from rayswift.models.adapters import ADAPTER_WEIGHTS, linear_modules, read_binding, weights_sha256
 from rayswift.models.loading import local_folder, shape_model
-from rayswift.serving.adapter_store import own_folder
+from rayswift.serving.adapter_store import own_folder, told_of_packed
 from rayswift.serving.engine import Adapter, Refused
 
 _ZERO_RANK = 8
 FileState = tuple[int, int, int]
+_log = logging.getLogger("rayswift.serving")
 
 
 class Adapters:
@@ -62,6 +64,8 @@ class Adapters:
             raise Refused(f"the adapter {adapter.name} does not say which weights it was trained on") from error
         if binding["base_sha256"] not in self._bases:
             raise Refused(f"the adapter {adapter.name} was trained on other weights than those of this model")
+        if how := binding.get("quantization"):
+            _log.warning(told_of_packed(f"the adapter {adapter.name} was", str(how)))
 
     def _numbered(self, name: str, folder: str) -> Any:
         from vllm.lora.request import LoRARequest
