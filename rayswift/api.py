@@ -74,14 +74,14 @@ def export(
     force: bool = False,
     quantize: QuantizeSpec | None = None,
     max_difference: float | None = None,
-    engine: str = "none",
+    engine: str = "auto",
     engine_bound: float | None = None,
 ) -> ExportManifest:
     """The manifest of a verified Hugging Face folder made from a run, a checkpoint or a model folder.
 
     `max_difference` bounds how far its log-probabilities may be off the trained model's on average. `engine` is the
-    serving engine that has to answer from it too: vllm, auto or none; `engine_bound` bounds how far that one's may be
-    off on average.
+    serving engine that has to answer from it too: vllm, local, none, or auto, as for the command: the one that an
+    endpoint takes here. `engine_bound` bounds how far that one's may be off on average.
 
     Raises ExportError (exit 5) when it does not verify; then nothing is left at `output`.
     """

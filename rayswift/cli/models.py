@@ -83,9 +83,10 @@ def export(
     max_difference: Annotated[
         float | None, typer.Option(min=0, help="Most that log-probabilities may be off the trained model's on average.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="Serving engine that is to answer from it too: auto, vllm or none.")] = (
-        "auto"
-    ),
+    engine: Annotated[
+        str,
+        typer.Option(help="Serving engine that is to answer from it too: auto (as an endpoint), vllm, local, none."),
+    ] = "auto",
     max_engine_difference: Annotated[
         float | None, typer.Option(min=0, help="Most that its log-probabilities may be off on average.")
     ] = None,
@@ -144,7 +145,13 @@ def _told(manifest: ExportManifest, output: str) -> str:
         text += (
             f"\n{served.engine} {served.version} answers from it: log-probabilities differ by {served.mean_abs:.2g} on "
             f"average from transformers', {served.greedy_agreement:.0%} of greedy tokens are the unquantized model's, "
-            f"{served.tokens_per_second:.0f} tokens/s at concurrency 8"
+            f"loaded in {served.load_s:.1f} s, {served.tokens_per_second:.0f} tokens/s at concurrency 8"
+        )
+    if manifest.verify and (both := manifest.verify.speed):
+        text += (
+            f"\nspeed in {both.engine}: {both.before.tokens_per_second:.0f} -> {both.after.tokens_per_second:.0f} "
+            f"tokens/s (x{both.ratio:.2f}), first token after {1000 * both.before.first_token_s:.0f} -> "
+            f"{1000 * both.after.first_token_s:.0f} ms, loaded in {both.before.load_s:.1f} -> {both.after.load_s:.1f} s"
         )
     if manifest.checkpoint_step is not None:
         state = "finished" if manifest.run_finished else "not finished"

@@ -11,7 +11,7 @@ from typing import Any
 
 from rayswift.evaluation.report import HarnessReport, scored
 from rayswift.export.manifest import MANIFEST, Evaluation, ExportManifest, Lineage
-from rayswift.export.measured import Quantization
+from rayswift.export.measured import Quantization, Speeds
 from rayswift.training.run_dir import RunDir
 from rayswift.units import format_bytes
 
@@ -133,6 +133,28 @@ def _quantized(manifest: ExportManifest) -> Iterator[str]:
         rows["perplexity"] = f"x{held_out.perplexity_ratio:.4f} (bound {held_out.bound_perplexity_ratio:g})"
         rows["same most likely token"] = f"{held_out.top1_agreement:.1%} (bound {held_out.bound_top1_agreement:.0%})"
     yield from _table("## Quantization", rows)
+    if manifest.verify and manifest.verify.speed:
+        yield from _speeds(manifest.verify.speed)
+
+
+def _speeds(found: Speeds) -> Iterator[str]:
+    """Size, load time and speed of the quantized model beside the unquantized one."""
+    before, after = found.before, found.after
+    rows = (
+        ("computed in", before.dtype, after.dtype),
+        ("weights", format_bytes(before.size_bytes), format_bytes(after.size_bytes)),
+        ("loaded in", f"{before.load_s:.2f} s", f"{after.load_s:.2f} s"),
+        ("first token after", f"{1000 * before.first_token_s:.1f} ms", f"{1000 * after.first_token_s:.1f} ms"),
+        ("tokens/s", f"{before.tokens_per_second:.1f}", f"{after.tokens_per_second:.1f}, x{found.ratio:.2f}"),
+    )
+    yield from ("## Size and speed", "", "| | unquantized | quantized |", "|---|---|---|")
+    yield from (f"| {name} | {one} | {other} |" for name, one, other in rows)
+    yield from (
+        "",
+        f"Both in engine {found.engine} ({found.version}) on {found.device} of the machine of the export, "
+        f"{found.num_answers} answers of {found.num_tokens} tokens at a time.",
+        "",
+    )
 
 
 def _proved(manifest: ExportManifest) -> Iterator[str]:
@@ -156,6 +178,13 @@ def _proved(manifest: ExportManifest) -> Iterator[str]:
             f"differs from transformers by {served.mean_abs:.2g} on average, {served.max_abs:.2g} at most; greedy "
             f"answers agree with the unquantized model's for {served.greedy_agreement:.0%} of their tokens"
         )
+        begins = "" if served.first_token_s is None else f", a first token after {1000 * served.first_token_s:.1f} ms"
+        rows[f"speed in {served.engine}"] = (
+            f"loaded in {served.load_s:.2f} s{begins}, {served.tokens_per_second:.1f} tokens/s of eight answers at a "
+            "time, on the machine of the export"
+        )
+    if verify.not_served:
+        rows["serving engine"] = f"none: {verify.not_served}"
     yield from _table("## Verification", rows)
 
 

@@ -92,8 +92,49 @@ class Served(Record):
     media_equal: bool = True
     """As `template_equal`, of the questions about media among the prompts; true for a model of text."""
     load_s: float
+    first_token_s: float | None = None
+    """Until an answer alone begins, to the longest of the prompts."""
     tokens_per_second: float
     """Of eight answers at a time, on the machine of the export."""
+    dtype: str | None = None
+    """What engine `local` computes in; null for one that says it of nothing but the files."""
+    device: str | None = None
+
+
+class Speed(Record):
+    """How fast one model came and answered."""
+
+    dtype: str
+    """What was computed in."""
+    size_bytes: int
+    """Of its weights on a disk."""
+    load_s: float
+    first_token_s: float
+    """Until an answer alone begins, to the longest of the prompts."""
+    tokens_per_second: float
+    """Of all answers, their prompts included."""
+
+
+class Speeds(Record):
+    """A quantized model beside the one that it was made of: the same prompts in the same engine on the same machine.
+
+    Both were asked beside what an export holds in memory: an endpoint may be faster with either.
+    """
+
+    engine: str
+    version: str
+    device: str
+    num_answers: int
+    """At a time."""
+    num_tokens: int
+    """Most of an answer, which nothing ends before."""
+    before: Speed
+    """The unquantized model as it would be served: its folder's load time, with the weights that were quantized."""
+    after: Speed
+    ratio: float
+    """Of tokens per second, after / before."""
+    first_token_ratio: float
+    """Of seconds, after / before."""
 
 
 class VerifyResult(Record):
@@ -107,11 +148,16 @@ class VerifyResult(Record):
     top1_agreement: float
     """The fraction of positions whose most likely next token is the same."""
     greedy_agreement: float | None = None
-    """The fraction of greedy tokens before the first that differs; null for an export that is not quantized."""
+    """The fraction of greedy tokens before the first that differs; null where neither an engine was asked nor anything
+    quantized."""
     held_out: HeldOut | None = None
     """Null for an export that is not quantized: the bounds on log-probabilities are narrower."""
     served: Served | None = None
     """Null where no serving engine was asked."""
+    not_served: str | None = None
+    """Why engine `local` was asked in vain, for an export that asked for no engine by name."""
+    speed: Speeds | None = None
+    """Null for an export that is not quantized, and where no serving engine was asked."""
     tokenizer_equal: bool
     chat_template_equal: bool
     processor_equal: bool = True

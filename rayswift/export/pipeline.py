@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayswift.errors import ConfigError, ExportError
-from rayswift.export import embedding
+from rayswift.export import embedding, speed
 from rayswift.export import manifest as manifests
 from rayswift.export.card import write_card
 from rayswift.export.evaluations import evaluations_of
 from rayswift.export.manifest import ExportManifest
+from rayswift.export.measured import Quantization, VerifyResult
 from rayswift.export.merge import build
 from rayswift.export.quantize import QuantizeSpec, load_quantizer, write_ignored
 from rayswift.export.quantize import quantize as quantize_model
@@ -25,7 +27,7 @@ from rayswift.export.rows import Rows, read_rows_of
 from rayswift.export.served import ENGINE_BOUNDS, Prover, check_engine, prover
 from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source, resolve
-from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, Bounds, compare, encode, probe
+from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, Bounds, Probe, compare, encode, probe
 from rayswift.export.written import disk_errors, write_model
 from rayswift.models.adapters import weights_sha256
 from rayswift.models.folder import stored_dtype
@@ -34,7 +36,7 @@ from rayswift.models.pooling import read_pooling
 from rayswift.models.staging import is_empty_folder, staged_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rayswift.data.media.encoder import MediaEncoder
     from rayswift.export.quantizers import Quantizer
@@ -51,7 +53,7 @@ def export(
     bounds: Bounds | None = None,
     prompts: Sequence[str] = PROMPTS,
     quantize: QuantizeSpec | None = None,
-    engine: str = "none",
+    engine: str = "auto",
     max_difference: float | None = None,
     engine_bound: float | None = None,
 ) -> ExportManifest:
@@ -59,15 +61,15 @@ def export(
 
     `dtype` is that of the weights written, or of what a quantizer leaves; None keeps the base's. `bounds` default to
     `DEFAULT_BOUNDS` of that dtype, or the quantizer's; `max_difference` takes the place of their `mean_abs`. `engine`
-    is the serving engine that has to answer from the folder too: vllm, auto (where its environment is there) or none;
-    `engine_bound` is for the mean difference of its log-probabilities from transformers'. An embedding model is copied
+    is the serving engine that has to answer from the folder too: vllm, local, none, or auto, which is the one that
+    `auto` of an endpoint takes here; `engine_bound` is for the mean difference of its log-probabilities from
+    transformers'. With an engine, a quantized model's speed is measured beside the unquantized one's, both in `local`,
+    which no other engine has to be started for. An embedding model is copied
     and asked for its vectors: of the options it takes `force` and `prompts`, its texts. An existing `output` is
     replaced only with `force`. Raises ConfigError for a bad source or output, CheckpointError for a checkpoint that
     cannot be trusted, ExportError when the result cannot be written or does not verify; `output` is then as it was
     before.
     """
-    import torch
-
     quantizer = load_quantizer(quantize) if quantize else None
     what = resolve(source)
     for reason in what.passed_over:
@@ -78,27 +80,21 @@ def export(
     base_sha256 = check_base(what, base)
     if what.is_plain and read_pooling(str(base), field="SOURCE") is not None:
         _refuse(quantizer=quantize.name if quantize else None, dtype=dtype, max_difference=max_difference,
-                engine=engine if engine == "vllm" else None)  # fmt: skip
+                engine=engine if engine in ("vllm", "local") else None)  # fmt: skip
         check_engine(engine)
         return _export_embedding(what.base, base, base_sha256, output, prompts, force=force)
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
     encoder = encoder_of(base)
-    by = _prover(engine, base, engine_bound, quantizer, dtype, encoder)
+    by = _prover(engine, base, engine_bound, quantizer, dtype, encoder) if verify else None
     tokenizer = load_tokenizer(str(base))
-    calibration, held_out = _rows(what, tokenizer, quantize, needs_rows=quantizer is not None and quantizer.needs_rows)
+    rows = _rows(what, tokenizer, quantize, needs_rows=quantizer is not None and quantizer.needs_rows)
     merged = build(what, [*(encode(tokenizer, text) for text in prompts), *shown(encoder).values()])
-    reference = probe(merged.model, tokenizer, prompts, encoder, held_out, greedy=by is not None) if verify else None
+    asks = by is not None or quantizer is not None
+    reference = probe(merged.model, tokenizer, prompts, encoder, rows[1], greedy=asks) if verify else None
+    bounds = bounds or (quantize.bounds(quantizer) if quantize and quantizer else DEFAULT_BOUNDS[dtype])
+    job = _Job(base, dtype, tokenizer, quantize, quantizer, by, bounds.with_mean(max_difference))
     with disk_errors(output), staged_folder(output, replace=force) as stage:
-        torch.nn.Module.to(merged.model, getattr(torch, dtype))
-        done = None
-        if quantize and quantizer and calibration:
-            done = quantize_model(merged.model, tokenizer, quantize, quantizer, calibration)
-            bounds = bounds or quantize.bounds(quantizer)
-        write_model(merged.model, base, stage)
-        if done:
-            write_ignored(stage, done)
-        bounds = (bounds or DEFAULT_BOUNDS[dtype]).with_mean(max_difference)
-        result = compare(reference, stage, bounds, by) if reference else None
+        done, result = _written(job, merged.model, reference, rows[0], stage)
         manifest = ExportManifest(
             base=what.base,
             base_sha256=base_sha256,
@@ -120,10 +116,47 @@ def export(
         return _signed(manifest, what.run, output, stage)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is written, and how it is to be proved."""
+
+    base: Path
+    dtype: str
+    tokenizer: PreTrainedTokenizerBase
+    quantize: QuantizeSpec | None
+    quantizer: Quantizer | None
+    by: Prover | None
+    bounds: Bounds
+
+
+def _written(
+    job: _Job, model: PreTrainedModel, reference: Probe | None, calibration: Rows | None, stage: Path
+) -> tuple[Quantization | None, VerifyResult | None]:
+    """The model in `stage`, rounded and quantized in place, and what was proved of it against the reference."""
+    import torch
+
+    torch.nn.Module.to(model, getattr(torch, job.dtype))
+    done = before = None
+    if job.quantize and job.quantizer and calibration:
+        if reference and job.by:
+            before = speed.unquantized(model, job.base, job.dtype, reference.ids)
+        done = quantize_model(model, job.tokenizer, job.quantize, job.quantizer, calibration)
+    write_model(model, job.base, stage)
+    if done:
+        write_ignored(stage, done)
+    if reference is None:
+        return done, None
+    result = compare(reference, stage, job.bounds, job.by)
+    if done:
+        compared = speed.beside(before, result.served, stage, reference.ids, done.bytes_before)
+        result = result.model_copy(update={"speed": compared})
+    return done, result
+
+
 def _prover(
     engine: str, base: Path, bound: float | None, quantizer: Quantizer | None, dtype: str, encoder: MediaEncoder | None
 ) -> Prover | None:
-    """The serving engine to prove in; why there is none is told."""
+    """The serving engine to prove in; why it is not vLLM is told."""
     bound = bound or (quantizer.bounds.engine if quantizer else None) or ENGINE_BOUNDS[dtype]
     is_packed = quantizer is not None and quantizer.is_packed
     by, note = prover(engine, base, bound, is_packed=is_packed, encoder=encoder)

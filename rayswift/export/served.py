@@ -1,7 +1,7 @@
-"""Proves that the serving engine gives the answers of a written folder: vLLM loads it and is asked what we asked.
+"""Proves that the serving engine gives the answers of a written folder: it loads it and is asked what we asked.
 
-Runs vLLM in a process of the serving environment. Knows what is compared; how vLLM is asked is known by
-`serving/vllm/probe.py`.
+vLLM runs in a process of the serving environment, `local` in this one. Knows what is compared, and which engine `auto`
+is; how they are asked is known by `serving/vllm/probe.py` and `serving/local/probe.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,12 +32,13 @@ if TYPE_CHECKING:
     from rayswift.data.media.encoder import MediaEncoder
 
 ENGINE_BOUNDS = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
-"""Mean difference of log-probabilities between vLLM and transformers in float32, from the same files, per dtype of what
-vLLM computes in. Quantizers that round activations too have a bound of their own."""
+"""Mean difference of log-probabilities between it and transformers in float32, from the same files, per dtype of what
+is computed in. Quantizers that round activations too have a bound of their own."""
 _ERROR = re.compile(
     r"^(\((?:EngineCore|Worker)[^)]*\) ERROR .*\] )?(?:[a-z_.]*\.)?(\w*(?:Error|Exception): .+)$", re.MULTILINE
 )
 _TIMEOUT_S = 900
+_OTHERWISE = "use another quantizer or dtype, or --engine none"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Prover:
     python: str
     bound: float
     """Most by which its log-probabilities may be off transformers' on average."""
+    is_asked: bool = True
+    """By name: then it has to serve the model. Else it is what `auto` would serve with, if it serves it."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,19 @@ class Questions:
 def prover(
     asked: str, folder: str | Path, bound: float, *, is_packed: bool = False, encoder: MediaEncoder | None = None
 ) -> tuple[Prover | None, str | None]:
-    """The prover asked for (`auto`: vLLM where it is there; `none`), and for a person why there is none.
+    """The prover asked for, and for a person why it is not vLLM; None for `none`.
 
-    `is_packed` says that the export will have packed integer weights; `encoder` is that of a model of more than text.
+    `auto` is the engine that `auto` of an endpoint chooses on this machine: vLLM where it is there and runs such a
+    model, else `local`. `is_packed` says that the export will have packed integer weights; `encoder` is that of a model
+    of more than text.
 
     Raises ConfigError for an engine asked for by name that cannot run here.
     """
     check_engine(asked)
     if asked == "none":
         return None, None
+    if asked == "local":
+        return Prover("local", sys.executable, bound), None
     found = interpreter_of("vllm", None)
     reason = found.problem or _unseen(str(folder), found.path, encoder)
     if not _has_gpu():
@@ -85,14 +93,14 @@ def prover(
     if reason is None:
         return Prover("vllm", found.path, bound), None
     if asked != "auto":
-        raise ConfigError(f"cannot prove this export: {reason}", path="--engine", value=asked, fix="use auto or none")
-    return None, f"not proved in vLLM: {reason}"
+        raise ConfigError(f"cannot prove this export: {reason}", path="--engine", value=asked, fix="use auto or local")
+    return Prover("local", sys.executable, bound, is_asked=False), f"proved in engine local, not in vLLM: {reason}"
 
 
 def check_engine(asked: str) -> None:
     """Raises ConfigError for an engine that nobody can ask for."""
-    if asked not in ("auto", "vllm", "none"):
-        raise ConfigError("is none of auto, vllm and none", path="--engine", value=asked, fix="use auto")
+    if asked not in ("auto", "vllm", "local", "none"):
+        raise ConfigError("is none of auto, vllm, local and none", path="--engine", value=asked, fix="use auto")
 
 
 def _unseen(folder: str, python: str, encoder: MediaEncoder | None) -> str | None:
@@ -111,21 +119,28 @@ def prove(
     logprobs: Sequence[torch.Tensor],
     greedy: Sequence[list[int]],
     regret_of: Callable[[Sequence[list[int]]], float],
-) -> Served:
-    """What vLLM says when it is `asked`, beside the `logprobs_TV` that transformers gives from the same folder.
+) -> tuple[Served | None, str | None]:
+    """What the engine says when it is `asked`, beside the `logprobs_TV` that transformers gives from the same folder.
 
     `greedy` are the answers of the unquantized model; `regret_of` is `greedy.regret` of that folder in transformers,
-    for the answers to the first prompts. Raises ExportError when vLLM cannot load the folder.
+    for the answers to the first prompts. Raises ExportError when the engine cannot load the folder; of one that nobody
+    asked for by name, and that does not serve such models, the reason is returned.
     """
     import torch
 
-    said = _ask(by, folder, asked)
+    try:
+        said = _ask(by, folder, asked)
+    except ConfigError as error:
+        if by.is_asked:
+            raise ExportError(f"{by.engine} cannot serve it: {error}", path="export", fix=_OTHERWISE) from error
+        print(f"note: not proved in a serving engine: {error}", file=sys.stderr)
+        return None, str(error)
     same = said["shown"] == {kind: one.input_ids for kind, one in asked.media.items()}
     count = len(asked.ids) if same else len(asked.prompts)  # other prompts have nothing to be compared with
     pairs = zip(said["logprobs"][:count], logprobs[:count], asked.ids[:count], strict=True)
     gaps = torch.cat([(torch.tensor(theirs) - _chosen(ours, ids)).abs() for theirs, ours, ids in pairs if len(ids) > 1])
     gaps = gaps.nan_to_num(nan=float("inf"))
-    return Served(
+    found = Served(
         engine=by.engine,
         version=said["version"],
         num_positions=len(gaps),
@@ -137,8 +152,12 @@ def prove(
         template_equal=asked.chat is None or said["chat"] == asked.chat[1],
         media_equal=same,
         load_s=said["load_s"],
+        first_token_s=said["first_token_s"],
         tokens_per_second=said["tokens_per_second"],
+        dtype=said.get("dtype"),
+        device=said.get("device"),
     )
+    return found, None
 
 
 def demands(served: Served | None) -> tuple[tuple[str, bool], ...]:
@@ -173,6 +192,10 @@ def _ask(by: Prover, folder: str | Path, asked: Questions) -> Any:
         "prompts": asked.ids[: len(asked.prompts)], "chat": list(asked.chat[0]) if asked.chat else None,
         "max_new_tokens": GREEDY_TOKENS, "max_model_len": max(map(len, asked.ids)) + GREEDY_TOKENS + 64,
     }  # fmt: skip
+    if by.engine == "local":
+        from rayswift.serving.local import probe
+
+        return probe.answers_of(str(folder), questions)
     with tempfile.TemporaryDirectory(prefix="rayswift-probe-") as place:
         out = Path(place) / "answers.json"
         try:
@@ -185,8 +208,7 @@ def _ask(by: Prover, folder: str | Path, asked: Questions) -> Any:
             raise ExportError(f"{by.engine} did not answer within {_TIMEOUT_S} s", path="export",
                               fix="see whether it serves, or export with --engine none") from error  # fmt: skip
         if done.returncode or not out.is_file():
-            raise ExportError(f"{by.engine} cannot serve it: {_last_error(done.stderr)}", path="export",
-                              fix="use another quantizer or dtype, or --engine none") from None  # fmt: skip
+            raise ExportError(f"{by.engine} cannot serve it: {_last_error(done.stderr)}", path="export", fix=_OTHERWISE)
         return json.loads(out.read_text(encoding="utf-8"))
 
 

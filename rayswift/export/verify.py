@@ -90,7 +90,7 @@ class Probe:
     chats: tuple[str | None, ...]
     media: dict[str, Example]
     held_out: Rows | None = None
-    """Rows to be judged by, for an export that is quantized."""
+    """Rows to be judged by."""
     said: Said | None = None
     """What the model makes of `held_out`."""
     greedy: tuple[list[int], ...] = ()
@@ -113,14 +113,14 @@ def probe(
 ) -> Probe:
     """What `model` and `tokenizer` say to the prompts and, where there is a template, to a rendered conversation.
 
-    With an `encoder` also to prompts with an image or a sound; with `held_out` rows also their loss and, as with
-    `greedy`, greedy answers.
+    With an `encoder` also to prompts with an image or a sound; with `held_out` rows also their loss; with `greedy` also
+    greedy answers.
     """
     chats, media = render_chats(tokenizer), shown(encoder)
     texts = (*prompts, *(chat for chat in chats[:1] if chat))
     ids = tuple(encode(tokenizer, text) for text in texts)
     found = Probe(texts, ids, logprobs_of(model, (*ids, *media.values())), chats, media)
-    if greedy or held_out:
+    if greedy:
         found = replace(found, greedy=greedy_of(model, found.asked))
     return found if held_out is None else replace(found, held_out=held_out, said=said_of(model, held_out.examples))
 
@@ -202,7 +202,8 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | N
 
     tokenizer = load_tokenizer(str(folder))
     model: PreTrainedModel = load_base(str(folder), dtype="float32")
-    if reference.held_out:
+    is_quantized = getattr(model.config, "quantization_config", None) is not None
+    if is_quantized:
         torch.nn.Module.float(model)  # transformers leaves beside quantized layers some as they were written
     ids = tuple(encode(tokenizer, text) for text in reference.prompts)
     encoder = encoder_of(folder) if reference.media else None
@@ -212,6 +213,7 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | N
     def regret_of(answers: Sequence[list[int]]) -> float:
         return regret(model, reference.asked[: len(answers)], answers)
 
+    said, why_not = (None, None) if by is None else prove(by, folder, questions, logprobs, reference.greedy, regret_of)
     agree = [bool(a == b) for x, y in zip(logprobs, reference.logprobs, strict=True)
             for a, b in zip(x.argmax(-1), y.argmax(-1), strict=True)]  # fmt: skip
     result = VerifyResult(
@@ -220,16 +222,17 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | N
         num_positions=len(agree),
         logprobs=difference(logprobs, reference.logprobs, bounds),
         top1_agreement=sum(agree) / len(agree),
-        greedy_agreement=agreement(reference.greedy, greedy_of(model, reference.asked)) if reference.held_out else None,
+        greedy_agreement=agreement(reference.greedy, greedy_of(model, reference.asked)) if reference.greedy else None,
         held_out=judged(reference.said, reference.held_out, model, bounds)
         if reference.said and reference.held_out
         else None,
-        served=prove(by, folder, questions, logprobs, reference.greedy, regret_of) if by else None,
+        served=said,
+        not_served=why_not,
         tokenizer_equal=ids == reference.ids,
         chat_template_equal=render_chats(tokenizer) == reference.chats,
         processor_equal=same_shown(shown(encoder), reference.media),
     )
-    _demand(result, folder)
+    _demand(result, is_quantized=is_quantized)
     return result
 
 
@@ -240,7 +243,7 @@ def _questions(reference: Probe, tokenizer: PreTrainedTokenizerBase) -> Question
     return Questions(reference.ids, chat, reference.media)
 
 
-def _demand(result: VerifyResult, folder: str | Path) -> None:
+def _demand(result: VerifyResult, *, is_quantized: bool) -> None:
     """Raises ExportError unless everything was proved."""
     found, held_out = result.logprobs, result.held_out
     bound = "none" if found.bound_max_abs is None else f"{found.bound_max_abs:.3g}"
@@ -263,7 +266,7 @@ def _demand(result: VerifyResult, folder: str | Path) -> None:
     if failed:
         fix = (
             "use more bits or a smaller group, calibrate on more rows, or set wider bounds"
-            if held_out
+            if is_quantized
             else ("export with another dtype, or report this")
         )
         raise ExportError(f"did not verify: {'; '.join(failed)}", path="export", fix=fix)

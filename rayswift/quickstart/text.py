@@ -55,12 +55,12 @@ def run(folder: Path) -> QuickstartResult:
             stack.enter_context(session(None))
         with timed(seconds, "pretrain"):
             pretrained = train(folder / "pretrain.yaml", progress)
-            api.export(pretrained.run_dir, str(folder / "models" / "pretrained"))
+            api.export(pretrained.run_dir, str(folder / "models" / "pretrained"), engine="none")
         with timed(seconds, "fine-tune"):
             tuned = train(folder / "sft.yaml", progress)
         with timed(seconds, "export"):
             progress.phase("exporting, reloading and comparing")
-            manifest = api.export(tuned.run_dir, str(folder / "exports" / MODEL_NAME))
+            manifest = api.export(tuned.run_dir, str(folder / "exports" / MODEL_NAME), engine="local")
         with timed(seconds, "serve and ask"):
             progress.phase("serving")
             asked = _serve_and_ask(folder / "exports" / MODEL_NAME, corpus, progress)

@@ -47,7 +47,7 @@ def run(folder: Path) -> VisionResult:
             report = train(folder / "vision.yaml", progress)
         with timed(seconds, "export"):
             progress.phase("exporting, reloading and comparing")
-            manifest = api.export(report.run_dir, str(folder / "exports" / MODEL_NAME))
+            manifest = api.export(report.run_dir, str(folder / "exports" / MODEL_NAME), engine="local")
         with timed(seconds, "serve and ask"):
             progress.phase("serving")
             before, after = _serve_and_ask(folder, digits, progress)

@@ -19,10 +19,9 @@ from rayswift.config.job import AdapterSpec
 from rayswift.errors import ConfigError, RaySwiftError
 from rayswift.evaluation import harness
 from rayswift.evaluation.report import TaskResult
-from rayswift.export.pipeline import export
 from rayswift.models.adapters import add_lora, load_base
 from rayswift.serving.prompts import PromptBuilder
-from tests.export_cases import shake, write_run
+from tests.export_cases import export, shake, write_run
 from tests.harness_cases import CHOICES, QUESTIONS, write_answer, write_choice, write_likely, write_task
 
 pytest.importorskip("lm_eval", reason="needs the extra `harness`")

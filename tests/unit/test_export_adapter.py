@@ -11,10 +11,9 @@ import torch
 from rayswift.config.job import AdapterSpec
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export.adapter import RECORD, AdapterManifest, export_adapter
-from rayswift.export.pipeline import export
 from rayswift.models.adapters import BINDING, add_lora, attach_adapter, load_base, weights_sha256
 from rayswift.serving.adapters import find_adapter
-from tests.export_cases import shake, write_run
+from tests.export_cases import export, shake, write_run
 
 _IDS = torch.tensor([[5, 6, 7, 8, 9]])
 

@@ -12,12 +12,11 @@ from rayswift.config.job import AdapterSpec
 from rayswift.data.stream_json import stream_json
 from rayswift.export.card import CARD, CURVES
 from rayswift.export.manifest import read_valid
-from rayswift.export.pipeline import export
 from rayswift.export.quantize import QuantizeSpec
 from rayswift.models.adapters import add_lora, load_base
 from rayswift.training import checkpoint
 from tests.data_cases import plan_of
-from tests.export_cases import shake, write_run
+from tests.export_cases import export, shake, write_run
 
 LEDGER = {"fingerprint": "f" * 64, "chunk": -1, "sequence": 0, "rows_visited": 9, "rows_trained": 8,
           "rows_quarantined": 1, "tokens": 77}  # fmt: skip

@@ -10,9 +10,9 @@ import pytest
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import embedding
 from rayswift.export.manifest import MANIFEST, read_valid
-from rayswift.export.pipeline import export
 from rayswift.export.quantize import QuantizeSpec
 from tests.embedding_cases import TEXTS, expected, make_bert, make_qwen3
+from tests.export_cases import export
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_pooling_folder_of_any_name_goes_with_it(tmp_path: Path, minilm: Path)
     modules = (minilm / "modules.json").read_text()
     (minilm / "modules.json").write_text(modules.replace("1_Pooling", "pooling"))
     assert "pooling/config.json" in export(str(minilm), str(tmp_path / "out")).files
-    with pytest.raises(ConfigError, match="none of auto, vllm and none"):
+    with pytest.raises(ConfigError, match="none of auto, vllm, local and none"):
         export(str(minilm), str(tmp_path / "other"), engine="vlm")
 
 

@@ -15,14 +15,13 @@ from rayswift.config.job import AdapterSpec, DataSpec
 from rayswift.data.media.features import model_inputs
 from rayswift.errors import ExportError
 from rayswift.export import pipeline
-from rayswift.export.pipeline import export
 from rayswift.export.rows import read_rows_of
 from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source
 from rayswift.models.adapters import add_lora, load_base
 from rayswift.models.loading import load_tokenizer
 from tests.data_cases import write_jsonl
-from tests.export_cases import shake, write_run
+from tests.export_cases import export, shake, write_run
 from tests.media_cases import picture
 from tests.multimodal_models import FAMILIES, make
 

@@ -18,12 +18,11 @@ from rayswift.config.job import AdapterSpec, Job
 from rayswift.errors import CheckpointError, ConfigError, ExportError
 from rayswift.export import pipeline
 from rayswift.export.manifest import MANIFEST, read_valid
-from rayswift.export.pipeline import export
 from rayswift.export.verify import Bounds
 from rayswift.models.adapters import adapter_state, add_lora, load_base, save_adapter, weights_sha256
 from rayswift.models.init import init_model
 from rayswift.training import checkpoint
-from tests.export_cases import shake, write_run
+from tests.export_cases import export, shake, write_run
 
 IDS_BT = torch.tensor([[5, 6, 7, 8, 9]])
 

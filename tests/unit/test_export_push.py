@@ -15,9 +15,9 @@ import pytest
 
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export.manifest import MANIFEST
-from rayswift.export.pipeline import export
 from rayswift.export.push import push
 from rayswift.serving.versions import version_of
+from tests.export_cases import export
 
 # huggingface_hub 1.33 hands httpx the bytes of a large object in the older way.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")

@@ -27,14 +27,13 @@ from rayswift.export import quantize as module
 from rayswift.export.judge import said_of
 from rayswift.export.manifest import ExportManifest, read_valid
 from rayswift.export.measured import RowsUsed
-from rayswift.export.pipeline import export
 from rayswift.export.quantize import FAMILY, QuantizeSpec, asked
 from rayswift.export.rows import Rows, read_rows_of
 from rayswift.export.source import Source, resolve
 from rayswift.models.adapters import load_base
 from rayswift.models.loading import load_tokenizer
 from tests.architecture_cases import tiny_architecture
-from tests.export_cases import shake, write_run
+from tests.export_cases import export, shake, write_run
 from tests.multimodal_models import make
 
 torch.set_num_threads(1)

@@ -17,12 +17,11 @@ from rayswift.evaluation.target import load, opened
 from rayswift.export.adapter import export_adapter
 from rayswift.export.card import CARD
 from rayswift.export.manifest import MANIFEST, read, read_valid
-from rayswift.export.pipeline import export
 from rayswift.export.source import resolve
 from rayswift.models.adapters import BINDING, add_lora, load_adapter_state, load_base
 from rayswift.models.init import init_model
 from rayswift.models.loading import load_model
-from tests.export_cases import shake, write_run
+from tests.export_cases import export, shake, write_run
 
 IDS_BT = torch.arange(5, 45)[None]
 SPEC = AdapterSpec(rank=4)

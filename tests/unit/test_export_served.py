@@ -25,6 +25,7 @@ echo "rayswift.errors.ServeError: engine=vllm look into the log" >&2
 exit 1
 """
 _BY = Prover("vllm", sys.executable, 1e-3)
+_LOCAL = Prover("local", sys.executable, 1e-3, is_asked=False)
 
 
 def _ask(by: Prover, folder: str, asked: Questions, off: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def _ask(by: Prover, folder: str, asked: Questions, off: dict[str, Any]) -> dict
         [token if not off.get("greedy") else (token + off["greedy"]) % 100 for token in answer]
         for answer in greedy_of(model, prompts)
     ]
-    return {"logprobs": scores, "greedy": greedy, "chat": chat, "version": "1.2", "load_s": 1.5,
+    return {"logprobs": scores, "greedy": greedy, "chat": chat, "version": "1.2", "load_s": 1.5, "first_token_s": 0.01,
             "tokens_per_second": 100.0, "shown": {kind: one.input_ids for kind, one in seen.items()}}  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def test_who_cannot_be_shown_images_is_not_asked(eyes: Path, tmp_path: Path, mon
     other = make("smolvlm", tmp_path / "other")
     for folder, seen, told in ((other, encoder, "text alone of a model of type smolvlm"), (eyes, None, "processor")):
         found, note = served.prover("auto", folder, 1e-3, encoder=seen)
-        assert found is None
+        assert found == _LOCAL
         assert told in (note or "")
         with pytest.raises(ConfigError, match=told):
             served.prover("vllm", folder, 1e-3, encoder=seen)
@@ -146,17 +147,11 @@ def test_who_cannot_be_shown_images_is_not_asked(eyes: Path, tmp_path: Path, mon
     assert "has no torchvision" in (served.prover("auto", eyes, 1e-3, encoder=encoder)[1] or "")
 
 
-def test_heads_without_a_kernel_on_a_cpu_are_told(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heads_without_a_kernel_on_a_cpu_are_told(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served, "interpreter_of", lambda *_: Interpreter(sys.executable))
     monkeypatch.setattr(served, "_has_gpu", lambda: False)
-    note = "not proved in vLLM: vLLM's attention on a CPU has no kernel for heads of 8"
-    assert served.prover("auto", tiny_model_dir, 1e-3) == (None, note)
-    pipeline.export(str(tiny_model_dir), str(tmp_path / "out"), engine="auto")
-    verify = read_valid(tmp_path / "out").verify
-    assert verify is not None
-    assert verify.served is None
+    note = "proved in engine local, not in vLLM: vLLM's attention on a CPU has no kernel for heads of 8"
+    assert served.prover("auto", tiny_model_dir, 1e-3) == (_LOCAL, note)
     monkeypatch.setattr(served, "_has_gpu", lambda: True)
     assert served.prover("auto", tiny_model_dir, 1e-3)[1] is None
 
@@ -173,9 +168,11 @@ def test_where_no_engine_is_the_reason_is_told(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("rayswift.serving.environment._PLACE", tmp_path / "absent")
     monkeypatch.delenv("RAYSWIFT_SERVE_PYTHON", raising=False)
     found, note = served.prover("auto", tmp_path, 1e-3)
-    assert found is None
+    assert found == _LOCAL
     assert note is not None
+    assert note.startswith("proved in engine local, not in vLLM: ")
     assert "make serve-env" in note
+    assert served.prover("local", tmp_path, 1e-3) == (Prover("local", sys.executable, 1e-3), None)
     assert served.prover("none", tmp_path, 1e-3) == (None, None)
     with pytest.raises(ConfigError, match="cannot prove this export"):
         served.prover("vllm", tmp_path, 1e-3)

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from rayswift.export.pipeline import export
 from rayswift.models.folder import INDEX, check_weights, weight_files
 from rayswift.models.hub_names import has_hub_names, write_hub_names
+from tests.export_cases import export
 from tests.multimodal_models import make
 
 _BARE, _HUB = "vision_tower.embeddings.class_embedding", "vision_tower.vision_model.embeddings.class_embedding"

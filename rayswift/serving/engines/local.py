@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -118,29 +118,12 @@ class Local:
         return self._loop
 
     def _load(self) -> None:
-        from rayswift.serving.local.packing import pack
-
-        dtype = self._dtype()
         if (pooling := read_pooling(self._folder)) is not None:
-            self._open_encoder(pooling, dtype)
+            self._open_encoder(pooling, _dtype(self._folder, self._options))
             return
-        model = load_model(ModelSpec(path=self._folder), dtype=dtype)
-        if _device(self._options.device).type == "cpu":
-            pack(model)
-        opened = open_loop(model, self._folder, self._options)
+        opened = open_folder(self._folder, self._options)
         self._loop, self._max_model_len, self._media_encoder = opened.loop, opened.max_model_len, opened.media_encoder
         self._loop.start()
-
-    def _dtype(self) -> torch.dtype | None:
-        """None: as stored."""
-        import torch
-
-        from rayswift.serving.local.precision import dtype_for_cpu
-
-        if self._options.dtype != "auto":
-            named: torch.dtype = getattr(torch, self._options.dtype)
-            return named
-        return dtype_for_cpu(self._folder) if _device(self._options.device).type == "cpu" else None
 
     def _open_encoder(self, pooling: Pooling, dtype: torch.dtype | None) -> None:
         from rayswift.serving.local.embedding import Passes, open_encoder
@@ -166,11 +149,27 @@ async def _in_a_thread_that_ends(work: Callable[[], None]) -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """A decode loop that is not started, and what its model takes."""
+    """A decode loop that is not started, its model, and what that takes."""
 
     loop: DecodeLoop
+    model: PreTrainedModel
     max_model_len: int
     media_encoder: MediaEncoder | None
+
+
+def open_folder(folder: str, options: EngineOptions, trained: Mapping[str, torch.Tensor] | None = None) -> Opened:
+    """The decode loop of a model folder as replicas have it.
+
+    With `trained` weights in place of those of the folder, for what is not written down. Raises as `open_loop` does.
+    """
+    from rayswift.serving.local.packing import pack
+
+    model = load_model(ModelSpec(path=folder), dtype=_dtype(folder, options))
+    if trained is not None:
+        model.load_state_dict(trained)
+    if _device(options.device).type == "cpu":
+        pack(model)
+    return open_loop(model, folder, options)
 
 
 def open_loop(model: PreTrainedModel, folder: str, options: EngineOptions) -> Opened:
@@ -188,7 +187,19 @@ def open_loop(model: PreTrainedModel, folder: str, options: EngineOptions) -> Op
     encoder = _media_encoder(folder, options.media)
     prove(model, folder, max_model_len, encoder)
     vocabulary, num_axes = _vocabulary(model, tokenizer), encoder.num_axes if encoder else 0
-    return Opened(DecodeLoop(model, vocabulary, options.max_concurrency, num_axes), max_model_len, encoder)
+    return Opened(DecodeLoop(model, vocabulary, options.max_concurrency, num_axes), model, max_model_len, encoder)
+
+
+def _dtype(folder: str, options: EngineOptions) -> torch.dtype | None:
+    """None: as stored."""
+    import torch
+
+    from rayswift.serving.local.precision import dtype_for_cpu
+
+    if options.dtype != "auto":
+        named: torch.dtype = getattr(torch, options.dtype)
+        return named
+    return dtype_for_cpu(folder) if _device(options.device).type == "cpu" else None
 
 
 def _media_encoder(folder: str, bounds: MediaSpec) -> MediaEncoder | None:

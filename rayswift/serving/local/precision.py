@@ -17,7 +17,7 @@ from rayswift.models.loading import load_config, local_folder
 
 _NEEDS = {torch.bfloat16: "avx512_bw", torch.float16: "avx512_fp16"}
 """What oneDNN must find in an x86 processor to multiply this type (torch 2.13: use_mkldnn_bf16_matmul, _fp16_)."""
-_MOST_OF_MEMORY = 0.5
+MOST_OF_MEMORY = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
 _log = logging.getLogger("rayswift.serving")
 
@@ -37,7 +37,7 @@ def dtype_for_cpu(path: str) -> torch.dtype | None:
     name = str(stored).removeprefix("torch.")
     size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
     needed, room = size * torch.float32.itemsize // stored.itemsize, memory_left()
-    if needed > _MOST_OF_MEMORY * room:
+    if needed > MOST_OF_MEMORY * room:
         _log.warning("%s computes in %s, which this CPU has no arithmetic for: its prompts are read several times more "
                      "slowly than in float32, which takes %.1f GiB (%.1f are left)", path, name, needed / 2**30,
                      room / 2**30)  # fmt: skip

@@ -58,7 +58,7 @@ def differences(model: PreTrainedModel, max_model_len: int, encoder: MediaEncode
     if not rows:
         return []
     batch = open_batch(model, num_axes)
-    first = [_joined(batch, model, _begun(row), num_axes) for row in rows]
+    first = [joined(batch, model, _begun(row), num_axes) for row in rows]
     steps = [batch.decode([row.ids[step] for row in rows]) for step in range(-_NUM_STEPS, 0)]
     found = []
     for number, row in enumerate(rows):
@@ -103,7 +103,7 @@ def _begun(row: Prompt) -> Prompt:
     return Prompt(row.ids[:-_NUM_STEPS], row.media, rope_AT)
 
 
-def _joined(batch: Batch, model: PreTrainedModel, prompt: Prompt, num_axes: int) -> torch.Tensor:
+def joined(batch: Batch, model: PreTrainedModel, prompt: Prompt, num_axes: int) -> torch.Tensor:
     """Logits_V after a prompt, which has joined the batch; read in two chunks where the engine reads in chunks."""
     chunk_tokens = None if isinstance(batch, SoloBatch) else len(prompt.ids) // 2 + 1
     prefill = Prefill(model, prompt, chunk_tokens, num_axes)

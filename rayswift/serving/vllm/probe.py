@@ -21,17 +21,17 @@ from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampl
 from rayswift.serving.engines.vllm import Vllm
 from rayswift.serving.prompts import PromptBuilder
 
-_SPEED_CONCURRENCY, _SPEED_TOKENS = 8, 64
+SPEED_CONCURRENCY, SPEED_TOKENS = 8, 64
 
 
 async def answers_of(folder: str, questions: dict[str, Any]) -> dict[str, Any]:
     """The `logprobs` of the tokens of each prompt behind its first, and the `greedy` tokens behind each.
 
     Of the texts in `prompts`, and then of a question about each kind of medium that the engine takes: `shown` has the
-    ids that a server makes of those, as `chat` has of a conversation. Also how long loading took, and tokens per second
-    of eight answers at a time.
+    ids that a server makes of those, as `chat` has of a conversation. Also how long loading took, how long the first
+    token of an answer alone, and tokens per second of eight answers at a time.
     """
-    engine = Vllm(folder, EngineOptions(max_concurrency=_SPEED_CONCURRENCY, max_model_len=questions["max_model_len"]))
+    engine = Vllm(folder, EngineOptions(max_concurrency=SPEED_CONCURRENCY, max_model_len=questions["max_model_len"]))
     started = time.perf_counter()
     try:
         await engine.start()
@@ -48,23 +48,32 @@ async def answers_of(folder: str, questions: dict[str, Any]) -> dict[str, Any]:
             "chat": chat,
             "version": version("vllm"),
             "load_s": loaded_s,
+            "first_token_s": await _first_token(engine, max(prompts, key=lambda prompt: len(prompt.ids))),
             "tokens_per_second": await _speed(engine, prompts),
         }
     finally:
         await engine.close()
 
 
+async def _first_token(engine: Vllm, prompt: Prompt) -> float:
+    """Seconds until an answer to one prompt begins."""
+    started = time.perf_counter()
+    async for _ in engine.generate(Request("first-token", prompt, Sampling(max_new_tokens=1, temperature=0))):
+        break
+    return time.perf_counter() - started
+
+
 async def _speed(engine: Vllm, prompts: Sequence[Prompt]) -> float:
-    """Tokens per second of `_SPEED_CONCURRENCY` greedy answers at a time."""
+    """Tokens per second of `SPEED_CONCURRENCY` greedy answers at a time."""
 
     async def answer(number: int) -> int:
-        sampling = Sampling(max_new_tokens=_SPEED_TOKENS, temperature=0)
+        sampling = Sampling(max_new_tokens=SPEED_TOKENS, temperature=0)
         request = Request(f"speed-{number}", prompts[number % len(prompts)], sampling)
         deltas: list[Delta] = [delta async for delta in engine.generate(request)]
         return sum(delta.num_tokens for delta in deltas)
 
     started = time.perf_counter()
-    counts = await asyncio.gather(*(answer(number) for number in range(_SPEED_CONCURRENCY)))
+    counts = await asyncio.gather(*(answer(number) for number in range(SPEED_CONCURRENCY)))
     return sum(counts) / (time.perf_counter() - started)
 
 
