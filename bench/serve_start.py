@@ -105,12 +105,19 @@ print("LOADED", json.dumps([imported - began, time.perf_counter() - imported]))
 """
 
 
+def variables_of(engine: str, folder: Path) -> dict[str, str]:
+    """The environment that a replica with this engine is given."""
+    from rayswift.serving.placement import actor_options
+    from rayswift.serving.spec import ServeSpec
+
+    options = actor_options(ServeSpec(models={"m": str(folder)}, engine=engine))
+    return dict(options["runtime_env"]["env_vars"])
+
+
 def load(python: str, folder: Path, engine: str) -> float:
     """Seconds that the engine alone takes in a bare process: its imports, loading, and one token."""
-    variables = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1",
-                 "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
     done = subprocess.run([python, "-c", LOAD, str(folder), engine], capture_output=True, text=True, check=True,
-                          env=os.environ | variables)  # fmt: skip
+                          env=os.environ | variables_of(engine, folder))  # fmt: skip
     line = next(line for line in done.stdout.splitlines() if line.startswith("LOADED"))
     return float(sum(json.loads(line.removeprefix("LOADED"))))
 
