@@ -9,23 +9,16 @@ import json
 import os
 import signal
 import subprocess
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from rayswift.export.pipeline import export
 from rayswift.serving import registry
-from rayswift.serving.versions import VERSION_HEADER, version_of
-from tests.promotion_cases import run, serving, start, until, write_spec
+from rayswift.serving.versions import VERSION_HEADER
+from tests.promotion_cases import Endpoint, Load, run, serving, start, until, write_exports, write_spec
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 _QUICK = ("--steps", "0.3,1", "--step-seconds", "2", "--min-requests", "5", "--max-latency-ratio", "20")
@@ -65,96 +58,26 @@ def _plugin(folder: Path) -> Path:
     return folder
 
 
-@dataclass
-class _Endpoint:
-    url: str
-    exports: Path
-
-    def version(self, name: str) -> str:
-        return str(version_of(self.exports / name))
-
-    def served(self) -> dict[str, float]:
-        """The share of each version, as clients are told."""
-        card = httpx.get(f"{self.url}/models/m", timeout=30).json()["rayswift"]
-        return {one["version"]: one["share"] for one in card["versions"]}
-
-    def state(self, name: str) -> tuple[str, str | None]:
-        found = registry.read(self.exports).models["m"].get(self.version(name))
-        return found.state, found.reason
-
-    def ask(self, version: str | None = None) -> httpx.Response:
-        body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 0}
-        headers = {VERSION_HEADER: version} if version else {}
-        return httpx.post(f"{self.url}/chat/completions", json=body, headers=headers, timeout=60)
-
-
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
     """Two versions that answer alike, and one whose weights are noise."""
-    folder, noisy = tmp_path_factory.mktemp("served") / "exports", tmp_path_factory.mktemp("base") / "noisy"
-    folder.mkdir()
-    export(str(tiny_model_dir), str(folder / "one"))
-    export(str(folder / "one"), str(folder / "two"))
-    subprocess.run(["cp", "-r", str(tiny_model_dir), str(noisy)], check=True)
-    weights = load_file(noisy / "model.safetensors")
-    torch.manual_seed(1)
-    save_file({name: torch.randn_like(weight) for name, weight in weights.items()}, noisy / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
-    export(str(noisy), str(folder / "noisy"))
-    return folder
+    return write_exports(tiny_model_dir, tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
 def endpoint(
     exports: Path, tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
-) -> Iterator[_Endpoint]:
+) -> Iterator[Endpoint]:
     folder, port = tmp_path_factory.mktemp("endpoint"), free_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(_plugin(tmp_path_factory.mktemp("plugin"))), prepend=os.pathsep)
         with serving(folder, write_spec(folder, {"m": exports / "one"}, port, "sleepy")):
-            yield _Endpoint(f"http://127.0.0.1:{port}/v1", exports)
+            yield Endpoint(f"http://127.0.0.1:{port}/v1", exports)
     assert registry.read_endpoint(exports) is None
 
 
-@dataclass
-class _Load:
-    """Whole answers and streams without pause until it is left; what became of each."""
-
-    endpoint: _Endpoint
-    seen: Counter[str] = field(default_factory=Counter)
-    lost: list[str] = field(default_factory=list)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _threads: list[threading.Thread] = field(default_factory=list)
-
-    def __enter__(self) -> _Load:
-        self._threads = [threading.Thread(target=self._ask, args=(bool(i % 2),)) for i in range(4)]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(120)
-            assert not thread.is_alive(), "a request hangs"
-
-    def _ask(self, stream: bool) -> None:
-        body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16, "stream": stream}
-        with httpx.Client(timeout=60) as client:
-            while not self._stop.is_set():
-                try:
-                    reply = client.post(f"{self.endpoint.url}/chat/completions", json=body)
-                except httpx.HTTPError as error:
-                    self.lost.append(f"no reply: {type(error).__name__}")
-                    continue
-                self.seen[reply.headers.get(VERSION_HEADER, "none")] += 1
-                whole = not stream or (reply.text.endswith("[DONE]\n\n") and '"error"' not in reply.text)
-                if reply.status_code != 200 or not whole:
-                    self.lost.append(f"{reply.status_code} {reply.text[-200:]}")
-
-
 @contextmanager
-def _promoting(endpoint: _Endpoint, name: str, log: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def _promoting(endpoint: Endpoint, name: str, log: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """A promotion that has begun to share the traffic, and has ended afterwards, however the test did."""
     with log.open("w") as out:
         running = start("serve", "promote", str(endpoint.exports / name), *options, out=out)
@@ -167,9 +90,9 @@ def _promoting(endpoint: _Endpoint, name: str, log: Path, *options: str) -> Iter
             running.wait(30)
 
 
-def test_a_promotion_and_its_rollback_lose_no_request(endpoint: _Endpoint, tmp_path: Path) -> None:
+def test_a_promotion_and_its_rollback_lose_no_request(endpoint: Endpoint, tmp_path: Path) -> None:
     old, new = endpoint.version("one"), endpoint.version("two")
-    with _Load(endpoint) as load:
+    with Load(endpoint) as load:
         code, said = run(tmp_path, "promote", str(endpoint.exports / "two"), *_QUICK, "--min-agreement", "1")
         assert code == 0, said
         assert endpoint.served() == {new: 1.0}
@@ -190,9 +113,9 @@ def test_a_promotion_and_its_rollback_lose_no_request(endpoint: _Endpoint, tmp_p
 
 
 def test_a_version_with_other_answers_goes_back_before_anybody_is_sent_to_it(
-    endpoint: _Endpoint, tmp_path: Path
+    endpoint: Endpoint, tmp_path: Path
 ) -> None:
-    with _Load(endpoint) as load:
+    with Load(endpoint) as load:
         code, said = run(tmp_path, "promote", str(endpoint.exports / "noisy"), *_QUICK, "--min-agreement", "0.9")
     assert code == 5, said
     assert "of its greedy answers are the live version's" in said
@@ -203,11 +126,11 @@ def test_a_version_with_other_answers_goes_back_before_anybody_is_sent_to_it(
 
 
 def test_a_version_that_fails_goes_back_and_what_it_had_not_begun_is_answered(
-    endpoint: _Endpoint, tmp_path: Path
+    endpoint: Endpoint, tmp_path: Path
 ) -> None:
     new = endpoint.version("two")
     options = ("--steps", "0.5,1", "--step-seconds", "60", "--min-requests", "20")
-    with _Load(endpoint) as load, _promoting(endpoint, "two", tmp_path / "log", *options) as running:
+    with Load(endpoint) as load, _promoting(endpoint, "two", tmp_path / "log", *options) as running:
         until(lambda: load.seen[new] > 3, "the new version answers")
         os.kill(_replica_of(endpoint, new), signal.SIGKILL)
         assert running.wait(120) == 5
@@ -219,7 +142,7 @@ def test_a_version_that_fails_goes_back_and_what_it_had_not_begun_is_answered(
     assert all("replica" in one or "could not finish" in one for one in load.lost)
 
 
-def _replica_of(endpoint: _Endpoint, version: str) -> int:
+def _replica_of(endpoint: Endpoint, version: str) -> int:
     """The process of a version's replica, which Ray names after its application."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -233,12 +156,12 @@ def _replica_of(endpoint: _Endpoint, version: str) -> int:
 
 
 def test_a_version_that_hangs_goes_back_and_the_live_one_answers_what_it_was_asked(
-    endpoint: _Endpoint, tmp_path: Path
+    endpoint: Endpoint, tmp_path: Path
 ) -> None:
     hangs = endpoint.exports / "two.hangs"
     options = ("--steps", "0.5,1", "--step-seconds", "100", "--max-token-wait", "3")
     try:
-        with _Load(endpoint) as load, _promoting(endpoint, "two", tmp_path / "log", *options) as running:
+        with Load(endpoint) as load, _promoting(endpoint, "two", tmp_path / "log", *options) as running:
             hangs.touch()
             began = time.monotonic()
             assert running.wait(120) == 5
@@ -253,7 +176,7 @@ def test_a_version_that_hangs_goes_back_and_the_live_one_answers_what_it_was_ask
 
 
 def test_a_second_endpoint_over_the_same_exports_is_refused(
-    endpoint: _Endpoint, tmp_path: Path, free_port: Callable[[], int]
+    endpoint: Endpoint, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     kept = registry.read(endpoint.exports)
     code, said = run(tmp_path, write_spec(tmp_path, {"other": endpoint.exports / "two"}, free_port()))
@@ -263,7 +186,7 @@ def test_a_second_endpoint_over_the_same_exports_is_refused(
     assert endpoint.ask().status_code == 200
 
 
-def test_an_interrupted_promotion_goes_back(endpoint: _Endpoint, tmp_path: Path) -> None:
+def test_an_interrupted_promotion_goes_back(endpoint: Endpoint, tmp_path: Path) -> None:
     (beside := tmp_path / "beside").mkdir()
     with _promoting(endpoint, "two", tmp_path / "log", "--steps", "0.5,1", "--step-seconds", "100") as running:
         other, said = run(beside, "promote", str(endpoint.exports / "noisy"))
@@ -275,7 +198,7 @@ def test_an_interrupted_promotion_goes_back(endpoint: _Endpoint, tmp_path: Path)
     assert endpoint.state("two") == ("rolled-back", "interrupted")
 
 
-def test_the_traffic_comes_back_when_the_promotion_is_killed(endpoint: _Endpoint, tmp_path: Path) -> None:
+def test_the_traffic_comes_back_when_the_promotion_is_killed(endpoint: Endpoint, tmp_path: Path) -> None:
     old, new = endpoint.version("one"), endpoint.version("two")
     with _promoting(endpoint, "two", tmp_path / "log", "--steps", "0.5,1", "--step-seconds", "100") as running:
         running.kill()
