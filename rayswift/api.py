@@ -76,12 +76,16 @@ def export(
     max_difference: float | None = None,
     engine: str = "auto",
     engine_bound: float | None = None,
+    max_perplexity: float | None = None,
+    num_held_out: int | None = None,
 ) -> ExportManifest:
     """The manifest of a verified Hugging Face folder made from a run, a checkpoint or a model folder.
 
     `max_difference` bounds how far its log-probabilities may be off the trained model's on average. `engine` is the
     serving engine that has to answer from it too: vllm, local, none, or auto, as for the command: the one that an
-    endpoint takes here. `engine_bound` bounds how far that one's may be off on average.
+    endpoint takes here. `engine_bound` bounds how far that one's may be off on average. `max_perplexity` bounds the
+    perplexity on `num_held_out` rows of the job, as a ratio to the trained model's, for an export that is not
+    quantized: for the others `quantize` says both.
 
     Raises ExportError (exit 5) when it does not verify; then nothing is left at `output`.
     """
@@ -89,7 +93,7 @@ def export(
 
     return export_folder(
         source, output, dtype=dtype, force=force, quantize=quantize, max_difference=max_difference, engine=engine,
-        engine_bound=engine_bound,
+        engine_bound=engine_bound, max_perplexity=max_perplexity, num_held_out=num_held_out,
     )  # fmt: skip
 
 

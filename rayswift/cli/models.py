@@ -72,10 +72,12 @@ def export(
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale.  [default: 128]")] = None,
     calibration: Annotated[str | None, typer.Option(help="Rows to calibrate on; default: the job's data.")] = None,
     calibration_rows: Annotated[int, typer.Option(min=1, help="How many of them.")] = 256,
-    held_out_rows: Annotated[int, typer.Option(min=1, help="Rows that the result is judged by.")] = 64,
+    held_out_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows that the result is judged by.  [default: 64, not quantized 16]")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(min=8, help="Longest row in tokens; default: the job's.")] = None,
     max_perplexity: Annotated[
-        float | None, typer.Option(help="Most that perplexity may be of the unquantized model's, as a ratio.")
+        float | None, typer.Option(help="Most that perplexity on them may be of the trained model's, as a ratio.")
     ] = None,
     min_agreement: Annotated[
         float | None, typer.Option(help="Least part of positions whose most likely token stays the same.")
@@ -103,7 +105,7 @@ def export(
     Example: rayswift export runs/sft-demo exports/sft-demo-4bit --quantizer gptq --group-size 64
     """
     from rayswift import api
-    from rayswift.export.quantize import asked
+    from rayswift.export.quantize import NUM_HELD_OUT, asked
 
     output = _one_of(output, output_option)
     if adapter_only:
@@ -120,19 +122,23 @@ def export(
     quantize = asked(
         quantizer,
         {"bits": bits, "group_size": group_size},
-        {"calibration": calibration, "max_length": max_length, "max_perplexity": max_perplexity,
-         "min_agreement": min_agreement},
+        {"calibration": calibration, "max_length": max_length, "min_agreement": min_agreement},
         num_calibration=calibration_rows,
-        num_held_out=held_out_rows,
-    )  # fmt: skip
+        num_held_out=held_out_rows or NUM_HELD_OUT,
+    )
     manifest = api.export(source, output, dtype=dtype, force=force, quantize=quantize, engine=engine,
-                          max_difference=max_difference, engine_bound=max_engine_difference)  # fmt: skip
+                          max_difference=max_difference, engine_bound=max_engine_difference,
+                          max_perplexity=max_perplexity, num_held_out=held_out_rows)  # fmt: skip
     print_result(manifest.model_dump(mode="json"), _told(manifest, output), as_json)
 
 
 def _told(manifest: ExportManifest, output: str) -> str:
     """What was written and proved, for a person."""
     text = f"{output}: {len(manifest.files)} files, verified; manifest {os.path.join(output, 'rayswift.json')}"
+    held_out = manifest.verify and manifest.verify.held_out
+    if manifest.quantization is None and held_out:
+        rows = f"{held_out.rows.num_rows} {'rows trained on' if held_out.trained_on else 'held-out rows'}"
+        text += f"\n{manifest.dtype}: perplexity x{held_out.perplexity_ratio:.4f} on {rows}"
     if manifest.quantization and manifest.verify and manifest.verify.held_out:
         size = sum(entry.size for name, entry in manifest.files.items() if name.endswith(".safetensors"))
         before = format_bytes(manifest.quantization.bytes_before)

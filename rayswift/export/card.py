@@ -128,13 +128,24 @@ def _quantized(manifest: ExportManifest) -> Iterator[str]:
     }
     if done.calibration:
         rows["calibrated on"] = f"{done.calibration.num_rows} rows, {done.calibration.num_tokens} tokens"
-    if manifest.verify and (held_out := manifest.verify.held_out):
-        rows["loss on rows held out"] = f"{held_out.reference_loss:.4f} before, {held_out.loss:.4f} after"
-        rows["perplexity"] = f"x{held_out.perplexity_ratio:.4f} (bound {held_out.bound_perplexity_ratio:g})"
-        rows["same most likely token"] = f"{held_out.top1_agreement:.1%} (bound {held_out.bound_top1_agreement:.0%})"
+    rows |= _held_out(manifest)
     yield from _table("## Quantization", rows)
     if manifest.verify and manifest.verify.speed:
         yield from _speeds(manifest.verify.speed)
+
+
+def _held_out(manifest: ExportManifest) -> dict[str, str]:
+    """What became of rows, where that was compared."""
+    found = manifest.verify.held_out if manifest.verify else None
+    if found is None:
+        return {}
+    rows = f"{found.rows.num_rows} rows {'trained on' if found.trained_on else 'held out'}"
+    same = f" (bound {found.bound_top1_agreement:.0%})" if found.bound_top1_agreement else ""
+    return {
+        f"loss on {rows}": f"{found.reference_loss:.4f} before, {found.loss:.4f} after",
+        "perplexity": f"x{found.perplexity_ratio:.4f} (bound {found.bound_perplexity_ratio:g})",
+        "same most likely token": f"{found.top1_agreement:.1%}{same}",
+    }
 
 
 def _speeds(found: Speeds) -> Iterator[str]:
@@ -173,6 +184,8 @@ def _proved(manifest: ExportManifest) -> Iterator[str]:
         "tokenizer": "gives the ids that were trained on" if verify.tokenizer_equal else "differs",
         "chat template": "renders what was trained on" if verify.chat_template_equal else "differs",
     }
+    if manifest.quantization is None:
+        rows |= _held_out(manifest)
     if served := verify.served:
         rows[f"{served.engine} {served.version}"] = (
             f"differs from transformers by {served.mean_abs:.2g} on average, {served.max_abs:.2g} at most; greedy "

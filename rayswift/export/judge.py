@@ -1,4 +1,4 @@
-"""What a quantized model makes of rows that it was not calibrated on, beside what the model made of them before.
+"""What an export makes of rows, those of a calibration not among them, beside what the trained model made of them.
 
 Shape legend: B documents, one at a time; T positions of a document, V tokens of the vocabulary.
 """
@@ -61,11 +61,12 @@ def _batch(example: Example) -> PackedBatch:
 
 
 def judged(before: Said, rows: Rows, model: PreTrainedModel, bounds: Bounds) -> HeldOut:
-    """What became of the rows that the unquantized model had `before` made something of."""
+    """What became of the rows that the trained model had `before` made something of."""
     after = said_of(model, rows.examples)
     same = [a == b for a, b in zip(before.likeliest, after.likeliest, strict=True)]
     return HeldOut(
         rows=rows.used,
+        trained_on=rows.trained_on,
         reference_loss=before.loss,
         loss=after.loss,
         perplexity_ratio=exp(min(after.loss - before.loss, 100.0)),
@@ -76,12 +77,12 @@ def judged(before: Said, rows: Rows, model: PreTrainedModel, bounds: Bounds) -> 
 
 
 def demands(held_out: HeldOut | None) -> tuple[tuple[str, bool], ...]:
-    """What is demanded of a quantized model on rows that it was not calibrated on."""
+    """What is demanded of an export on rows."""
     if held_out is None:
         return ()
     ratio, bound = held_out.perplexity_ratio, held_out.bound_perplexity_ratio
     same, least = held_out.top1_agreement, held_out.bound_top1_agreement
     return (
-        (f"perplexity on held-out rows is {ratio:.4g} of the unquantized model's (bound {bound:.4g})", ratio <= bound),
+        (f"perplexity on held-out rows is {ratio:.4g} of the trained model's (bound {bound:.4g})", ratio <= bound),
         (f"the most likely token is the same at {same:.1%} of their places (bound {least:.1%})", same >= least),
     )

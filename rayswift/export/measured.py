@@ -45,9 +45,14 @@ class RowsUsed(Record):
 
 
 class HeldOut(Record):
-    """What quantizing cost on rows that it did not see: loss per trained token, and the ratio of perplexities."""
+    """What rounding or quantizing cost on rows: loss per trained token before and after, and the ratio of perplexities.
+
+    Before is the trained model in float32, its adapter merged; after are the written files, computed with in float32.
+    """
 
     rows: RowsUsed
+    trained_on: bool = False
+    """Whether they are rows that the run was trained on: its job holds none out."""
     reference_loss: float
     loss: float
     perplexity_ratio: float
@@ -151,7 +156,9 @@ class VerifyResult(Record):
     """The fraction of greedy tokens before the first that differs; null where neither an engine was asked nor anything
     quantized."""
     held_out: HeldOut | None = None
-    """Null for an export that is not quantized: the bounds on log-probabilities are narrower."""
+    """Null for a model of no run here that is not quantized, and where `held_out_reason` says why."""
+    held_out_reason: str | None = None
+    """Why the rows of the job could not be read again, for an export that is not quantized."""
     served: Served | None = None
     """Null where no serving engine was asked."""
     not_served: str | None = None

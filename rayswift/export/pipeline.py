@@ -23,7 +23,7 @@ from rayswift.export.measured import Quantization, VerifyResult
 from rayswift.export.merge import build
 from rayswift.export.quantize import QuantizeSpec, load_quantizer, write_ignored
 from rayswift.export.quantize import quantize as quantize_model
-from rayswift.export.rows import Rows, read_rows_of
+from rayswift.export.rows import Chosen, choose
 from rayswift.export.served import ENGINE_BOUNDS, Prover, check_engine, prover
 from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source, resolve
@@ -56,6 +56,8 @@ def export(
     engine: str = "auto",
     max_difference: float | None = None,
     engine_bound: float | None = None,
+    max_perplexity: float | None = None,
+    num_held_out: int | None = None,
 ) -> ExportManifest:
     """The manifest of the folder written to `output` from a run, a checkpoint, an adapter folder or a model.
 
@@ -64,11 +66,12 @@ def export(
     is the serving engine that has to answer from the folder too: vllm, local, none, or auto, which is the one that
     `auto` of an endpoint takes here; `engine_bound` is for the mean difference of its log-probabilities from
     transformers'. With an engine, a quantized model's speed is measured beside the unquantized one's, both in `local`,
-    which no other engine has to be started for. An embedding model is copied
-    and asked for its vectors: of the options it takes `force` and `prompts`, its texts. An existing `output` is
-    replaced only with `force`. Raises ConfigError for a bad source or output, CheckpointError for a checkpoint that
-    cannot be trusted, ExportError when the result cannot be written or does not verify; `output` is then as it was
-    before.
+    which no other engine has to be started for. `max_perplexity` bounds the
+    perplexity on `num_held_out` rows of the job, as a ratio to the trained model's; where neither is given and the rows
+    cannot be read any more, that is told. An embedding model is copied and asked for its vectors: of the options it
+    takes `force` and `prompts`, its texts. An existing `output` is replaced only with `force`. Raises ConfigError for a
+    bad source or output, CheckpointError for a checkpoint that cannot be trusted, ExportError when the result cannot be
+    written or does not verify; `output` is then as it was before.
     """
     quantizer = load_quantizer(quantize) if quantize else None
     what = resolve(source)
@@ -80,40 +83,51 @@ def export(
     base_sha256 = check_base(what, base)
     if what.is_plain and read_pooling(str(base), field="SOURCE") is not None:
         _refuse(quantizer=quantize.name if quantize else None, dtype=dtype, max_difference=max_difference,
-                engine=engine if engine in ("vllm", "local") else None)  # fmt: skip
+                max_perplexity=max_perplexity, engine=engine if engine in ("vllm", "local") else None)  # fmt: skip
         check_engine(engine)
         return _export_embedding(what.base, base, base_sha256, output, prompts, force=force)
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
     encoder = encoder_of(base)
     by = _prover(engine, base, engine_bound, quantizer, dtype, encoder) if verify else None
     tokenizer = load_tokenizer(str(base))
-    rows = _rows(what, tokenizer, quantize, needs_rows=quantizer is not None and quantizer.needs_rows)
+    rows = Chosen()
+    if quantize or verify:
+        rows = choose(what, tokenizer, quantize, needs_rows=quantizer is not None and quantizer.needs_rows,
+                      num_held_out=num_held_out, is_bounded=max_perplexity is not None)  # fmt: skip
     merged = build(what, [*(encode(tokenizer, text) for text in prompts), *shown(encoder).values()])
     asks = by is not None or quantizer is not None
-    reference = probe(merged.model, tokenizer, prompts, encoder, rows[1], greedy=asks) if verify else None
+    reference = probe(merged.model, tokenizer, prompts, encoder, rows.held_out, greedy=asks) if verify else None
     bounds = bounds or (quantize.bounds(quantizer) if quantize and quantizer else DEFAULT_BOUNDS[dtype])
-    job = _Job(base, dtype, tokenizer, quantize, quantizer, by, bounds.with_mean(max_difference))
+    bounds = bounds.with_mean(max_difference).with_perplexity(max_perplexity)
+    job = _Job(base, dtype, tokenizer, quantize, quantizer, by, bounds)
     with disk_errors(output), staged_folder(output, replace=force) as stage:
-        done, result = _written(job, merged.model, reference, rows[0], stage)
-        manifest = ExportManifest(
-            base=what.base,
-            base_sha256=base_sha256,
-            method=what.method,
-            adapter=what.adapter_settings(),
-            quantizer=quantize.name if quantize else "none",
-            quantization=done,
-            dtype=dtype,
-            job_hash=what.job_hash,
-            checkpoint_step=what.step,
-            run_finished=what.finished,
-            lineage=what.lineage,
-            evaluations=evaluations_of(what.run, what.step),
-            versions=manifests.current_versions(),
-            merge=merged.change,
-            verify=result,
-            files={},
-        )
+        done, result = _written(job, merged.model, reference, rows, stage)
+        manifest = _manifest(what, base_sha256, job, done, result).model_copy(update={"merge": merged.change})
         return _signed(manifest, what.run, output, stage)
+
+
+def _manifest(
+    what: Source, base_sha256: str, job: _Job, done: Quantization | None, result: VerifyResult | None
+) -> ExportManifest:
+    """What is known of a trained model's folder, but for the merge and the files."""
+    return ExportManifest(
+        base=what.base,
+        base_sha256=base_sha256,
+        method=what.method,
+        adapter=what.adapter_settings(),
+        quantizer=job.quantize.name if job.quantize else "none",
+        quantization=done,
+        dtype=job.dtype,
+        job_hash=what.job_hash,
+        checkpoint_step=what.step,
+        run_finished=what.finished,
+        lineage=what.lineage,
+        evaluations=evaluations_of(what.run, what.step),
+        versions=manifests.current_versions(),
+        merge=None,
+        verify=result,
+        files={},
+    )
 
 
 @dataclass(frozen=True)
@@ -130,23 +144,23 @@ class _Job:
 
 
 def _written(
-    job: _Job, model: PreTrainedModel, reference: Probe | None, calibration: Rows | None, stage: Path
+    job: _Job, model: PreTrainedModel, reference: Probe | None, rows: Chosen, stage: Path
 ) -> tuple[Quantization | None, VerifyResult | None]:
     """The model in `stage`, rounded and quantized in place, and what was proved of it against the reference."""
     import torch
 
     torch.nn.Module.to(model, getattr(torch, job.dtype))
     done = before = None
-    if job.quantize and job.quantizer and calibration:
+    if job.quantize and job.quantizer and rows.calibration:
         if reference and job.by:
             before = speed.unquantized(model, job.base, job.dtype, reference.ids)
-        done = quantize_model(model, job.tokenizer, job.quantize, job.quantizer, calibration)
+        done = quantize_model(model, job.tokenizer, job.quantize, job.quantizer, rows.calibration)
     write_model(model, job.base, stage)
     if done:
         write_ignored(stage, done)
     if reference is None:
         return done, None
-    result = compare(reference, stage, job.bounds, job.by)
+    result = compare(reference, stage, job.bounds, job.by).model_copy(update={"held_out_reason": rows.unread})
     if done:
         compared = speed.beside(before, result.served, stage, reference.ids, done.bytes_before)
         result = result.model_copy(update={"speed": compared})
@@ -242,22 +256,6 @@ def check_base(what: Source, base: Path) -> str:
             fix="put the base back as it was",
         )
     return found
-
-
-def _rows(
-    what: Source, tokenizer: PreTrainedTokenizerBase, spec: QuantizeSpec | None, *, needs_rows: bool
-) -> tuple[Rows | None, Rows | None]:
-    """What to calibrate on, and what to judge by; both None for an export that is not quantized."""
-    if spec is None:
-        return None, None
-    return read_rows_of(
-        what,
-        tokenizer,
-        path=spec.calibration,
-        num_calibration=spec.num_calibration if needs_rows else 0,
-        num_held_out=spec.num_held_out,
-        max_length=spec.max_length,
-    )
 
 
 def _dtype(asked: str | None, base: Path, *, is_quantized: bool = False) -> str:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+NUM_HELD_OUT = 64
 _OPTION = "--quantizer"
 
 
@@ -47,7 +48,7 @@ class QuantizeSpec:
     calibration: str | None = None
     """A file of rows; None takes the job's own data."""
     num_calibration: int = 256
-    num_held_out: int = 64
+    num_held_out: int = NUM_HELD_OUT
     max_length: int | None = None
     """Longest row in tokens; None takes the job's."""
     max_perplexity: float | None = None

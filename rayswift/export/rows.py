@@ -6,6 +6,7 @@ Knows sources and how many rows of each are taken. Does not know what is done wi
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -28,7 +29,11 @@ from rayswift.training.media import media_encoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rayswift.export.quantize import QuantizeSpec
+
 OPTION = "--calibration"
+NUM_HELD_OUT = 16
+"""Rows of an export that is not quantized: each costs two passes in float32 on a CPU, and rounding moves all alike."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,45 @@ class Rows:
 
     examples: tuple[Example, ...]
     used: RowsUsed
+    trained_on: bool = False
+    """Whether they are the first that the run was trained on."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Rows to calibrate on and rows to judge by; `unread` is why there are none to judge by."""
+
+    calibration: Rows | None = None
+    held_out: Rows | None = None
+    unread: str | None = None
+
+
+def choose(
+    what: Source, tokenizer: PreTrainedTokenizerBase, spec: QuantizeSpec | None, *, needs_rows: bool,
+    num_held_out: int | None, is_bounded: bool,
+) -> Chosen:  # fmt: skip
+    """The rows of an export: as its spec says, or rows of the job for one that is only merged or rounded.
+
+    For the latter, rows that cannot be read again are told and missed, unless `num_held_out` or a bound on them was
+    asked for: then they raise ConfigError, as they do for a spec.
+    """
+    if spec is not None:
+        num = spec.num_calibration if needs_rows else 0
+        found = read_rows_of(what, tokenizer, path=spec.calibration, num_calibration=num,
+                             num_held_out=spec.num_held_out, max_length=spec.max_length)  # fmt: skip
+        return Chosen(*found)
+    is_asked = is_bounded or num_held_out is not None
+    if what.data is None and not is_asked:
+        return Chosen()
+    try:
+        _, held_out = read_rows_of(what, tokenizer, path=None, num_calibration=0,
+                                   num_held_out=num_held_out or NUM_HELD_OUT, max_length=None)  # fmt: skip
+    except ConfigError as error:
+        if is_asked:
+            raise
+        print(f"note: perplexity is not compared: {error}", file=sys.stderr)
+        return Chosen(unread=str(error))
+    return Chosen(held_out=held_out)
 
 
 def read_rows_of(
@@ -66,12 +110,13 @@ def read_rows_of(
         count = num_held_out if len(found) == wanted else min(num_held_out, max(1, len(found) // 5))
         count = count if num_calibration else len(found)
         found, held_out = found[: len(found) - count], found[len(found) - count :]
-    if (num_calibration and not found) or not held_out:
+    if (num_calibration and not found) or not any(any(one.loss_mask) for one in held_out):
         raise ConfigError(
             "has too few rows that can be used: at least one to calibrate on and one to judge by are needed",
             path=OPTION, value=path or "the job's data", fix=f"name a file with more of them: {OPTION} rows.jsonl",
         )  # fmt: skip
-    return _rows(found, train), _rows(held_out, evaluated or train)
+    judging = _rows(held_out, evaluated or train, trained_on=path is None and not evaluated)
+    return _rows(found, train), judging
 
 
 def _data_of(what: Source, tokenizer: PreTrainedTokenizerBase, path: str | None) -> tuple[DataSpec, Rendering]:
@@ -111,7 +156,7 @@ def _examples(plan: StreamPlan, tokenizer: PreTrainedTokenizerBase, base: str) -
                 yield Example(one.input_ids.tolist(), one.loss_mask.tolist(), tuple(one.media), one.rope_AT)
 
 
-def _rows(examples: Sequence[Example], plan: StreamPlan) -> Rows:
+def _rows(examples: Sequence[Example], plan: StreamPlan, *, trained_on: bool = False) -> Rows:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(np.asarray(example.input_ids, np.int64).tobytes() + b"|")
@@ -123,4 +168,5 @@ def _rows(examples: Sequence[Example], plan: StreamPlan) -> Rows:
             num_tokens=sum(len(example.input_ids) for example in examples),
             sha256=digest.hexdigest(),
         ),
+        trained_on,
     )

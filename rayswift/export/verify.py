@@ -64,11 +64,15 @@ class Bounds:
             return self
         return replace(self, mean_abs=mean_abs, max_abs=None if self.max_abs is None else 10 * mean_abs)
 
+    def with_perplexity(self, ratio: float | None) -> Bounds:
+        """With another bound on the ratio of perplexities; None changes nothing."""
+        return self if ratio is None else replace(self, perplexity=ratio)
+
 
 DEFAULT_BOUNDS = {
-    "float32": Bounds(1e-3, 1e-4),
-    "float16": Bounds(0.1, 0.005),
-    "bfloat16": Bounds(0.5, 0.05),
+    "float32": Bounds(1e-3, 1e-4, perplexity=1.001),
+    "float16": Bounds(0.1, 0.005, perplexity=1.005),
+    "bfloat16": Bounds(0.5, 0.05, perplexity=1.02),
 }
 """Per dtype written. Float32 loses nothing but the order of sums; the others lose what rounding the
 weights costs: a trained model of 1.3M parameters moves by 0.008 at most and 0.0004 on average in float16, by 0.054 and
