@@ -27,8 +27,8 @@ from rayswift.serving.app import RunningEndpoint, serve_in_background
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.spec import ServeSpec
 from rayswift.training.media import load_encoder
-from tests import multimodal_models
 from tests.export_cases import shake, write_run
+from tests.multimodal_models import make_for_vllm
 from tests.serving_media_cases import asked, image_part, picture, png, text_part
 
 _FOUND = environment.interpreter_of("vllm", None)
@@ -52,13 +52,9 @@ _QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models with a head of 32 numbers, for which vLLM's attention on a CPU has a kernel."""
+    """A model of each family."""
     root = tmp_path_factory.mktemp("eyes")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("num_attention_heads", "num_key_value_heads"):
-            patch.setitem(multimodal_models.TEXT, name, 1)
-        patch.setitem(multimodal_models._QWEN_ROPE, "mrope_section", [4, 6, 6])
-        made = {name: multimodal_models.make(name, root / name) for name in _FAMILIES}
+    made = {name: make_for_vllm(name, root / name) for name in _FAMILIES}
     config = json.loads((made["llava"] / "config.json").read_text())  # the last layer but one, as LLaVA-1.5's
     (made["llava"] / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -2}))
     return made
