@@ -26,11 +26,13 @@ import yaml
 from ray.serve.generated.serve_pb2 import ASGIRequest
 from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 
+from tests.log_cases import files_with
 from tests.promotion_cases import serving, until
 
 pytestmark = pytest.mark.ray
 _KEY, _TOKEN = "ray-test-key-5b1f0c", "5b1f0c" * 8
 _MAX_BODY_BYTES = 20_000
+_MARKER, _LOGGED = "zanzibar-prompt-marker", "the-id-of-a-request-that-is-logged"
 _SHORT: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 4, "temperature": 0}
 _LONG: dict[str, Any] = _SHORT | {"max_tokens": 1900, "stream": True}
 _PATH, _HEADERS = "/completions", {"Authorization": f"Bearer {_KEY}"}
@@ -217,3 +219,28 @@ def test_no_other_user_gets_at_the_socket_that_haproxy_is_ordered_by(place: Path
     for socket in sockets:
         session = place / socket.relative_to(place).parts[0]
         assert stat.S_IMODE(session.stat().st_mode) == 0o700
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_no_file_holds_what_a_client_has_asked(client: httpx.Client, place: Path) -> None:
+    """Nor what it asked in vain, or in a place where nothing is asked: an URL. HAProxy and Serve write down URLs."""
+    asked = _SHORT | {"prompt": f"What is {_MARKER}?"}
+    wrong, broken = {"Authorization": "Bearer wrong-key-000"}, {"Content-Type": "application/json"}
+    large = asked | {"stop": [_MARKER * (_MAX_BODY_BYTES // len(_MARKER))]}
+    for expected, reply in (
+        (200, client.post(_PATH, json=asked)),
+        (200, client.post(_PATH, json=asked | {"stream": True})),
+        (200, client.post(_PATH, json=_SHORT, params={"prompt": _MARKER})),
+        (400, client.post(_PATH, json=asked | {_MARKER: 1})),
+        (400, client.post(_PATH, json=asked | {"prompt": f"{_MARKER} " * 600})),
+        (400, client.post(_PATH, content=f'{{"{_MARKER}": ', headers=broken)),
+        (401, client.post(_PATH, json=asked, headers=wrong)),
+        (404, client.post(_PATH, json=asked | {"model": _MARKER})),
+        (404, client.get("/nothing", params={"prompt": _MARKER})),
+        (405, client.get(_PATH, params={"prompt": _MARKER})),
+        (413, client.post(_PATH, json=large)),
+    ):
+        assert reply.status_code == expected, reply.text
+    client.post(_PATH, json=asked, headers={"X-Request-Id": _LOGGED})
+    until(lambda: files_with(place, _LOGGED), "the requests are in a log", 20)
+    assert files_with(place, _MARKER) == []
