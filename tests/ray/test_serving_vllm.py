@@ -26,6 +26,7 @@ from rayswift.serving.app import RunningEndpoint, serve_in_background
 from rayswift.serving.environment import interpreter_of, resolved
 from rayswift.serving.spec import ServeSpec
 from rayswift.serving.vllm import cpu
+from tests.log_cases import files_with
 
 _FOUND = interpreter_of("vllm", None)
 pytestmark = [
@@ -33,6 +34,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.skipif(_FOUND.problem is not None, reason=f"no serving environment: {_FOUND.problem}"),
 ]
+_MARKER, _LOGGED = "zanzibar-prompt-marker", "the-id-of-a-request-that-is-logged"
 _QUANTIZERS = ("gptq", "awq", "int8", "fp8")
 _SCHEMA = {
     "type": "object",
@@ -91,7 +93,8 @@ def _expect_a_refusal(base: Path, out: Path, spec: QuantizeSpec, reason: str) ->
     export(str(base), str(out), quantize=spec, engine="auto")
     verify = read_valid(out).verify
     assert verify is not None
-    assert verify.served is None
+    assert verify.served is not None
+    assert verify.served.engine == "local"
     chosen, note = resolved(ServeSpec(models={"m": str(out)}))
     assert (chosen.engine, note) == ("local", f"engine local serves: m cannot run there: {reason}")
     code = (
@@ -269,6 +272,32 @@ def test_a_killed_replica_takes_its_core_along_and_the_endpoint_heals(
             return False
 
     _until(healed, 180)
+
+
+def test_no_file_of_the_session_holds_what_a_client_has_asked(
+    endpoint: RunningEndpoint, client: openai.OpenAI, ray_temp_dir: str
+) -> None:
+    """Nor what was refused, by us or by vLLM; whatever vLLM's processes print is there too."""
+    asked = f"What is {_MARKER}?"
+    chat: Any = [{"role": "user", "content": asked}]
+    schema: Any = {"type": "json_schema", "json_schema": {"name": _MARKER, "schema": {"type": _MARKER}}}
+    assert _text(client, "base:one", asked)
+    list(client.completions.create(model="base", prompt=asked, max_tokens=4, stream=True))
+    client.chat.completions.create(model="base", messages=chat, max_tokens=4, extra_query={"prompt": _MARKER})
+    for refused in (
+        lambda: _text(client, "base:foreign", asked),
+        lambda: _text(client, f"base:{_MARKER}"),
+        lambda: _text(client, "base", f"{asked} " * 200),
+        lambda: _text(client, "base", asked, extra_body={_MARKER: _MARKER}),
+        lambda: client.chat.completions.create(model="base", messages=chat, response_format=schema),
+        lambda: client.get("/nothing", cast_to=object, options={"params": {"prompt": _MARKER}}),
+    ):
+        with pytest.raises((openai.BadRequestError, openai.NotFoundError)):
+            refused()
+    _text(client, "base", asked, extra_headers={"X-Request-Id": _LOGGED})
+    _until(lambda: files_with(Path(ray_temp_dir), _LOGGED), 20)  # the requests are in a log
+    assert files_with(Path(ray_temp_dir), _MARKER) == []
+    assert any("replica_" in path.name for path in files_with(Path(ray_temp_dir), "rayswift"))
 
 
 def _until(condition: Any, timeout_s: float) -> None:
