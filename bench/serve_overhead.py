@@ -4,9 +4,13 @@ Both servers run at the same time over the same model with the same flags and ar
 same machine. Streams of greedy completions from prompts of token ids; needs `make serve-env`.
 
     python bench/serve_overhead.py [--rounds 3] [--hidden 512] [--layers 8] [--haproxy] [--promotable]
+        [--same-engine] [--keyed]
 
 With --promotable fronts stand before the replicas, as promotions need them.
 With --haproxy Ray Serve puts HAProxy before the replicas instead of a proxy of its own in Python.
+With --same-engine bare vLLM gets what RaySwift gives its engine on a CPU: the variables of a replica, our plugins, by
+which vLLM's processes sleep while they wait, and Ray's jemalloc. The ratio is then of the ingress alone, else of all.
+With --keyed both ask for an API key.
 
 Claim: throughput at least 0.95 of bare vLLM, median time to the first token at most +5 ms or 1.10x.
 """
@@ -37,6 +41,7 @@ _PROMPT_TOKENS, _NEW_TOKENS, _MAX_MODEL_LEN, _KV_BYTES = 64, 64, 512, 2**29
 _CONCURRENCY = (1, 8, 32)
 _REQUESTS_PER_WORKER = 4
 _START_TIMEOUT_S = 300
+_KEY = "a-key-of-both-servers"
 
 
 @dataclass(frozen=True)
@@ -90,38 +95,53 @@ def running(command: list[str], port: int, log: Path, variables: dict[str, str])
         process.wait(timeout=60)
 
 
-def servers(
-    model: Path, place: Path, python: str, *, haproxy: bool, promotable: bool
-) -> tuple[tuple[str, list[str], int, dict[str, str]], ...]:
-    """(name, command, port, variables) of RaySwift's endpoint and of bare vLLM."""
-    ours, bare = free_port(), free_port()
-    spec = place / "serve.yaml"
+Server = tuple[str, list[str], int, dict[str, str]]
+"""Name, command, port, variables."""
+
+
+def endpoint(model: Path, place: Path, *, haproxy: bool, promotable: bool, keyed: bool) -> Server:
+    """RaySwift's."""
+    port, spec, key = free_port(), place / "serve.yaml", place / "key"
+    key.touch(mode=0o600)
+    key.write_text(_KEY)
     spec.write_text(json.dumps({
-        "models": {"m": str(model)}, "port": ours, "engine": "vllm", "max_concurrency": 32, "max_queued": 64,
+        "models": {"m": str(model)}, "port": port, "engine": "vllm", "max_concurrency": 32, "max_queued": 64,
         "max_model_len": _MAX_MODEL_LEN, "kv_cache_bytes": _KV_BYTES, "promotable": promotable,
+        "api_key_file": str(key) if keyed else None,
     }))  # fmt: skip
-    flags = ["--max-model-len", str(_MAX_MODEL_LEN), "--max-num-seqs", "32", "--enforce-eager", "--dtype", "float32",
-             "--kv-cache-memory-bytes", str(_KV_BYTES), "--disable-log-stats", "--served-model-name", "m",
-             "--disable-uvicorn-access-log"]  # fmt: skip
-    variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-                 "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-                 "VLLM_PLUGINS": ""}  # fmt: skip
-    vllm = str(Path(python).parent / "vllm")
     # HAProxy's threads would take the cores of the model on a small machine; its files are the run's own.
     proxy = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_NBTHREAD": "1",
              "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(place / "haproxy.cfg"),
              "RAY_SERVE_HAPROXY_SOCKET_PATH": str(place / "admin.sock"),
              "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(place),
              "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(place / "server-state")} if haproxy else {}  # fmt: skip
-    return (
-        ("rayswift", [sys.executable, "-m", "rayswift.cli", "serve", str(spec)], ours, proxy),
-        (
-            "vllm serve",
-            [vllm, "serve", str(model), "--host", "127.0.0.1", "--port", str(bare), *flags],
-            bare,
-            variables,
-        ),
-    )
+    return "rayswift", [sys.executable, "-m", "rayswift.cli", "serve", str(spec)], port, proxy
+
+
+def bare(model: Path, python: str, *, same_engine: bool, keyed: bool) -> Server:
+    """vLLM's own, of the serving environment."""
+    port = free_port()
+    flags = ["--max-model-len", str(_MAX_MODEL_LEN), "--max-num-seqs", "32", "--enforce-eager", "--dtype", "float32",
+             "--kv-cache-memory-bytes", str(_KV_BYTES), "--disable-log-stats", "--served-model-name", "m",
+             "--disable-uvicorn-access-log", *(("--api-key", _KEY) if keyed else ())]  # fmt: skip
+    variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+                 "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+                 "VLLM_PLUGINS": ""}  # fmt: skip
+    command = [str(Path(python).parent / "vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    return "vllm serve", [*command, *flags], port, replica_variables(model, python) if same_engine else variables
+
+
+def replica_variables(model: Path, python: str) -> dict[str, str]:
+    """What a replica's process is started with: the engine's variables, and the allocator that Ray preloads."""
+    from rayswift.serving.placement import actor_options
+    from rayswift.serving.spec import ServeSpec
+
+    options = actor_options(ServeSpec(models={"m": str(model)}, engine="vllm"))
+    code = "import os, ray; print(os.path.join(os.path.dirname(ray.__file__), 'core', 'libjemalloc.so'))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    jemalloc = done.stdout.strip()
+    assert os.path.isfile(jemalloc), f"Ray has no {jemalloc}"
+    return {**options["runtime_env"]["env_vars"], "LD_PRELOAD": jemalloc}
 
 
 async def ask(client: httpx.AsyncClient, url: str, prompt: list[int]) -> tuple[int, float]:
@@ -154,7 +174,8 @@ async def measure(url: str, concurrency: int, seed: int) -> Measured:
         return [await ask(client, url, prompt) for prompt in queue]
 
     limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(timeout=300, trust_env=False, limits=limits) as client:
+    headers = {"Authorization": f"Bearer {_KEY}"}  # one that asks for none does not look at it
+    async with httpx.AsyncClient(timeout=300, trust_env=False, limits=limits, headers=headers) as client:
         await ask(client, url, prompts[0][::-1])
         started = time.perf_counter()
         done = [one for many in await asyncio.gather(*(work(client) for _ in range(concurrency))) for one in many]
@@ -169,6 +190,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--haproxy", action="store_true")
     parser.add_argument("--promotable", action="store_true")
+    parser.add_argument("--same-engine", action="store_true")
+    parser.add_argument("--keyed", action="store_true")
     args = parser.parse_args()
     from rayswift.serving.environment import interpreter_of
 
@@ -182,8 +205,9 @@ def main() -> None:
             model = model.with_name("export")
         urls = {
             name: stack.enter_context(running(command, port, Path(place) / f"{port}.log", variables))
-            for name, command, port, variables in servers(
-                model, Path(place), found.path, haproxy=args.haproxy, promotable=args.promotable
+            for name, command, port, variables in (
+                endpoint(model, Path(place), haproxy=args.haproxy, promotable=args.promotable, keyed=args.keyed),
+                bare(model, found.path, same_engine=args.same_engine, keyed=args.keyed),
             )
         }
         print("concurrency  server       tokens/s   first token   (medians of", args.rounds, "rounds, asked in turn)")
