@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.schema import ApplicationStatus
 
@@ -72,7 +72,8 @@ def _stop_serve() -> None:
     where a program's answer belongs. So the controller is told without waiting, and watched. (ray 2.60)
     """
     if (controller := _serve_controller()) is not None:
-        ray.get(controller.graceful_shutdown.remote(wait=False))
+        with suppress(RayActorError):  # told, and gone before it has said so
+            ray.get(controller.graceful_shutdown.remote(wait=False))
         _wait_for_stop(_LAST_WORDS_S)
         if _serve_controller() is not None:
             for replica in _replicas():
