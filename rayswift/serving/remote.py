@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -146,10 +146,11 @@ class RemoteEngine:
         ended = False
         try:
             await self._taken(deltas)
-            while not ended:
-                delta = await self._next(deltas)
-                ended = delta.finish_reason is not None
-                yield delta
+            with closing(beats.Listener(deltas)) as listener:
+                while not ended:
+                    delta = await self._next(listener)
+                    ended = delta.finish_reason is not None
+                    yield delta
         finally:
             if not ended:
                 _cancel(deltas)
@@ -184,12 +185,12 @@ class RemoteEngine:
             raise ServeError(self._failure) from None
         self._heard_at = time.monotonic()
 
-    async def _next(self, stream: Any) -> Any:
+    async def _next(self, listener: beats.Listener) -> Any:
         """What the replica sends beside signs of life. Raises ServeError when they stop, ApiError as it does."""
         item = None
         while item is None:
             with _in_own_words():
-                item = await beats.heard(stream)
+                item = await listener.next()
             self._heard_at = time.monotonic()
         return item
 
@@ -198,7 +199,8 @@ class RemoteEngine:
         ended = False
         try:
             await self._taken(vectors)
-            vector = np.asarray(await self._next(vectors))
+            with closing(beats.Listener(vectors)) as listener:
+                vector = np.asarray(await self._next(listener))
             ended = True
             return vector
         finally:

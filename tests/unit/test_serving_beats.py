@@ -82,18 +82,29 @@ def test_a_stream_that_says_nothing_is_lost_and_one_that_ends_is_not(monkeypatch
 
     async def scenario() -> None:
         source = _Source()
-        items = source.items()
-        assert await beats.heard(items) == 1
+        listener = beats.Listener(source.items())
+        assert await listener.next() == 1
+        await asyncio.sleep(3 * beats.SILENT_S)  # who is read too slowly is not silent
         with pytest.raises(ServeError, match=r"lost with its replica, of which nothing was heard for 0\.05 s"):
-            await beats.heard(items)
+            await listener.next()
         with pytest.raises(StopAsyncIteration):
-            await beats.heard(items)
+            await listener.next()
+        listener.close()
 
         async def late() -> AsyncGenerator[int, None]:
             raise TimeoutError("of its own")
             yield 1
 
         with pytest.raises(TimeoutError, match="of its own"):
-            await beats.heard(late())
+            await beats.Listener(late()).next()
+
+        other = beats.Listener(_Source().items())
+        assert await other.next() == 1
+        leaving = asyncio.ensure_future(other.next())
+        await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        other.close()
 
     asyncio.run(scenario())
