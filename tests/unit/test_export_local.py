@@ -118,6 +118,19 @@ def test_a_quantized_export_is_proved_in_local_and_timed_beside_the_unquantized_
         assert row in card, row
 
 
+def test_what_has_no_room_beside_the_export_is_told_and_not_tried(
+    run: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Linux would end the process, and the export with it."""
+    monkeypatch.setattr(probe, "memory_left", lambda: 50_000)
+    spec = QuantizeSpec("fp8", calibration=str(rows), num_held_out=6, max_perplexity=2.0, min_agreement=0.1)
+    verify = api.export(str(run), str(tmp_path / "out"), quantize=spec).verify
+    assert verify is not None
+    assert (verify.served, verify.speed) == (None, None)
+    assert "beside the model that is exported, and 39.1 KiB may be taken" in str(verify.not_served)
+    assert "note: speed is not compared: engine=local takes" in capsys.readouterr().err
+
+
 def test_what_is_timed_as_unquantized_are_the_trained_weights(
     run: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,24 +12,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from rayswift.errors import RaySwiftError, ServeError
+from rayswift.errors import ConfigError, RaySwiftError, ServeError
 from rayswift.export.shown import shown
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampling
 from rayswift.serving.engines.local import Opened, open_folder
 from rayswift.serving.local.batch import Prefill, open_batch
 from rayswift.serving.local.loop import DecodeLoop, Vocabulary
+from rayswift.serving.local.precision import memory_left
 from rayswift.serving.local.proof import joined
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.units import format_bytes
 
 SPEED_CONCURRENCY, SPEED_TOKENS = 8, 64
 _MOST_S = 20.0
 """For eight answers: a large model on a CPU says how fast it is long before they end."""
 _WARM_UP_TOKENS = 2
+_MOST_OF_MEMORY = 0.8
+"""Of that which is left: answers need some too."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,29 @@ def greedy(opened: Opened, prompts: Sequence[Prompt], num_tokens: int) -> list[l
 def _opened(
     folder: str, dtype: str = "auto", trained: Mapping[str, torch.Tensor] | None = None
 ) -> tuple[Opened, float]:
+    _check_room(folder, dtype, trained)
     started = time.perf_counter()
     opened = open_folder(folder, EngineOptions(max_concurrency=SPEED_CONCURRENCY, dtype=dtype), trained)
     return opened, time.perf_counter() - started
+
+
+def _check_room(folder: str, dtype: str, trained: Mapping[str, torch.Tensor] | None) -> None:
+    """Raises ConfigError where the model does not fit beside what an export holds: Linux would end the process."""
+    if torch.accelerator.is_available():
+        return  # which says so itself, by an error
+    if trained is None:
+        needed = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    else:
+        item_bytes = (getattr(torch, dtype) if dtype != "auto" else torch.float32).itemsize
+        needed = sum(tensor.numel() for tensor in trained.values()) * item_bytes
+    room = int(_MOST_OF_MEMORY * memory_left())
+    if needed > room:
+        raise ConfigError(
+            f"takes {format_bytes(needed)} beside the model that is exported, and {format_bytes(room)} may be taken",
+            path="engine",
+            value="local",
+            fix="export it on a machine with more memory",
+        )
 
 
 def _num_axes(opened: Opened) -> int:
