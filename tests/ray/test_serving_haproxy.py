@@ -87,10 +87,11 @@ def endpoint(place: Path, tiny_model_dir: Path, free_port: Callable[[], int]) ->
         environment.delenv("RAY_AUTH_MODE")
         for name, value in variables.items():
             environment.setenv(name, value)
+        others = set(psutil.Process().children(recursive=True))  # as multiprocessing keeps, of the tests before
         with serving(place, str(place / "serve.yaml")):
             until(lambda: _is_straight(count_ports[0]), "HAProxy asks the replica, not the proxy it begins with", 30)
             yield _Endpoint(port, tuple(count_ports))
-            processes = psutil.Process().children(recursive=True)
+            processes = [one for one in psutil.Process().children(recursive=True) if one not in others]
         try:
             until(lambda: not _alive(processes), "all of its processes end", 180)  # Ray's agents take their time
         except AssertionError as error:
