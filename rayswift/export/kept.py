@@ -8,11 +8,9 @@ evaluate the same export at the same time come one after the other. Measures not
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +22,7 @@ from rayswift.export import manifest as manifests
 from rayswift.export.card import CARD, CURVES, card_of
 from rayswift.export.evaluations import evaluation
 from rayswift.export.manifest import MANIFEST, UNFINISHED, Evaluation, ExportManifest, FileEntry, is_as
+from rayswift.locks import taken
 from rayswift.models.staging import sync_folder
 from rayswift.serving.versions import version_of
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     Signed = TypeVar("Signed", ExportManifest, AdapterManifest)
 
 _ADAPTER_RECORD = "rayswift_adapter.json"
-_WAIT_S, _POLL_S = 60.0, 0.1
+_WAIT_S = 60.0
 _OUTPUT = "keep the report elsewhere with --output FILE"
 
 
@@ -142,21 +141,11 @@ def _write(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _sole_writer(place: Path) -> Iterator[None]:
-    """Hold a folder for the duration, without a file in it that its manifest would have to list.
-
-    The lock ends with the process. On a file system of several machines it may hold on this one alone.
-    """
+    """Hold a folder for the duration, without a file in it that its manifest would have to list."""
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        deadline = time.monotonic() + _WAIT_S
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise OSError(errno.EBUSY, f"another evaluation has held it for {_WAIT_S:.0f} s") from None
-                time.sleep(_POLL_S)
+        if not taken(descriptor, _WAIT_S):
+            raise OSError(errno.EBUSY, f"another evaluation has held it for {_WAIT_S:.0f} s")
         yield
     finally:
         os.close(descriptor)

@@ -13,7 +13,6 @@ import secrets
 import shlex
 import stat
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -25,6 +24,7 @@ from pydantic import ValidationError
 from rayswift.config import problems, yamlfile
 from rayswift.config.job import Section
 from rayswift.errors import ConfigError
+from rayswift.locks import taken
 from rayswift.models.staging import sync_folder
 from rayswift.serving.spec import ApiKey, ApiKeys
 
@@ -34,7 +34,7 @@ PREFIX = "rsk-"
 _HEAD = re.compile(r"""(?:\s|\#.*\n)*(?:\{\s*)?["']?rayswift_keys["']?\s*:""")
 _OTHERS = stat.S_IRGRP | stat.S_IWGRP | stat.S_IROTH | stat.S_IWOTH
 _LENT = _OTHERS & ~stat.S_IRGRP
-_LOCK_WAIT_S, _LOCK_POLL_S = 10.0, 0.02
+_LOCK_WAIT_S = 10.0
 
 
 class KeyFile(Section):
@@ -184,25 +184,14 @@ def _valid(model: type[T], raw: dict[str, Any], *, root: str) -> T:
 @contextmanager
 def _sole_writer(file: str) -> Iterator[None]:
     """Hold a file against other writers; the lock, a file beside it, ends with the process, however that ends."""
-    import fcntl
-
-    deadline = time.monotonic() + _LOCK_WAIT_S
     try:
         lock = os.open(f"{os.path.realpath(file)}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise _unwritable(file, error) from error
     try:
         _keep_owner(lock, file)
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ConfigError(
-                        "is being written by another process", path="file", value=file, fix="try again"
-                    ) from None
-                time.sleep(_LOCK_POLL_S)
+        if not taken(lock, _LOCK_WAIT_S):
+            raise ConfigError("is being written by another process", path="file", value=file, fix="try again")
         yield
     finally:
         os.close(lock)

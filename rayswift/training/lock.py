@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
 
 from rayswift.errors import CheckpointError
+from rayswift.locks import taken
 from rayswift.training.run_dir import RunDir
 
 LOCK = ".lock"
 _WAIT_S = 60.0  # as long as the workers of a killed driver may take to end
-_POLL_S = 0.2
 
 
 @contextmanager
@@ -29,27 +27,15 @@ def sole_writer(run_dir: RunDir, *, wait_s: float = _WAIT_S) -> Iterator[None]:
         return
     run_dir.fs.makedirs(run_dir.root, exist_ok=True)
     with open(run_dir.path(LOCK), "a+", encoding="utf-8") as file:
-        _acquire(file, run_dir, time.monotonic() + wait_s)
+        if not taken(file, wait_s):
+            file.seek(0)
+            raise CheckpointError(
+                f"is being trained by another session ({file.read()})",
+                path="run",
+                value=run_dir.url,
+                fix="wait for it, stop it, or give this job another name",
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def _acquire(file: IO[str], run_dir: RunDir, deadline: float) -> None:
-    import fcntl
-
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.seek(0)
-                raise CheckpointError(
-                    f"is being trained by another session ({file.read()})",
-                    path="run",
-                    value=run_dir.url,
-                    fix="wait for it, stop it, or give this job another name",
-                ) from None
-            time.sleep(_POLL_S)

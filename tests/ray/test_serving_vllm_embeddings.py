@@ -13,17 +13,11 @@ import openai
 import pytest
 
 from rayswift.serving.app import RunningEndpoint, serve_in_background
-from rayswift.serving.environment import interpreter_of
 from rayswift.serving.spec import ServeSpec
 from tests.embedding_cases import MAX_TOKENS, TEXTS, expected, make_bert, make_qwen3
+from tests.vllm_cases import MARKS
 
-_FOUND = interpreter_of("vllm", None)
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.long,
-    pytest.mark.ray,
-    pytest.mark.skipif(_FOUND.problem is not None, reason=f"no serving environment: {_FOUND.problem}"),
-]
+pytestmark = MARKS
 _MODES = {"bert": "mean", "causal": "last"}
 
 

@@ -16,17 +16,11 @@ from rayswift.config.job import AdapterSpec
 from rayswift.models.adapters import add_lora, load_base, save_adapter
 from rayswift.models.init import init_model
 from rayswift.serving.app import serve_in_background
-from rayswift.serving.environment import interpreter_of
 from rayswift.serving.spec import ServeSpec
 from tests.s3_cases import s3_bucket
+from tests.vllm_cases import MARKS
 
-_FOUND = interpreter_of("vllm", None)
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.long,
-    pytest.mark.ray,
-    pytest.mark.skipif(_FOUND.problem is not None, reason=f"no serving environment: {_FOUND.problem}"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture

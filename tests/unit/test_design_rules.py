@@ -20,6 +20,7 @@ SOURCES = [*MODULES, *sorted((ROOT / "jobs").glob("*.py")), *sorted((ROOT / "ser
 # First prefix that matches decides. A module may import rayswift modules of its own layer or below.
 LAYERS = {
     "rayswift.errors": 0, "rayswift.units": 0, "rayswift.plugins": 0, "rayswift.progress": 0,
+    "rayswift.locks": 0,
     "rayswift.config": 1,
     "rayswift.planning": 2,
     "rayswift.data.pipeline": 6, "rayswift.serving.app": 6, "rayswift.serving.controller": 6,
