@@ -69,7 +69,7 @@ def over_limit(message: str, retry_after_s: int, headers: Mapping[str, str] | No
         message,
         status=429,
         code="rate_limit_exceeded",
-        kind="rate_limit_error",
+        kind="requests",
         headers={"Retry-After": str(retry_after_s), **(headers or {})},
     )
 

@@ -132,7 +132,7 @@ def internal_error(error: BaseException) -> ApiError:
 def _wrong_key(given: bool) -> ApiError:
     message = "Incorrect API key provided" if given else "No API key provided; send Authorization: Bearer KEY"
     code = "invalid_api_key" if given else None
-    return ApiError(message, status=401, code=code, kind="authentication_error", headers={"WWW-Authenticate": "Bearer"})
+    return ApiError(message, status=401, code=code, headers={"WWW-Authenticate": "Bearer"})
 
 
 def _foreign_host() -> ApiError:

@@ -127,7 +127,7 @@ def test_a_key_is_asked_for_and_the_official_client_is_answered(endpoint: _Endpo
     for refused, code in ((without, None), (wrong, "invalid_api_key")):
         assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
         error = refused.json()["error"]
-        assert (error["type"], error["param"], error["code"]) == ("authentication_error", None, code)
+        assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, code)
     with openai.OpenAI(base_url=endpoint.url, api_key=_KEY, max_retries=0, timeout=60) as official:
         whole = official.completions.create(**_SHORT | {"max_tokens": 40})
         chunks = list(official.completions.create(**_LONG | {"max_tokens": 40}))

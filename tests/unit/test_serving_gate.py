@@ -82,7 +82,7 @@ def test_over_the_limit_is_a_429_until_the_window_has_moved(make: Callable[..., 
     assert refused.headers["retry-after"] == "40"
     error = refused.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    assert (error["type"], error["code"]) == ("requests", "rate_limit_exceeded")
     assert len(server.engine.seen) == 2
     assert server.chat(server.bob).status_code == 200  # nobody else is counted
     server.now_ns += 40 * SECOND_NS
@@ -107,7 +107,7 @@ def test_a_wrong_key_is_a_401_as_ever_and_counts_against_nobody(make: Callable[.
         assert (response.status_code, _rate(response)) == (401, (None, None, None))
         assert response.headers["www-authenticate"] == "Bearer"
         assert response.json()["error"] == {
-            "message": "Incorrect API key provided", "type": "authentication_error", "param": None,
+            "message": "Incorrect API key provided", "type": "invalid_request_error", "param": None,
             "code": "invalid_api_key",
         }  # fmt: skip
     assert server.chat().status_code == 200

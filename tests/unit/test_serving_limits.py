@@ -20,7 +20,7 @@ def _refused(limits: KeyLimits) -> ApiError:
     with pytest.raises(ApiError) as caught:
         limits.enter()
     assert (caught.value.status, caught.value.kind, caught.value.code) == (
-        429, "rate_limit_error", "rate_limit_exceeded"
+        429, "requests", "rate_limit_exceeded"
     )  # fmt: skip
     return caught.value
 
