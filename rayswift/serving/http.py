@@ -140,14 +140,17 @@ class Endpoint:
         model, adapter = self._find(http, request.model), await self._adapter(request.model)
         try:
             return await self._run(http, request, model, adapter, deadline)
-        except ServeError as error:
-            is_asked_for = VERSION_HEADER in http.headers
-            other = None if is_asked_for else self._models[self._base(request.model)].instead_of(model)
+        except Exception as error:
+            failed, served = error, self._models[self._base(request.model)]
+            other = None if VERSION_HEADER in http.headers else served.instead_of(model)
             if other is None or not _may_go_elsewhere(error):
                 raise
-            if not isinstance(error, ApiError):
+            if not isinstance(error, ApiError | Refused):
                 gate.internal_error(error)
-        return await self._run(http, request, other, adapter, deadline)
+        reply = await self._run(http, request, other, adapter, deadline)
+        if _looks_like_the_clients_fault(failed):  # and is none, as the other version has found
+            served.blame(model)
+        return reply
 
     async def _run(
         self,
@@ -251,6 +254,16 @@ async def _on_refused(_: HttpRequest, error: Exception) -> Response:
     return gate.error_response(streams.told(error))
 
 
-def _may_go_elsewhere(error: ServeError) -> bool:
-    """Whether another version may give the answer: this one failed, or has no place for it."""
-    return error.status == 429 if isinstance(error, ApiError) else not isinstance(error, Refused)
+def _may_go_elsewhere(error: Exception) -> bool:
+    """Whether another version may give the answer: this one failed, has no place for it, or does not take it.
+
+    What one refuses another may take: its template, tokenizer and context are its own.
+    """
+    return error.status in (400, 429) if isinstance(error, ApiError) else True
+
+
+def _looks_like_the_clients_fault(error: Exception) -> bool:
+    """Whether the counts of a version leave it out: a refusal, or a prompt that its engine never saw."""
+    if isinstance(error, ApiError):
+        return error.status == 400
+    return isinstance(error, Refused) or not isinstance(error, ServeError)

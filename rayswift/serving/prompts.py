@@ -125,19 +125,27 @@ class PromptBuilder:
         encoded: Sequence[Encoded] = (),
     ) -> Prompt:
         """As `turns`, with media in the order of their marks, encoded. Raises ApiError as `chat` does."""
-        from jinja2 import TemplateError
-
         with self._lock:
+            text = self._rendered(turns, tools)
             try:
-                text = chat_text(self._tokenizer, turns, tools, generation_prompt=True)
-                with one_row():
-                    prompt = self._filled(text, media, encoded)
-            except (TemplateError, RowError) as error:
-                what = "the model's chat template refuses this conversation: " * isinstance(error, TemplateError)
-                raise _refusal("messages", f"{what}{error}") from None
+                prompt = self._filled(text, media, encoded)
+            except (RowError, ValueError) as error:  # how processors say that they do not take a medium
+                raise _refusal("messages", str(error)) from None
         if not prompt.ids:
             raise _refusal("messages", "the model's chat template makes no prompt of this conversation")
         return prompt
+
+    def _rendered(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
+        """The conversation as the template writes it. Raises ApiError for whatever the template raises."""
+        from jinja2 import TemplateError
+
+        try:
+            return chat_text(self._tokenizer, turns, tools, generation_prompt=True)
+        except TemplateError as error:  # its words are the template's own, for whoever asks
+            raise _refusal("messages", f"the model's chat template refuses this conversation: {error}") from None
+        except Exception as error:  # other people's code too: what a conversation provokes in it cannot be listed
+            what = f"the model's chat template cannot write this conversation ({type(error).__name__})"
+            raise _refusal("messages", what) from error
 
     def _filled(self, text: str, media: Sequence[Medium], encoded: Sequence[Encoded]) -> Prompt:
         if self._encoder is None:

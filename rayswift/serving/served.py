@@ -53,6 +53,9 @@ class ServedModel:
         """None: there is no other version."""
         return None
 
+    def blame(self, refusing: ServedModel) -> None:
+        """Nothing: there is no other version."""
+
     def check(self) -> None:
         """Raises ServeError when it cannot answer any more."""
         self.engine.check()
@@ -78,6 +81,9 @@ class Served(Protocol):
 
     def instead_of(self, failed: ServedModel) -> ServedModel | None:
         """What answers a request of which this one could not begin the answer; None where nothing else can."""
+
+    def blame(self, refusing: ServedModel) -> None:
+        """Count a request against the version that would not take it, for another has answered it."""
 
     def check(self) -> None:
         """Raises ServeError when it cannot answer any more."""

@@ -133,7 +133,7 @@ class CountedEngine:
         return found
 
     def miss(self) -> None:
-        """Count an answer that it was not asked for because it is down."""
+        """Count an answer that it did not begin: it is down, or did not take what another version took."""
         self._counts = replace(self._counts, started=self._counts.started + 1, failed=self._counts.failed + 1)
 
     def give_up(self, patience_s: float) -> None:
@@ -251,8 +251,7 @@ class Versions:
             try:
                 model.check()
             except ServeError:
-                if isinstance(model.engine, CountedEngine):
-                    model.engine.miss()
+                self.blame(model)
                 return self._models[self._live]
         return model
 
@@ -260,6 +259,11 @@ class Versions:
         """The live version. For a request that began before it was live, that is another than the one of then."""
         live = self._models[self._live]
         return None if failed is live else live
+
+    def blame(self, refusing: ServedModel) -> None:
+        """Count a request against the version that would not take it, for another has answered it."""
+        if isinstance(refusing.engine, CountedEngine):
+            refusing.engine.miss()
 
     def check(self) -> None:
         """Raises ServeError when no version can answer any more."""

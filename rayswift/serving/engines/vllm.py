@@ -178,7 +178,9 @@ class Vllm:
         )
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        params, lora = sampling.params(request.sampling, self._stop_ids), await self._lora(request)
+        params = sampling.params(request.sampling, self._stop_ids)
+        with _told():
+            lora = await self._lora(request)
         outputs = self._started().generate(
             await self._given(request.prompt), params, request.request_id, lora_request=lora
         )

@@ -38,7 +38,10 @@ class Adapters:
         self._zero = self._numbered("base", _write_zeros(folder, home)) if pad_base else None
 
     async def request(self, llm: Any, adapter: Adapter | None) -> Any:
-        """The LoRARequest of an adapter, loaded into `llm`. Raises Refused for one that does not fit the base."""
+        """The LoRARequest of an adapter, loaded into `llm`. Raises Refused for one that does not fit the base.
+
+        vLLM's EngineDeadError passes: then nothing fits any more.
+        """
         if adapter is None:
             return self._zero
         key = adapter.folder, _state(adapter)
@@ -49,10 +52,14 @@ class Adapters:
         return self._known[key]
 
     async def _loaded(self, llm: Any, adapter: Adapter) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         await asyncio.to_thread(self._check, adapter)
         made = self._numbered(adapter.name, adapter.folder)
         try:
             await llm.add_lora(made)
+        except EngineDeadError:
+            raise
         except Exception as error:  # the core reports whatever its loader raised
             raise Refused(f"the adapter {adapter.name} does not fit this model") from error
         return made
