@@ -21,6 +21,8 @@ _HOOK, _MAX_BYTES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "RAYSWIFT_PROXY
 # Headers by which a client would set Serve's timeout, have it go on when the client has gone, or choose a replica.
 _NOT_FOR_CLIENTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id")
 _IDS = (b"x-request-id", b"x-session-id")  # Serve stops at one that is not UTF-8
+_USUAL_MAX_BYTES = 18 * 2**20
+"""What a ServeSpec with its usual bounds needs, media in base64 included: where Serve was started by other means."""
 _OWN_PATHS = "/-/"  # the proxy's own pages for load balancers
 
 
@@ -31,8 +33,7 @@ def environment(max_body_bytes: int) -> dict[str, str]:
 
 def middlewares() -> list[Middleware]:
     """What Serve's proxy wraps itself in."""
-    given = os.environ.get(_MAX_BYTES)
-    return [Middleware(InWords, max_body_bytes=int(given) if given else None)]
+    return [Middleware(InWords, max_body_bytes=int(os.environ.get(_MAX_BYTES) or _USUAL_MAX_BYTES))]
 
 
 class InWords:
@@ -42,7 +43,7 @@ class InWords:
     than `max_body_bytes` is 413, and no more of it is kept.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int | None = None) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,7 +53,7 @@ class InWords:
         reply, body = _Sent(send), _Body(receive, self._max_body_bytes)
         headers = [(name, value) for name, value in scope["headers"] if _is_for_us(name, value)]
         await self._app({**scope, "headers": headers}, body.receive, reply.send)
-        await reply.finish(flow.too_large(self._max_body_bytes) if body.is_over and self._max_body_bytes else None)
+        await reply.finish(flow.too_large(self._max_body_bytes) if body.is_over else None)
 
 
 def _is_for_us(name: bytes, value: bytes) -> bool:
@@ -64,13 +65,13 @@ def _is_for_us(name: bytes, value: bytes) -> bool:
 class _Body:
     """One request's body on its way in. Once it is too large it looks as if the client had gone."""
 
-    def __init__(self, receive: Receive, max_bytes: int | None) -> None:
+    def __init__(self, receive: Receive, max_bytes: int) -> None:
         self._receive, self._left, self.is_over = receive, max_bytes, False
 
     async def receive(self) -> Message:
         """The next message."""
         message = await self._receive()
-        if self._left is not None and message["type"] == "http.request":
+        if message["type"] == "http.request":
             self._left -= len(message.get("body", b""))
             self.is_over = self.is_over or self._left < 0
         return {"type": "http.disconnect"} if self.is_over else message

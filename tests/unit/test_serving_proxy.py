@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rayswift.serving import proxy
+from rayswift.serving.spec import ServeSpec
 
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
 _JSON = [(b"content-type", b"application/json")]
@@ -79,9 +80,16 @@ def test_headers_for_serve_itself_are_not_for_clients() -> None:
     async def send(_: Any) -> None:
         return None
 
-    made = proxy.InWords(app)
+    made = proxy.InWords(app, max_body_bytes=1000)
     asyncio.run(made({"type": "http", "path": "/", "headers": sent}, None, send))  # type: ignore[arg-type]
     assert seen == sent[:3]
+
+
+def test_a_serve_started_by_other_means_takes_in_what_a_spec_usually_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAYSWIFT_PROXY_MAX_BODY_BYTES", raising=False)
+    [middleware] = proxy.middlewares()
+    usual = ServeSpec(models={"m": "unused"})
+    assert middleware.kwargs["max_body_bytes"] == usual.max_body_bytes + 2 * usual.max_media_bytes
 
 
 def test_no_more_of_a_body_is_taken_in_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
