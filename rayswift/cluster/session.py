@@ -54,9 +54,10 @@ def is_token_asked() -> bool:
 
 
 @contextmanager
-def session(address: str | None = None, *, token: bool = False) -> Iterator[None]:
+def session(address: str | None = None, *, token: bool = False) -> Iterator[bool]:
     """A Ray connection for the duration: the caller's own, the one at `address` or RAY_ADDRESS, or a fresh local one.
 
+    Yields whether it is a fresh one, which nobody else uses.
     `token` sends this user's Ray token to a cluster that asks for one. Raises PlanError when a cluster at an address
     cannot be reached.
     """
@@ -64,19 +65,19 @@ def session(address: str | None = None, *, token: bool = False) -> Iterator[None
     if token and not ray.is_initialized():
         _send_token()
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
         _join(address)
         try:
-            yield
+            yield False
         finally:
             ray.shutdown()
         return
     folder = _start_local()
     try:
-        yield
+        yield True
     except BaseException as error:
         _stop_local(folder, keep=not _is_explained(error))
         raise

@@ -18,15 +18,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 
-from rayswift.cluster.session import session
+from rayswift.cluster.session import is_token_asked, session
 from rayswift.errors import ConfigError
 from rayswift.models.loading import check_folder
 from rayswift.serving import adapter_store, auth, controller, environment, front, process
 from rayswift.serving.controller import APP_NAME
 from rayswift.serving.http import build_asgi
-from rayswift.serving.placement import actor_options, replica_options, serve_options
+from rayswift.serving.placement import actor_options, replica_options, serve_options, with_cores
 from rayswift.serving.served import ServedModel, open_model
 from rayswift.serving.spec import ServeSpec
 
@@ -112,7 +113,10 @@ def serve_in_background(spec: ServeSpec, *, address: str | None = None) -> Runni
     process.check_port(spec.host, spec.port)
     spec = checked(spec)
     with ExitStack() as resources:
-        resources.enter_context(session(address))
+        if resources.enter_context(session(address)):
+            spec = with_cores(spec, ray.cluster_resources()["CPU"])
+        else:
+            _tell_of_an_open_cluster(spec)
         resources.enter_context(controller.serving(spec))
         if spec.promotable:
             resources.enter_context(front.serving_versions(spec))
@@ -148,6 +152,17 @@ def run(
     if blocking:
         endpoint.close()
     return endpoint
+
+
+def _tell_of_an_open_cluster(spec: ServeSpec) -> None:
+    """Says where a cluster that others reach asks nobody for a token; one that does is joined with it."""
+    if not auth.is_loopback(spec.host) and not is_token_asked():
+        print(
+            f"note: the endpoint listens on {spec.host}, and this Ray cluster asks for no token: who reaches its "
+            "ports (6379, 8265, 10001) runs code on it, key or not; close them to others, or start Ray with "
+            "RAY_AUTH_MODE=token",
+            file=sys.stderr,
+        )
 
 
 def _with_checked_models(spec: ServeSpec) -> ServeSpec:

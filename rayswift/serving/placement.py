@@ -80,19 +80,31 @@ def front_options(spec: ServeSpec) -> dict[str, Any]:
     return {"num_cpus": 0, "runtime_env": {"env_vars": variables}}
 
 
+def with_cores(spec: ServeSpec, cores: float) -> ServeSpec:
+    """The spec with its replicas' cores, of a cluster that serves nothing else: as asked, or equal shares.
+
+    One core is left to Serve's proxy: on two cores a second thread of `local` answered no more over HTTP. One core each
+    where an accelerator computes, or where versions come and go (`promotable`): the next one needs room.
+    """
+    if spec.cpus_per_replica is not None or spec.gpus_per_replica or spec.promotable:
+        return spec
+    share = (int(cores) - 1) // (spec.max_replicas or spec.num_replicas)
+    return spec.model_copy(update={"cpus_per_replica": max(1, share)})
+
+
 def actor_options(spec: ServeSpec) -> dict[str, Any]:
     """What Ray gives a process that holds the spec's engines: cores, accelerators, and the engine's environment.
 
     The engine of the spec is one that `environment.resolved` chose.
     """
     engine = plugins.load("serving.engines", spec.engine, path="engine")
-    threads = str(max(1, int(spec.cpus_per_replica)))
+    threads = str(max(1, int(spec.cpus)))
     on_cpu = {} if spec.gpus_per_replica else getattr(engine, "environment_on_cpu", {})
     variables = {**getattr(engine, "environment", {}), **on_cpu, **_SERVING, "OMP_NUM_THREADS": threads}
     python = {"py_executable": shlex.quote(spec.engine_python)} if spec.engine_python else {}
     kind = {"accelerator_type": spec.accelerator_type} if spec.accelerator_type else {}
     return {
-        "num_cpus": spec.cpus_per_replica,
+        "num_cpus": spec.cpus,
         "num_gpus": spec.gpus_per_replica,
         "runtime_env": {"env_vars": variables, **python},
         **kind,

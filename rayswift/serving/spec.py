@@ -144,8 +144,11 @@ class ServeSpec(Section):
     """Seconds a request may take from its arrival to its last token."""
     num_replicas: PositiveInt = 1
     """Copies of the endpoint, each with every model loaded."""
-    cpus_per_replica: Annotated[Number, Field(ge=0)] = 1
-    """CPU cores that Ray reserves for a replica; also its number of threads."""
+    cpus_per_replica: Annotated[Number, Field(ge=0)] | None = None
+    """CPU cores that Ray reserves for a replica; also its number of threads.
+
+    null is its share of the cores where the endpoint has a cluster of this machine to itself and computes on the CPU,
+    and one core elsewhere; see `placement.with_cores`."""
     gpus_per_replica: Annotated[Number, Field(ge=0)] = 0
     """Accelerators that Ray reserves for a replica."""
     tensor_parallel: PositiveInt = 1
@@ -194,6 +197,11 @@ class ServeSpec(Section):
     def has_keys(self) -> bool:
         """Whether clients have to send a key, as far as its hash is known yet."""
         return bool(self.api_key_sha256 or self.api_keys)
+
+    @property
+    def cpus(self) -> float:
+        """Cores of a replica; one where nobody has said or found out how many."""
+        return 1 if self.cpus_per_replica is None else self.cpus_per_replica
 
     @property
     def media(self) -> MediaSpec:
