@@ -255,6 +255,38 @@ def test_no_prompt_key_or_hash_is_logged_or_told(
         assert not [text for text in told if secret in text]
 
 
+def test_a_websocket_is_closed_before_anything_looks_at_it(make: Callable[..., _Server]) -> None:
+    sent: list[Any] = []
+
+    async def knock(path: str) -> None:
+        async def receive() -> Any:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await make().app({"type": "websocket", "path": path, "headers": [], "query_string": b""}, receive, send)
+
+    asyncio.run(knock("/v1/chat/completions"))
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+def test_every_key_is_compared_in_constant_time_and_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that stops at the first difference, or at the first match, tells by its time how far a guess was right."""
+    compared: list[tuple[str, str]] = []
+
+    def compare_digest(given: str, known: str) -> bool:
+        compared.append((given, known))
+        return given == known
+
+    monkeypatch.setattr("rayswift.serving.auth.hmac.compare_digest", compare_digest)
+    known = [auth.fingerprint(key) for key in ("first-key", "second-key", "third-key")]
+    assert auth.matching("Bearer first-key", known) == 0
+    assert auth.matching("Bearer no-key", known) is None
+    given = [auth.fingerprint("first-key")] * 3 + [auth.fingerprint("no-key")] * 3
+    assert compared == list(zip(given, known * 2, strict=True))
+
+
 async def _until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
