@@ -1,15 +1,21 @@
 """A folder appears whole or not at all: it is written under another name beside its place, then renamed.
 
-Knows directories, fsync and rename; knows nothing of what the folder holds.
+What a killed process leaves beside the place goes with the next one there. Knows directories, fsync, rename and locks;
+knows nothing of what the folder holds.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from rayswift.locks import taken
+
+_STAGED, _REPLACED = ".staged", ".replaced"
 
 
 @contextmanager
@@ -23,16 +29,18 @@ def staged_folder(target: str | os.PathLike[str], *, replace: bool = False) -> I
     if place.exists() and not replace and not is_empty_folder(place):
         raise FileExistsError(f"{place} exists")
     place.parent.mkdir(parents=True, exist_ok=True)
-    stage = place.with_name(f".{place.name}.{os.getpid()}.staged")
+    _sweep(place)
+    stage = _beside(place, _STAGED)
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
-    try:
-        yield stage
-        _sync_tree(stage)
-        _swap(stage, place)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
+    with _held(stage):
+        try:
+            yield stage
+            _sync_tree(stage)
+            _swap(stage, place)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
 
 
 def is_empty_folder(path: str | os.PathLike[str]) -> bool:
@@ -42,17 +50,56 @@ def is_empty_folder(path: str | os.PathLike[str]) -> bool:
 
 def _swap(stage: Path, place: Path) -> None:
     """Put `stage` at `place`; an old folder there is moved aside first and put back if the rename fails."""
-    old = place.with_name(f".{place.name}.{os.getpid()}.replaced")
-    if place.exists():
-        os.rename(place, old)
-    try:
+    if not place.exists():
         os.rename(stage, place)
-    except OSError:
-        with suppress(FileNotFoundError):
+        sync_folder(place.parent)
+        return
+    old = _beside(place, _REPLACED)
+    with _held(place):  # the folder's own lock, under whatever name
+        os.rename(place, old)
+        try:
+            os.rename(stage, place)
+        except OSError:
             os.rename(old, place)
-        raise
-    sync_folder(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
+            raise
+        sync_folder(place.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(place: Path, suffix: str) -> Path:
+    return place.with_name(f".{place.name}.{os.getpid()}{suffix}")
+
+
+def _sweep(place: Path) -> None:
+    """Remove what killed processes have left of a place. The folder there that one had moved aside comes back."""
+    left = re.compile(rf"\.{re.escape(place.name)}\.\d+({_STAGED}|{_REPLACED})")
+    for folder in [entry for entry in place.parent.iterdir() if left.fullmatch(entry.name)]:
+        with _held(folder) as is_ours:
+            if is_ours and folder.suffix == _REPLACED and not place.exists():
+                os.rename(folder, place)
+            elif is_ours:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """The folder's lock for the duration, by which a living process is known. Yields whether nobody else holds it.
+
+    It is nobody's to sweep where the file system has no such locks.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # swept by another
+        yield False
+        return
+    try:
+        try:
+            is_ours = taken(descriptor, 0)
+        except OSError:
+            is_ours = False
+        yield is_ours
+    finally:
+        os.close(descriptor)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,56 @@ def test_old_folder_is_put_back_when_the_rename_fails(tmp_path: Path, monkeypatc
         pass
     assert (old / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
+_KILLED = """
+import os, signal, sys
+from rayswift.models.staging import staged_folder
+rename = os.rename
+def dies(source, target):
+    rename(source, target)
+    if str(target).endswith(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.rename = dies
+with staged_folder(sys.argv[1], replace=True) as stage:
+    (stage / "b").write_text("half")
+    if sys.argv[2] == "early":
+        os.kill(os.getpid(), signal.SIGKILL)
+    (stage / "b").write_text("whole")
+"""
+
+
+@pytest.mark.parametrize(
+    ("dies", "reads"),
+    [("early", ("a", "old")), (".replaced", ("a", "old")), ("place", ("b", "whole"))],
+    ids=["while it is written", "between the renames", "after them"],
+)
+def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path, dies: str, reads: tuple[str, str]) -> None:
+    """Wherever it was killed, the next one finds a whole folder, the old or the new, and leaves nothing but its own."""
+    place, other = tmp_path / "place", tmp_path / ".place.x.staged"
+    for folder in (place, other):
+        folder.mkdir()
+    (place / "a").write_text("old")
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(place), dies], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) > 2 or dies == "early"
+    seen: list[tuple[str, str]] = []
+    with staged_folder(place, replace=True) as stage:
+        seen = [(file.name, file.read_text()) for file in place.iterdir()]
+        assert {entry.name for entry in tmp_path.iterdir()} == {"place", other.name, stage.name}
+        (stage / "c").write_text("newest")
+    assert seen == [reads]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"place", other.name}
+    assert [file.name for file in place.iterdir()] == ["c"]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "new") as mine:
+        (mine / "a").write_text("1")
+        hers = mine.rename(tmp_path / ".new.1.staged")  # as another process would have it, whose lock is this one's
+        with staged_folder(tmp_path / "new") as stage:
+            assert (hers / "a").read_text() == "1"
+            assert stage != hers
+        (tmp_path / "new").rename(tmp_path / "second")
+        hers.rename(mine)
+    assert (tmp_path / "new/a").read_text() == "1"
