@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import yaml
@@ -82,11 +83,12 @@ def cluster(ray_temp_dir: str, tmp_path: Path) -> Iterator[_Cluster]:
     environment.symlink_to(sys.prefix)
     python = str(environment / Path(sys.executable).relative_to(sys.prefix))
     # Serve gives its proxy 3 x 5 s to start, which on a busy machine is too little.
-    patient = os.environ | {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+    hook = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rayswift.serving.proxy.middlewares"}  # as config.yaml says
+    variables = os.environ | hook | {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
     with (tmp_path / "cluster.log").open("w+") as log:
         process = subprocess.Popen(
             [python, "-c", _CLUSTER, ray_temp_dir], cwd=ray_temp_dir, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=log, text=True, env=patient,
+            stderr=log, text=True, env=variables,
         )  # fmt: skip
         try:
             assert process.stdout is not None
@@ -121,6 +123,7 @@ def test_serve_deploy_of_the_config_in_the_checkout(
     _until(lambda: cluster.status("rayswift") == "RUNNING", "the application runs")
     assert cluster.applications()["proxy_location"] == "HeadOnly"
     _ask(port)
+    _ask_too_much(port)
     cluster.serve("shutdown", "--yes", "--address", cluster.dashboard)
     _until(lambda: not _listens(port), "the proxy ends")
 
@@ -170,6 +173,22 @@ def _ask(port: int) -> None:
         stranger.completions.create(model="tiny", prompt="x", max_tokens=1)
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{url}/models", timeout=60)
+
+
+def _ask_too_much(port: int) -> None:
+    """Bounds hold as under `rayswift serve`, and no client sets Serve's own timeout."""
+    url, asked = f"http://127.0.0.1:{port}/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    headers = {"authorization": f"Bearer {_KEY}", "x-request-timeout-seconds": "0.0001"}
+    with httpx.Client(headers=headers, timeout=60, trust_env=False) as client:
+        for body, status, code in (
+            ({"prompt": "x" * 3 * 2**20}, 413, "request_too_large"),
+            ({"n": 10**6}, 400, None),
+            ({"no_such_field": 1}, 400, None),
+            ({}, 200, None),
+        ):
+            reply = client.post(url, json=asked | body)
+            assert reply.status_code == status, reply.text
+            assert code is None or reply.json()["error"]["code"] == code
 
 
 def _free_port() -> int:
