@@ -6,6 +6,7 @@ Images through Pillow, audio and video through FFmpeg (PyAV): nothing here knows
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -196,4 +197,6 @@ def _named(kind: str) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """The error's text on one line, without the addresses of objects: an endpoint's clients read it too."""
+    text = re.sub(r" *<\S+ object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
+    return text[:200] or type(error).__name__
