@@ -33,6 +33,7 @@ from rayswift.models.adapters import weights_sha256
 from rayswift.models.folder import stored_dtype
 from rayswift.models.loading import check_folder, load_config, load_tokenizer, local_folder
 from rayswift.models.pooling import read_pooling
+from rayswift.models.rounding import round_weights
 from rayswift.models.staging import is_empty_folder, staged_folder
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _written(
     """The model in `stage`, rounded and quantized in place, and what was proved of it against the reference."""
     import torch
 
-    torch.nn.Module.to(model, getattr(torch, job.dtype))
+    round_weights(model, str(job.base), getattr(torch, job.dtype))
     done = before = None
     if job.quantize and job.quantizer and rows.calibration:
         if reference and job.by:
