@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import ExportError
 from rayswift.models.hub_names import write_hub_names
@@ -30,6 +30,7 @@ def write_model(model: PreTrainedModel, base: Path, stage: Path) -> None:
     """Weights, config, tokenizer, template and generation settings."""
     _check_space(model, stage)
     _restore_cache(model, base)
+    _settle_generation(model)
     with quiet_progress(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")  # of a quantizer
         model.save_pretrained(stage, max_shard_size=_SHARD_SIZE)
@@ -46,6 +47,23 @@ def _restore_cache(model: PreTrainedModel, base: Path) -> None:
     before = load_config(str(base))
     for config, own in ((model.config, before), (model.config.get_text_config(), before.get_text_config())):
         config.use_cache = getattr(own, "use_cache", True)
+
+
+def _settle_generation(model: PreTrainedModel) -> None:
+    """Leave only the tokens of generation settings that transformers reads and refuses to write.
+
+    Such as a temperature without sampling. The base's own file is copied as it is.
+    """
+    from transformers import GenerationConfig
+
+    own: Any = model.generation_config
+    try:
+        if own is not None:
+            own.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+        )
 
 
 def _check_space(model: PreTrainedModel, stage: Path) -> None:

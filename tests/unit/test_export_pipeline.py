@@ -74,6 +74,29 @@ def test_model_folder_comes_out_the_same(tmp_path: Path, tiny_model_dir: Path) -
     assert torch.equal(exported_logits(out), exported_logits(tiny_model_dir))
 
 
+@pytest.mark.parametrize("said", [{"temperature": 0.9, "top_p": 0.6}, {"early_stopping": True, "eos_token_id": [1, 2]}])
+def test_generation_settings_that_contradict_are_those_of_the_base(
+    tmp_path: Path, tiny_model_dir: Path, said: dict[str, Any]
+) -> None:
+    """transformers reads them with a warning, and refuses to write them."""
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    (base / "generation_config.json").write_text(json.dumps(said))
+    export(str(base), str(tmp_path / "out"), dtype="bfloat16")
+    assert (tmp_path / "out/generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+
+
+def test_of_generation_settings_in_an_old_config_those_that_contradict_are_left_out(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    (base / "generation_config.json").unlink()
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"temperature": 0.9, "eos_token_id": [1, 2]}))
+    export(str(base), str(tmp_path / "out"))
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert (written["eos_token_id"], written.get("temperature")) == ([1, 2], None)
+
+
 def test_cache_is_on_again_after_training(full_run: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     """Training turns it off for packing; a served model without it is many times slower."""
     export(str(full_run[0]), str(tmp_path / "out"))
