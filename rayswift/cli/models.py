@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 app = typer.Typer()
 model_app = typer.Typer(help="Base models.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+_OF_AN_ADAPTER = frozenset({"source", "output", "output_option", "adapter_only", "force", "as_json"})
+"""The options of `export` that go with --adapter-only."""
 
 
 @model_app.command("init")
@@ -63,6 +65,7 @@ def model_init(
 
 @app.command()
 def export(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="A run directory, a checkpoint, or a Hugging Face folder.")],
     output: Annotated[str | None, typer.Argument(help="Folder to write; also as --output.")] = None,
     output_option: Annotated[str | None, typer.Option("--output", "-o", help="The same as OUTPUT.")] = None,
@@ -109,9 +112,7 @@ def export(
 
     output = _one_of(output, output_option)
     if adapter_only:
-        if quantizer != "none" or dtype is not None or max_difference is not None:
-            raise ConfigError("goes with none of --quantizer, --dtype and --max-difference", path="--adapter-only",
-                              fix="leave them out")  # fmt: skip
+        _refuse_beside_adapter_only(context)
         alone = api.export_adapter(source, output, force=force)
         print_result(
             alone.model_dump(mode="json"),
@@ -130,6 +131,18 @@ def export(
                           max_difference=max_difference, engine_bound=max_engine_difference,
                           max_perplexity=max_perplexity, num_held_out=held_out_rows)  # fmt: skip
     print_result(manifest.model_dump(mode="json"), _told(manifest, output), as_json)
+
+
+def _refuse_beside_adapter_only(context: typer.Context) -> None:
+    """Raises ConfigError for options that say something else than their default of how a model is written or proved."""
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name not in _OF_AN_ADAPTER and context.params[str(option.name)] != option.default
+    ]
+    if given:
+        raise ConfigError(f"does not go with {', '.join(given)}: an adapter is written as it was trained",
+                          path="--adapter-only", fix="leave them out")  # fmt: skip
 
 
 def _told(manifest: ExportManifest, output: str) -> str:

@@ -172,7 +172,8 @@ def _prover(
     engine: str, base: Path, bound: float | None, quantizer: Quantizer | None, dtype: str, encoder: MediaEncoder | None
 ) -> Prover | None:
     """The serving engine to prove in; why it is not vLLM is told."""
-    bound = bound or (quantizer.bounds.engine if quantizer else None) or ENGINE_BOUNDS[dtype]
+    own = quantizer.bounds.engine if quantizer else None
+    bound = next(one for one in (bound, own, ENGINE_BOUNDS[dtype]) if one is not None)
     is_packed = quantizer is not None and quantizer.is_packed
     by, note = prover(engine, base, bound, is_packed=is_packed, encoder=encoder)
     if note:

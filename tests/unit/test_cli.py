@@ -100,6 +100,26 @@ def test_the_schema_is_json_and_knows_every_section(capsys: pytest.CaptureFixtur
         (["export", "nowhere", "--output", "out"], "nowhere"),
         (["export", "nowhere"], "OUTPUT is missing"),
         (["export", "nowhere", "out", "-o", "other"], "is given twice: out and other"),
+        *(
+            (["export", "nowhere", "out", "--adapter-only", *given], f"--adapter-only does not go with {given[0]}:")
+            for given in (
+                ["--quantizer", "fp8"],
+                ["--dtype", "float16"],
+                ["--max-difference", "0"],
+                ["--engine", "none"],
+                ["--max-engine-difference", "0"],
+                ["--bits", "4"],
+                ["--group-size", "64"],
+                ["--calibration", "a.jsonl"],
+                ["--calibration-rows", "9"],
+                ["--held-out-rows", "9"],
+                ["--max-length", "9"],
+                ["--max-perplexity", "1.1"],
+                ["--min-agreement", "0.9"],
+            )
+        ),
+        (["export", "nowhere", "out", "--adapter-only", "--bits", "4", "--engine", "vllm"], "with --bits, --engine:"),
+        (["export", "nowhere", "out", "--adapter-only", "--engine", "auto", "--force", "--json"], "nowhere"),
         (["serve", "nowhere"], "nowhere"),
         (["data", "inspect", "JOB"], "nowhere"),
     ],

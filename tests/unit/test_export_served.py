@@ -100,6 +100,13 @@ def test_an_engine_that_says_something_else_leaves_no_export(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("asked", "bound"), [(0.0, 0.0), (0.5, 0.5), (None, served.ENGINE_BOUNDS["bfloat16"])])
+def test_a_bound_of_nothing_is_a_bound(tiny_model_dir: Path, asked: float | None, bound: float) -> None:
+    by = pipeline._prover("local", tiny_model_dir, asked, None, "bfloat16", None)
+    assert by is not None
+    assert by.bound == bound
+
+
 @pytest.fixture(scope="module")
 def eyes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make("qwen2_5_vl", tmp_path_factory.mktemp("served") / "eyes")
