@@ -150,15 +150,14 @@ def _told(manifest: ExportManifest, output: str) -> str:
     text = f"{output}: {len(manifest.files)} files, verified; manifest {os.path.join(output, 'rayswift.json')}"
     held_out = manifest.verify and manifest.verify.held_out
     if manifest.quantization is None and held_out:
-        rows = f"{held_out.rows.num_rows} {'rows trained on' if held_out.trained_on else 'held-out rows'}"
-        text += f"\n{manifest.dtype}: perplexity x{held_out.perplexity_ratio:.4f} on {rows}"
+        text += f"\n{manifest.dtype}: perplexity x{held_out.perplexity_ratio:.4f} on {held_out.told}"
     if manifest.quantization and manifest.verify and manifest.verify.held_out:
         size = sum(entry.size for name, entry in manifest.files.items() if name.endswith(".safetensors"))
         before = format_bytes(manifest.quantization.bytes_before)
         text += (
             f"\n{manifest.quantizer}: {before} -> {format_bytes(size)}, perplexity "
-            f"x{manifest.verify.held_out.perplexity_ratio:.4f} on {manifest.verify.held_out.rows.num_rows} held-out "
-            f"rows, the same most likely token at {manifest.verify.held_out.top1_agreement:.1%} of their places"
+            f"x{manifest.verify.held_out.perplexity_ratio:.4f} on {manifest.verify.held_out.told}, "
+            f"the same most likely token at {manifest.verify.held_out.top1_agreement:.1%} of their places"
         )
     if manifest.verify and (served := manifest.verify.served):
         text += (

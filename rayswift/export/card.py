@@ -139,10 +139,9 @@ def _held_out(manifest: ExportManifest) -> dict[str, str]:
     found = manifest.verify.held_out if manifest.verify else None
     if found is None:
         return {}
-    rows = f"{found.rows.num_rows} rows {'trained on' if found.trained_on else 'held out'}"
     same = f" (bound {found.bound_top1_agreement:.0%})" if found.bound_top1_agreement else ""
     return {
-        f"loss on {rows}": f"{found.reference_loss:.4f} before, {found.loss:.4f} after",
+        f"loss on {found.told}": f"{found.reference_loss:.4f} before, {found.loss:.4f} after",
         "perplexity": f"x{found.perplexity_ratio:.4f} (bound {found.bound_perplexity_ratio:g})",
         "same most likely token": f"{found.top1_agreement:.1%}{same}",
     }

@@ -83,6 +83,6 @@ def demands(held_out: HeldOut | None) -> tuple[tuple[str, bool], ...]:
     ratio, bound = held_out.perplexity_ratio, held_out.bound_perplexity_ratio
     same, least = held_out.top1_agreement, held_out.bound_top1_agreement
     return (
-        (f"perplexity on held-out rows is {ratio:.4g} of the trained model's (bound {bound:.4g})", ratio <= bound),
+        (f"perplexity on {held_out.told} is {ratio:.4g} of the trained model's (bound {bound:.4g})", ratio <= bound),
         (f"the most likely token is the same at {same:.1%} of their places (bound {least:.1%})", same >= least),
     )

@@ -52,7 +52,8 @@ class HeldOut(Record):
 
     rows: RowsUsed
     trained_on: bool = False
-    """Whether they are rows that the run was trained on: its job holds none out."""
+    """Whether they are of a file that is among the training data: the job holds none out, or that file was named.
+    Which rows of it a run came to see, its record alone knows (`rayswift data audit`)."""
     reference_loss: float
     loss: float
     perplexity_ratio: float
@@ -60,6 +61,11 @@ class HeldOut(Record):
     top1_agreement: float
     """The fraction of trained tokens whose place has the same most likely token."""
     bound_top1_agreement: float
+
+    @property
+    def told(self) -> str:
+        """`16 held-out rows`, or `5 rows of the training data`."""
+        return f"{self.rows.num_rows} {'rows of the training data' if self.trained_on else 'held-out rows'}"
 
 
 class Quantization(Record):

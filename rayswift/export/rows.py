@@ -1,13 +1,13 @@
 """Rows that an export is calibrated and judged on: the job's own, through the pipeline that it was trained with.
 
-Knows sources and how many rows of each are taken. Does not know what is done with them.
+Knows sources, how many rows of each are taken, and that none is on both sides. Does not know what is done with them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -43,7 +43,7 @@ class Rows:
     examples: tuple[Example, ...]
     used: RowsUsed
     trained_on: bool = False
-    """Whether they are the first that the run was trained on."""
+    """Whether they are of a file that is among the training data."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,21 @@ def read_rows_of(
     """Rows to calibrate on and rows that calibration does not see, of `path` or else of the job that was trained.
 
     Held out are the job's `data.eval` rows; where it has none, rows behind those of the calibration, a fifth of all if
-    there are not enough. Raises ConfigError where there is no data, or too little.
+    there are not enough. No row is on both sides, however often its source repeats it.
+
+    Raises ConfigError where there is no data, or too little.
     """
     data, rendering = _data_of(what, tokenizer, path)
     if max_length is not None:
         data = data.model_copy(update={"max_length": max_length})
     train = _plan(data, data.train, rendering, "data.train" if path is None else OPTION)
     evaluated = _plan(data, data.eval, rendering, "data.eval") if data.eval and path is None else None
-    wanted = num_calibration + (0 if evaluated else num_held_out)
-    found = list(islice(_examples(train, tokenizer, what.base), wanted))
     if evaluated:
-        held_out = list(islice(_examples(evaluated, tokenizer, what.base), num_held_out))
+        held_out = list(islice(_documents(evaluated, tokenizer, what.base), num_held_out))
+        found = list(islice(_documents(train, tokenizer, what.base, but=held_out), num_calibration))
     else:
+        wanted = num_calibration + num_held_out
+        found = list(islice(_documents(train, tokenizer, what.base), wanted))
         count = num_held_out if len(found) == wanted else min(num_held_out, max(1, len(found) // 5))
         count = count if num_calibration else len(found)
         found, held_out = found[: len(found) - count], found[len(found) - count :]
@@ -115,8 +118,10 @@ def read_rows_of(
             "has too few rows that can be used: at least one to calibrate on and one to judge by are needed",
             path=OPTION, value=path or "the job's data", fix=f"name a file with more of them: {OPTION} rows.jsonl",
         )  # fmt: skip
-    judging = _rows(held_out, evaluated or train, trained_on=path is None and not evaluated)
-    return _rows(found, train), judging
+    judging = evaluated or train
+    trained = {file.sha256 for file in train.files} if path is None else _trained_files(what)
+    trained_on = any(file.sha256 in trained for file in judging.files)
+    return _rows(found, train), _rows(held_out, judging, trained_on=trained_on)
 
 
 def _data_of(what: Source, tokenizer: PreTrainedTokenizerBase, path: str | None) -> tuple[DataSpec, Rendering]:
@@ -135,6 +140,11 @@ def _data_of(what: Source, tokenizer: PreTrainedTokenizerBase, path: str | None)
     return what.data.model_copy(update={"packing": False, "cache": None}), rendering
 
 
+def _trained_files(what: Source) -> set[str]:
+    """The sha256 of each file that was trained on, as far as that is recorded."""
+    return set(what.lineage.data.values()) if what.lineage else set()
+
+
 def _plan(data: DataSpec, sources: Sequence[DataSource], rendering: Rendering, place: str) -> StreamPlan:
     try:
         opened = open_sources(sources, path=place, kinds="auto" if place == OPTION else data.media.kinds)
@@ -147,13 +157,26 @@ def _plan(data: DataSpec, sources: Sequence[DataSource], rendering: Rendering, p
     return opened.stream(data, rendering)
 
 
-def _examples(plan: StreamPlan, tokenizer: PreTrainedTokenizerBase, base: str) -> Iterator[Example]:
-    """The documents of a stream, one after the other, as a model is given them."""
-    media = media_encoder(base, plan.settings)
+def _documents(
+    plan: StreamPlan, tokenizer: PreTrainedTokenizerBase, base: str, *, but: Iterable[Example] = ()
+) -> Iterator[Example]:
+    """The documents of a stream `but` for some, as a model is given them: each once, however often it comes."""
+    media, seen = media_encoder(base, plan.settings), {_content(one) for one in but}
     for index in range(plan.num_chunks):
         for one in packed_sequences(prepare_chunk(plan, index, tokenizer, media)):
-            if len(one.input_ids):
-                yield Example(one.input_ids.tolist(), one.loss_mask.tolist(), tuple(one.media), one.rope_AT)
+            found = Example(one.input_ids.tolist(), one.loss_mask.tolist(), tuple(one.media), one.rope_AT)
+            if found.input_ids and (content := _content(found)) not in seen:
+                seen.add(content)
+                yield found
+
+
+def _content(example: Example) -> bytes:
+    """A hash of what a model is given: of its media too, for questions about two images may have the same ids."""
+    digest = hashlib.sha256(np.asarray(example.input_ids, np.int64).tobytes())
+    for features in example.media:
+        for name in sorted(features):
+            digest.update(np.ascontiguousarray(features[name]).tobytes())
+    return digest.digest()
 
 
 def _rows(examples: Sequence[Example], plan: StreamPlan, *, trained_on: bool = False) -> Rows:

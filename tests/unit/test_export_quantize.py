@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from rayswift import plugins
-from rayswift.config.job import DataSource
+from rayswift.config.job import DataSource, DataSpec
 from rayswift.data.formats import RowError
 from rayswift.data.tokenize import encode
 from rayswift.data.types import Example, Message, Sample
@@ -132,7 +132,7 @@ def test_a_group_of_four_bit_weights_has_sixteen_values(
 
 
 def test_what_moves_too_far_leaves_nothing(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
-    with pytest.raises(ExportError, match=r"perplexity on held-out rows is [\d.]+ of the trained .*bound 0\.5"):
+    with pytest.raises(ExportError, match=r"perplexity on \d+ held-out rows is [\d.]+ of the trained .*bound 0\.5"):
         export(str(tiny_model_dir), str(tmp_path / "out"), quantize=spec("fp8", rows, max_perplexity=0.5))
     with pytest.raises(ExportError, match=r"the most likely token is the same at .*bound 110\.0%"):
         export(str(tiny_model_dir), str(tmp_path / "out"), quantize=spec("fp8", rows, min_agreement=1.1))
@@ -236,6 +236,39 @@ def test_rows_are_held_out_of_the_calibration(tiny_model_dir: Path, rows: Path) 
         assert (len(found.examples), len(judged.examples)) == got
         one, other = ({tuple(e.input_ids) for e in part.examples} for part in (found, judged))
         assert not one & other
+
+
+def drawn(base: Path, data: dict[str, Any], num_calibration: int, num_held_out: int) -> list[list[tuple[int, ...]]]:
+    """The ids of rows to calibrate on and of rows to judge by, of a job with such data."""
+    what = Source(base=str(base), data=DataSpec.model_validate(data), rendering="chat")
+    found = read_rows_of(what, load_tokenizer(str(base)), path=None, num_calibration=num_calibration,
+                         num_held_out=num_held_out, max_length=None)  # fmt: skip
+    return [[tuple(one.input_ids) for one in part.examples] for part in found]
+
+
+@pytest.mark.parametrize(("wanted", "got"), [((20, 10), (20, 10)), ((64, 64), (37, 9))])
+def test_a_row_that_a_job_repeats_is_on_one_side(
+    tmp_path: Path, tiny_model_dir: Path, rows: Path, wanted: tuple[int, int], got: tuple[int, int]
+) -> None:
+    """By its weight, because another source is longer, or because two files have it."""
+    few, again = write_rows(tmp_path / "few.jsonl", 6, start=100), write_rows(tmp_path / "again.jsonl", 20)
+    data = {"train": [{"path": str(rows), "weight": 2}, {"path": str(few)}, {"path": str(again)}],
+            "mixing": {"stopping": "all_exhausted"}}  # fmt: skip
+    found, judged = drawn(tiny_model_dir, data, *wanted)
+    assert (len(found), len(judged)) == got
+    assert len({*found, *judged}) == sum(got)
+
+
+def test_a_row_that_a_job_holds_out_is_not_calibrated_on(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
+    held = write_rows(tmp_path / "held.jsonl", 5, start=10)
+    found, judged = drawn(tiny_model_dir, {"train": [{"path": str(rows)}], "eval": [{"path": str(held)}]}, 64, 64)
+    assert (len(found), len(judged), len({*found, *judged})) == (35, 5, 40)
+
+
+def test_a_row_by_itself_is_too_few_however_often_it_is_repeated(tmp_path: Path, tiny_model_dir: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", 1)
+    with pytest.raises(ConfigError, match="too few rows"):
+        drawn(tiny_model_dir, {"train": [{"path": str(one), "weight": 8}]}, 4, 2)
 
 
 def test_the_loss_is_that_of_transformers(tiny_model_dir: Path, rows: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rayswift import api, cli
 from rayswift.config.job import AdapterSpec
+from rayswift.data.stream_json import stream_json
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export.judge import said_of
 from rayswift.export.manifest import ExportManifest, read_valid
@@ -21,6 +23,7 @@ from rayswift.export.source import resolve
 from rayswift.models.adapters import add_lora, load_base
 from rayswift.models.loading import load_tokenizer
 from rayswift.training import checkpoint
+from tests.data_cases import plan_of
 from tests.export_cases import export, shake, write_run
 
 torch.set_num_threads(1)
@@ -35,12 +38,15 @@ def run(tmp_path: Path, tiny_model_dir: Path) -> Path:
     shake(weights, 0.2)
     write_run(folder, tiny_model_dir, weights, spec)
     rows = write_rows(tmp_path / "held_out.jsonl", 20)
-    with_data(folder, eval=[{"path": str(rows)}], train=[{"path": str(rows)}])
+    train = write_rows(tmp_path / "train.jsonl", 30, start=100)
+    with_data(folder, eval=[{"path": str(rows)}], train=[{"path": str(train)}])
+    (folder / "stream.json").write_text(stream_json(plan_of(train)))
     return folder
 
 
-def write_rows(path: Path, count: int) -> Path:
-    lines = [{"query": f"what does {i} print?", "response": f"it prints {i * 7} and {i}"} for i in range(count)]
+def write_rows(path: Path, count: int, start: int = 0) -> Path:
+    lines = [{"query": f"what does {i} print?", "response": f"it prints {i * 7} and {i}"}
+             for i in range(start, start + count)]  # fmt: skip
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -85,7 +91,7 @@ def test_the_perplexity_of_a_rounded_export_is_recorded_beside_the_trained_model
     assert 0.98 < found.perplexity_ratio < found.bound_perplexity_ratio == 1.02
     assert f"bfloat16: perplexity x{found.perplexity_ratio:.4f} on 16 held-out rows" in told.out
     card = (out / "README.md").read_text()
-    assert f"| loss on 16 rows held out | {found.reference_loss:.4f} before, {found.loss:.4f} after |" in card
+    assert f"| loss on 16 held-out rows | {found.reference_loss:.4f} before, {found.loss:.4f} after |" in card
     assert f"| perplexity | x{found.perplexity_ratio:.4f} (bound 1.02) |" in card
 
 
@@ -97,18 +103,36 @@ def test_in_float32_nothing_is_lost_and_the_bound_is_narrow(run: Path, tmp_path:
 
 def test_a_bound_that_is_not_kept_leaves_no_export(run: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ExportError, match=r"perplexity on held-out rows is .* of the trained model's \(bound 0\.5\)"
+        ExportError, match=r"perplexity on 4 held-out rows is .* of the trained model's \(bound 0\.5\)"
     ) as caught:
         api.export(str(run), str(tmp_path / "out"), engine="none", max_perplexity=0.5, num_held_out=4)
     assert caught.value.exit_code == 5
     assert not (tmp_path / "out").exists()
 
 
-def test_a_job_that_holds_none_out_is_judged_by_rows_it_was_trained_on(run: Path, tmp_path: Path) -> None:
-    with_data(run, eval=[])
+@pytest.mark.parametrize("held_out", [None, "train.jsonl"])
+def test_rows_of_the_training_data_are_told_to_be_such(run: Path, tmp_path: Path, held_out: str | None) -> None:
+    """Also where the job names them as held out."""
+    with_data(run, eval=[{"path": str(tmp_path / held_out)}] if held_out else [])
     found = held_out_of(export(str(run), str(tmp_path / "out"), num_held_out=5))
     assert (found.rows.num_rows, found.trained_on) == (5, True)
-    assert "| loss on 5 rows trained on |" in (tmp_path / "out" / "README.md").read_text()
+    assert "| loss on 5 rows of the training data |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "said"), [("train", "rows of the training data"), ("held_out", "held-out rows")])
+def test_rows_named_for_a_calibration_are_told_to_be_what_they_are(
+    run: Path, tmp_path: Path, name: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of the training data as well as its own file: by its sha256."""
+    rows = tmp_path / "rows.jsonl"
+    shutil.copyfile(tmp_path / f"{name}.jsonl", rows)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["export", str(run), str(tmp_path / "out"), "--quantizer", "fp8", "--engine", "none",
+                  "--calibration", str(rows), "--held-out-rows", "5", "--min-agreement", "0"])  # fmt: skip
+    told = capsys.readouterr()
+    assert caught.value.code == 0, told.err
+    assert f" on 5 {said}, the same most likely token" in told.out
+    assert f"| loss on 5 {said} |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_rows_that_are_gone_are_told_and_missed_only_where_they_were_asked_for(
