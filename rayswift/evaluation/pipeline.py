@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import openai
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rayswift.data.stream import StreamPlan
     from rayswift.evaluation import harness_models
     from rayswift.export.source import Source
 
@@ -66,12 +67,17 @@ def evaluate(
     """
     began, progress = time.perf_counter(), progress or Silent()
     _check(target, rows, settings, output)
+    what = None if client.is_url(target) else _opened(target)
     found = None
     if rows is not None:
         progress.phase("reading the rows")
-        found = open_rows(rows, format_name=settings.format, limit=settings.limit)
+        data = what.source.data if what is not None else None
+        found = open_rows(rows, format_name=settings.format, limit=settings.limit, data=data)
     tasks = _tasks(target, settings, progress) if settings.tasks else None
-    report = (_of_endpoint if client.is_url(target) else _of_model)(target, found, tasks, settings, progress)
+    if what is None:
+        report = _of_endpoint(target, found, tasks, settings, progress)
+    else:
+        report = _of_model(what, found, tasks, settings, progress)
     report = report.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
     for place in dict.fromkeys(filter(None, (report_place(report.target, rows, settings.tasks), output))):
         write(report, place)
@@ -173,22 +179,38 @@ def _tasks_of_endpoint(
         return harness.measure(tasks, lm, limit=settings.limit, chat_template=chat)
 
 
-def _of_model(
-    target: str, rows: Rows | None, tasks: Tasks | None, settings: Settings, progress: Progress
-) -> EvalReport:
-    from rayswift.evaluation.target import load, longest, opened
+@dataclass(frozen=True)
+class _Opened:
+    """A target that is no endpoint. `version` is that of an export, or of an adapter exported alone."""
+
+    target: str
+    source: Source
+    kind: Kind
+    version: str | None
+
+
+def _opened(target: str) -> _Opened:
+    from rayswift.evaluation.target import opened
 
     version = kept.version_evaluated(target)
-    source, kind = opened(target)
+    return _Opened(target, *opened(target), version)
+
+
+def _of_model(
+    what: _Opened, rows: Rows | None, tasks: Tasks | None, settings: Settings, progress: Progress
+) -> EvalReport:
+    from rayswift.evaluation.target import load, longest
+
+    source = what.source
     length = longest(source, settings.max_length, _DEFAULT_LENGTH)
-    plan = rows.stream(length) if rows is not None else None
+    plan = rows.stream(length, source.data, source.rendering) if rows is not None else None
     progress.phase("loading the model")
     model, tokenizer = load(source)
     lm = _of_harness(tasks, model, tokenizer, settings) if tasks is not None else None
     measured, scores = on_rows.nothing(_NO_ROWS), None
     found: dict[str, Any] = {"dtype": "float32", "device": model.device.type}
     if rows is not None and plan is not None:
-        found["max_length"] = length
+        found |= {"max_length": length, "reading": _reading(rows, plan)}
         measured = on_rows.from_model(rows, plan, model, source, tokenizer, settings.max_new_tokens, progress)
     if tasks is not None and lm is not None:
         found |= {"task_max_length": lm.max_length, "batch_size": settings.batch_size}
@@ -196,7 +218,7 @@ def _of_model(
         with harness.blamed():
             scores = harness.measure(tasks, lm, limit=settings.limit, chat_template=lm.is_chat)
     return EvalReport(
-        target=_target(target, kind, source, version),
+        target=_target(what),
         **measured,
         harness=scores,
         settings=_settings(settings, rows, **found),
@@ -222,11 +244,22 @@ def _of_harness(
     return lm
 
 
-def _target(target: str, kind: Kind, source: Source, version: str | None) -> Target:
+def _target(what: _Opened) -> Target:
+    source = what.source
     return Target(
-        path=target, kind=kind, model=source.base, checkpoint=source.checkpoint, step=source.step,
-        run_finished=source.finished, version=version,
+        path=what.target, kind=what.kind, model=source.base, checkpoint=source.checkpoint, step=source.step,
+        run_finished=source.finished, version=what.version,
     )  # fmt: skip
+
+
+def _reading(rows: Rows, plan: StreamPlan) -> dict[str, Any]:
+    """What the loss depends on beside the rows and the model."""
+    rule = plan.settings.loss
+    return {
+        "rendering": plan.settings.rendering, "truncation": plan.settings.truncation, "turns": rule.turns,
+        "weights": [dict(table) for table in rule.tables],
+        **rows.source.model_dump(mode="json", include={"columns", "tags", "system"}),
+    }  # fmt: skip
 
 
 def _settings(settings: Settings, rows: Rows | None, **found: Any) -> dict[str, Any]:

@@ -133,7 +133,8 @@ class EvalReport(Record):
     rows: RowCounts | None
     """None where only tasks were asked for."""
     loss: float | None
-    """Nats per token that counts, as `eval_loss` of a run."""
+    """Nats per token that counts, as `eval_loss` of a run: by the data settings of the job behind the model; for a
+    model of no job, by the defaults."""
     perplexity: float | None
     loss_reason: str | None
     tokens: int | None

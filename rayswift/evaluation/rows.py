@@ -1,28 +1,31 @@
-"""The rows a model is judged on: found, indexed and looked at as those of a job, and the questions among them.
+"""The rows a model is judged on: found, indexed and read as those of its job, and the questions among them.
 
 Knows what a question is: a conversation up to its last answer. Knows no model and no tokenizer.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from rayswift.config.job import DataSource, DataSpec
+from rayswift.config.job import DataSource, DataSpec, MixingSpec
 from rayswift.data.detect import normalise
 from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.hub_sources import settled
 from rayswift.data.inspect import OpenedSources, open_sources
 from rayswift.data.media import MARKS
 from rayswift.data.quarantine import place
-from rayswift.data.rendering import last_answer
+from rayswift.data.rendering import Rendering, last_answer
 from rayswift.data.row_keys import key_of
 from rayswift.data.sources import FileIndex, bad_row, read_rows
 from rayswift.data.stream import StreamPlan
-from rayswift.data.types import BadRow, Sample
+from rayswift.data.types import BadRow, MediaKind, Sample
 
 _FIELD = "--rows"
+_Kinds = tuple[MediaKind, ...] | Literal["auto"]
+"""As `MediaSpec.kinds`."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,14 @@ class Rows:
         """All of them, bad ones included."""
         return sum(file.num_rows for file in self.files)
 
-    def stream(self, max_length: int) -> StreamPlan:
-        """The rows once, in file order, a document per sequence; answers of conversations count, and all of a text."""
-        data = DataSpec(train=self.opened.sources, packing=False, shuffle=False, max_length=max_length)
-        return self.opened.stream(data, "chat")
+    def stream(self, max_length: int, data: DataSpec | None, rendering: Rendering | None) -> StreamPlan:
+        """The rows once, in file order, a document per sequence, and what of them counts as `data` of a job says.
+
+        Without a job answers of conversations count, and all of a text.
+        """
+        own = {"packing": False, "shuffle": False, "mixing": MixingSpec(), "cache": None, "max_length": max_length}
+        data = (data or DataSpec(train=self.opened.sources)).model_copy(update=own)
+        return self.opened.stream(data, rendering or "chat")
 
     def samples(self) -> Iterator[tuple[int, BadRow, Sample | None]]:
         """(key, the row as a BadRow without or with a reason, the row as a Sample or None) of each row."""
@@ -77,13 +84,38 @@ class Rows:
         return bad_row(file, row, line, ""), sample
 
 
-def open_rows(path: str, *, format_name: str = "auto", limit: int | None = None) -> Rows:
-    """The rows at a path, glob, folder, URL or hub id, the first `limit` of them.
+def open_rows(path: str, *, format_name: str = "auto", limit: int | None = None, data: DataSpec | None = None) -> Rows:
+    """The rows at a path, glob, folder, URL or hub id, the first `limit` of them, read as `data` of a job says.
 
     Raises ConfigError where there are none or their format is unknown, DataError when none of the first can be used.
     """
-    source = settled(DataSource(path=path, format=format_name, limit=limit), place=_FIELD)
-    return Rows(open_sources((source,), path=_FIELD))
+    source, kinds = _as_trained(DataSource(path=path, format=format_name, limit=limit), data)
+    return Rows(open_sources((settled(source, place=_FIELD),), path=_FIELD, kinds=kinds))
+
+
+def _as_trained(asked: DataSource, data: DataSpec | None) -> tuple[DataSource, _Kinds]:
+    """The source that was asked for as the job has it, or, where it has not, read like the first that it has.
+
+    A format that is asked for says what other rows have, and their columns and turns are then taken as they are.
+    """
+    if data is None:
+        return asked, "auto"
+    sources = (*data.eval, *data.train)
+    is_auto = asked.format == "auto"
+    for one in sources:
+        if _place(one.path) == _place(asked.path):
+            own = {"path": asked.path, "limit": asked.limit, "weight": 1.0} | (
+                {} if is_auto else {"format": asked.format}
+            )
+            return one.model_copy(update=own), data.media.kinds
+    like: dict[str, Any] = {"system": sources[0].system}
+    if is_auto:
+        like |= {"columns": sources[0].columns, "tags": sources[0].tags}
+    return asked.model_copy(update=like), "auto"
+
+
+def _place(path: str) -> str:
+    return path if "://" in path or "::" in path else os.path.abspath(os.path.expanduser(path))
 
 
 @dataclass(frozen=True)

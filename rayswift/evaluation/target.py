@@ -6,11 +6,16 @@ Knows runs, checkpoints, adapters and model folders through `export/`; knows no 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+from pydantic import ValidationError
+
+from rayswift import plugins
+from rayswift.config.job import Job
 from rayswift.errors import CheckpointError, ConfigError
 from rayswift.evaluation.report import Kind
-from rayswift.export.kept import manifest_name
+from rayswift.export.kept import lineage_of, manifest_name
 from rayswift.export.merge import build
 from rayswift.export.source import Source, resolve
 from rayswift.export.verify import PROMPTS, encode
@@ -18,7 +23,6 @@ from rayswift.models.adapters import weights_sha256
 from rayswift.models.config_sizes import num_positions
 from rayswift.models.loading import check_folder, load_tokenizer, local_folder
 from rayswift.parallel.mesh import find_device
-from rayswift.training import checkpoint
 
 if TYPE_CHECKING:
     from typing import Any
@@ -27,8 +31,11 @@ if TYPE_CHECKING:
 
 
 def opened(target: str) -> tuple[Source, Kind]:
-    """What lies at `target`, and what it is. Raises as `export.source.resolve`, ConfigError for a broken base."""
-    source = resolve(target)
+    """What lies at `target`, and what it is; an export with the data of its job.
+
+    Raises as `export.source.resolve`, ConfigError for a broken base.
+    """
+    source = _with_data(resolve(target), target)
     for reason in source.passed_over:
         print(f"warning: passed over a newer checkpoint: {reason}", file=sys.stderr)
     check_folder(source.base)
@@ -39,8 +46,24 @@ def opened(target: str) -> tuple[Source, Kind]:
     return source, "export" if manifest_name(target) is not None else "model"
 
 
+def _with_data(source: Source, target: str) -> Source:
+    """An export, or an adapter exported alone, with what the job behind it says of its data; any other as it is."""
+    lineage = lineage_of(target)
+    if lineage is None:
+        return source
+    try:
+        job = Job.model_validate(lineage.job)
+        rendering = plugins.load("methods", job.method.name, path="method.name").rendering
+    except (ValidationError, ConfigError) as error:
+        reason = " ".join(str(error).split())[:200]
+        print(f"warning: rows are read as for a model of no job: that of {target} is none here: {reason}",
+              file=sys.stderr)  # fmt: skip
+        return source
+    return replace(source, data=job.data, rendering=rendering)
+
+
 def longest(source: Source, asked: int | None, default: int) -> int:
-    """The longest sequence: as asked for, else the run's own, else the default, and what the model takes.
+    """The longest sequence: as asked for, else the job's own, else the default, and what the model takes.
 
     Raises ConfigError when it is asked for more than that.
     """
@@ -48,8 +71,8 @@ def longest(source: Source, asked: int | None, default: int) -> int:
     if asked is not None and positions is not None and asked > positions:
         raise ConfigError("is more than the model has positions", path="--max-length", value=asked,
                           fix=f"use {positions}")  # fmt: skip
-    own = checkpoint.read_manifest(source.checkpoint).job["data"]["max_length"] if source.checkpoint else default
-    return min(asked or int(own), positions or sys.maxsize)
+    own = source.data.max_length if source.data is not None else default
+    return min(asked or own, positions or sys.maxsize)
 
 
 def load(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -21,7 +21,7 @@ from rayswift.evaluation.report import EvalReport, text_of
 from rayswift.export import manifest as manifests
 from rayswift.export.card import CARD, CURVES, card_of
 from rayswift.export.evaluations import evaluation
-from rayswift.export.manifest import MANIFEST, UNFINISHED, Evaluation, ExportManifest, FileEntry, is_as
+from rayswift.export.manifest import MANIFEST, UNFINISHED, Evaluation, ExportManifest, FileEntry, Lineage, is_as
 from rayswift.locks import taken
 from rayswift.models.staging import sync_folder
 from rayswift.serving.versions import version_of
@@ -31,14 +31,27 @@ if TYPE_CHECKING:
 
     Signed = TypeVar("Signed", ExportManifest, AdapterManifest)
 
-_ADAPTER_RECORD = "rayswift_adapter.json"
+RECORDS = (MANIFEST, "rayswift_adapter.json")
+"""The manifest of an export, and that of an adapter exported alone."""
 _WAIT_S = 60.0
 _OUTPUT = "keep the report elsewhere with --output FILE"
 
 
 def manifest_name(folder: str | os.PathLike[str]) -> str | None:
     """The manifest that a folder has: that of an export, or of an adapter exported alone; None for any other."""
-    return next((name for name in (MANIFEST, _ADAPTER_RECORD) if (Path(folder) / name).is_file()), None)
+    return next((name for name in RECORDS if (Path(folder) / name).is_file()), None)
+
+
+def lineage_of(folder: str | os.PathLike[str]) -> Lineage | None:
+    """What an export is made of, or an adapter exported alone; None for what was not trained here."""
+    name = manifest_name(folder)
+    if name == MANIFEST:
+        return manifests.read(folder).lineage
+    if name is None:
+        return None
+    from rayswift.export import adapter
+
+    return adapter.read(os.fspath(folder)).lineage
 
 
 def version_evaluated(folder: str | os.PathLike[str]) -> str | None:
