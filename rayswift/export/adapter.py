@@ -90,6 +90,14 @@ def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterM
     return made
 
 
+def read_valid(folder: str) -> AdapterManifest:
+    """The record of an adapter folder whose files are those it lists. Raises ExportError naming one that is not.
+
+    Files that were added do not count: of an adapter's folder nothing else is loaded.
+    """
+    return manifests.checked(folder, read, lambda at, made: manifests.check_listed(at, made.files, made.rewriting))
+
+
 def read(folder: str) -> AdapterManifest:
     """The record of an adapter folder. Raises ExportError where there is none."""
     try:

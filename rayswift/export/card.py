@@ -38,15 +38,27 @@ def card_of(manifest: ExportManifest, name: str, *, has_curves: bool) -> str:
 
 def _head(manifest: ExportManifest, name: str) -> Iterator[str]:
     yield from ("---", "library_name: transformers", "tags: [rayswift]", "---", "", f"# {name}", "")
-    how = {None: "A copy of", "pretrain": "Pretrained from"}.get(manifest.method, "Fine-tuned from")
-    yield from (
-        f"{how} `{manifest.base}`, exported by RaySwift. {MANIFEST} has this for programs.",
-        "",
-    )
+    yield from (f"{_made_of(manifest)}, exported by RaySwift. {MANIFEST} has this for programs.", "")
+
+
+def _made_of(manifest: ExportManifest) -> str:
+    """Of which model it was trained, and where it is another form of a folder, of which one."""
+    how = {None: None, "pretrain": "Pretrained from"}.get(manifest.method, "Fine-tuned from")
+    form = "A copy of" if manifest.quantizer == "none" else f"Quantized by {manifest.quantizer} from"
+    if (earlier := manifest.earlier) is None:
+        return f"{how or form} `{manifest.base}`"
+    of = how.lower() if how else "of"
+    return f"{form} the export `{earlier.folder}` (version `{earlier.version}`), {of} `{earlier.base}`"
 
 
 def _origin(manifest: ExportManifest) -> Iterator[str]:
-    rows: dict[str, str] = {"base": f"`{manifest.base}`, sha256 of its weights `{manifest.base_sha256}`"}
+    before = manifest.earlier or manifest
+    rows: dict[str, str] = {"base": f"`{before.base}`, sha256 of its weights `{before.base_sha256}`"}
+    if earlier := manifest.earlier:
+        rows["export"] = (
+            f"`{earlier.folder}`, version `{earlier.version}`, sha256 of its weights `{manifest.base_sha256}`"
+            + ("" if earlier.quantizer == "none" else f", which {earlier.quantizer} had rounded")
+        )
     if manifest.method:
         rows["method"] = manifest.method + (f", with {_adapter(manifest.adapter)}" if manifest.adapter else "")
     packing = manifest.lineage.base_quantization if manifest.lineage else None

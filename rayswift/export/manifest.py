@@ -6,10 +6,11 @@ Knows how a manifest is written last and when it can be trusted. Does not know h
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -22,6 +23,7 @@ from rayswift.models.staging import sync_folder
 MANIFEST = "rayswift.json"
 UNFINISHED = ".rayswift-"
 """What files begin with that are on their way to their place: one that was left by a crash is nobody's."""
+Signed = TypeVar("Signed", bound=Record)
 _PACKAGES = ("rayswift", "torch", "transformers", "tokenizers", "safetensors", "peft")
 
 
@@ -46,6 +48,17 @@ class Lineage(Record):
     layout: dict[str, int]
     base_quantization: str | None = None
     """How the base was packed in training: its weights are what the packed ones stand for; null for those stored."""
+
+
+class Earlier(Record):
+    """The export that another one was made of, and the model that was trained or copied before either."""
+
+    folder: str
+    version: str
+    quantizer: str
+    """What its weights had been rounded by, then or in an export before it; none for the trained ones."""
+    base: str
+    base_sha256: str
 
 
 class Evaluation(Record):
@@ -79,7 +92,7 @@ class ExportManifest(Record):
     method: str | None
     """The training method; null for a folder that was not trained here."""
     adapter: dict[str, Any] | None
-    """The settings of the adapter that was merged; null for full fine-tuning."""
+    """The settings of the adapter that was merged, then or into an earlier export; null for full fine-tuning."""
     quantizer: str = "none"
     quantization: Quantization | None = None
     """Null where `quantizer` is none."""
@@ -90,11 +103,13 @@ class ExportManifest(Record):
     """Whether the checkpoint is the last one of a run that trained to its end; null without a checkpoint."""
     lineage: Lineage | None = None
     """Null for what was not trained here."""
+    earlier: Earlier | None = None
+    """The export at `base`, whose training this one's method, step and lineage tell of; null where that is none."""
     evaluations: tuple[Evaluation, ...] = ()
     versions: dict[str, str]
     merge: Difference | None
     """The merged model against base plus adapter, both in float32, the base packed where it was in training; null
-    without an adapter."""
+    without an adapter, and where it had been merged before."""
     verify: VerifyResult | None
     """Null when verification was switched off, and for an embedding model."""
     vectors: Vectors | None = None
@@ -158,19 +173,31 @@ def read_valid(directory: str | os.PathLike[str]) -> ExportManifest:
     A file that was added counts: an adapter_config.json or a weights index changes what is loaded. Raises ExportError
     naming the file that is missing, changed or added, or when there is no manifest.
     """
+    return checked(directory, read, _check)
+
+
+def checked(
+    directory: str | os.PathLike[str], read: Callable[[str], Signed], check: Callable[[Path, Signed], None]
+) -> Signed:
+    """What is read of a folder and passes the check, which raises ExportError."""
     while True:
-        manifest = read(directory)
+        manifest = read(str(directory))
         try:
-            _check(Path(directory), manifest)
+            check(Path(directory), manifest)
             return manifest
         except ExportError:
-            if read(directory) == manifest:  # else an evaluation was put there in the meantime
+            if read(str(directory)) == manifest:  # else an evaluation was put there in the meantime
                 raise
 
 
+def check_listed(folder: Path, files: Mapping[str, FileEntry], rewriting: Mapping[str, FileEntry]) -> None:
+    """Raises ExportError unless every file that a manifest lists is there as it says."""
+    for name, entry in files.items():
+        _check_file(folder, name, entry, rewriting.get(name))
+
+
 def _check(folder: Path, manifest: ExportManifest) -> None:
-    for name, entry in manifest.files.items():
-        _check_file(folder, name, entry, manifest.rewriting.get(name))
+    check_listed(folder, manifest.files, manifest.rewriting)
     for name in (added := sorted(set(_contents(folder)) - set(manifest.files))):
         if name not in manifest.rewriting:
             more = f" and {len(added) - 1} more" if len(added) > 1 else ""

@@ -86,7 +86,7 @@ def export(
         _refuse(quantizer=quantize.name if quantize else None, dtype=dtype, max_difference=max_difference,
                 max_perplexity=max_perplexity, engine=engine if engine in ("vllm", "local") else None)  # fmt: skip
         check_engine(engine)
-        return _export_embedding(what.base, base, base_sha256, output, prompts, force=force)
+        return _export_embedding(what, base, base_sha256, output, prompts, force=force)
     dtype = _dtype(dtype, base, is_quantized=quantize is not None)
     encoder = encoder_of(base)
     by = _prover(engine, base, engine_bound, quantizer, dtype, encoder) if verify else None
@@ -123,6 +123,7 @@ def _manifest(
         checkpoint_step=what.step,
         run_finished=what.finished,
         lineage=what.lineage,
+        earlier=what.earlier,
         evaluations=evaluations_of(what.run, what.step),
         versions=manifests.current_versions(),
         merge=None,
@@ -190,19 +191,20 @@ def _refuse(**given: str | float | None) -> None:
 
 
 def _export_embedding(
-    name: str, base: Path, base_sha256: str, output: str, texts: Sequence[str], *, force: bool
+    what: Source, base: Path, base_sha256: str, output: str, texts: Sequence[str], *, force: bool
 ) -> ExportManifest:
     """An embedding model's folder with a manifest."""
     with disk_errors(output), staged_folder(output, replace=force) as stage:
         embedding.copy(base, stage)
         manifest = ExportManifest(
-            base=name,
+            base=what.base,
             base_sha256=base_sha256,
             method=None,
             adapter=None,
             dtype=stored_dtype(base) or "unknown",
             job_hash=None,
             checkpoint_step=None,
+            earlier=what.earlier,
             versions=manifests.current_versions(),
             merge=None,
             verify=None,

@@ -21,13 +21,15 @@ from rayswift.config.job import AdapterSpec, DataSpec, Job, ModelSpec, Part
 from rayswift.data.rendering import Rendering
 from rayswift.errors import CheckpointError, ConfigError
 from rayswift.export import manifest as export_manifest
-from rayswift.export.manifest import Lineage
+from rayswift.export.manifest import Earlier, ExportManifest, Lineage
 from rayswift.models.adapters import ADAPTER_CONFIG, read_binding
 from rayswift.models.loading import local_folder, split_id
+from rayswift.serving.versions import version_of
 
 if TYPE_CHECKING:
     import torch
 
+    from rayswift.export.adapter import AdapterManifest
     from rayswift.training.checkpoint import CheckpointManifest
     from rayswift.training.run_dir import RunDir
 
@@ -42,6 +44,8 @@ class Source:
     adapter: AdapterSpec | None = None
     freeze: tuple[Part, ...] = ()
     """Parts that were not trained: the checkpoint lacks them, and the base has them."""
+    settings: dict[str, Any] | None = None
+    """Of the adapter, where a record tells of them that an earlier export has left."""
     method: str | None = None
     job_hash: str | None = None
     step: int | None = None
@@ -59,6 +63,8 @@ class Source:
     """How its method renders rows; None without a method."""
     lineage: Lineage | None = None
     """What the checkpoint was made of; None without one."""
+    earlier: Earlier | None = None
+    """The export that `base` is; None for any other folder."""
 
     @property
     def is_plain(self) -> bool:
@@ -86,9 +92,9 @@ class Source:
         if self.adapter is not None:
             return self.adapter.model_dump(mode="json")
         if self.adapter_dir is None:
-            return None
+            return self.settings
         trained_on = {"base_quantization": self.packed.quantization} if self.packed else {}
-        return {"name": "lora", "folder": self.adapter_dir, **trained_on}
+        return {**(self.settings or {}), "name": "lora", "folder": self.adapter_dir, **trained_on}
 
 
 def resolve(source: str) -> Source:
@@ -192,17 +198,38 @@ def _passed_over(place: RunDir, taken: str) -> tuple[str, ...]:
 
 
 def _of_adapter(path: str) -> Source:
+    from rayswift.export import adapter  # which imports this module
+
     binding = read_binding(path)
-    return Source(
+    found = Source(
         base=binding["base"], adapter_dir=path, base_sha256=binding["base_sha256"],
         packed=_packed(binding["base"], binding.get("dtype"), binding.get("quantization")),
     )  # fmt: skip
+    if not Path(path, adapter.RECORD).is_file():  # as peft or a script of the user's wrote it
+        return found
+    record = adapter.read_valid(path)
+    return replace(found, settings=record.settings, **_inherited(record))
 
 
 def _of_folder(path: str) -> Source:
-    if Path(path, export_manifest.MANIFEST).is_file():
-        export_manifest.read_valid(path)
-    return Source(base=path)
+    if not Path(path, export_manifest.MANIFEST).is_file():
+        return Source(base=path)
+    record = export_manifest.read_valid(path)
+    before = record.earlier or record
+    quantizer = before.quantizer if record.quantizer == "none" else record.quantizer
+    earlier = Earlier(
+        folder=path, version=str(version_of(path)), quantizer=quantizer, base=before.base,
+        base_sha256=before.base_sha256,
+    )  # fmt: skip
+    return replace(Source(base=path), settings=record.adapter, earlier=earlier, **_inherited(record))
+
+
+def _inherited(record: ExportManifest | AdapterManifest) -> dict[str, Any]:
+    """What a record tells of the training, for what is made of its folder."""
+    return {
+        "method": record.method, "job_hash": record.job_hash, "step": record.checkpoint_step,
+        "finished": record.run_finished, "lineage": record.lineage,
+    }  # fmt: skip
 
 
 def _of_hub(source: str) -> Source:

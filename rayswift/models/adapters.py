@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,10 +129,26 @@ def merge_adapter(base_dir: str, adapter_dir: str) -> PreTrainedModel:
 
 
 def attach_adapter(model: PreTrainedModel, adapter_dir: str) -> PeftModel:
-    """`model` with the adapter of a folder on it, not merged."""
+    """`model` with the adapter of a folder on it, not merged.
+
+    Raises ConfigError when its tensors are not those that its settings ask for: peft would fill in fresh ones.
+    """
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, adapter_dir, is_trainable=False, local_files_only=True)
+    given: dict[str, Any] = {"is_trainable": False, "local_files_only": True}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+        adapted: PeftModel = PeftModel.from_pretrained(model, adapter_dir, **given)
+    # Loaded once more, as only this call says what of it fits; its names may be those of an older transformers.
+    report = adapted.load_adapter(adapter_dir, "default", **given)
+    for names, rule in ((report.missing_keys, "lacks"), (report.unexpected_keys, "has no layers for")):
+        if names:
+            raise ConfigError(
+                f"{rule} {len(names)} tensors, among them {min(names)}: {ADAPTER_WEIGHTS} is not that of its "
+                f"{ADAPTER_CONFIG}",
+                path="adapter", value=adapter_dir, fix="copy the whole folder again",
+            )  # fmt: skip
+    return adapted
 
 
 def load_base(path: str, *, dtype: torch.dtype | str | None = None) -> PreTrainedModel:

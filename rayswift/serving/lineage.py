@@ -35,11 +35,12 @@ def lineage_of(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 def _shown(export: ExportManifest) -> dict[str, Any]:
     job = export.lineage.job if export.lineage else {}
+    before = export.earlier or export
     held_out = export.verify.held_out if export.verify else None
     return {
         "run": job.get("name"),
-        "base": _last_name(export.base),
-        "base_sha256": export.base_sha256,
+        "base": _last_name(before.base),
+        "base_sha256": before.base_sha256,
         "method": export.method,
         "checkpoint_step": export.checkpoint_step,
         "run_finished": export.run_finished,

@@ -91,7 +91,7 @@ def _bases(folder: str) -> frozenset[str]:
     if not (here / MANIFEST).is_file():
         return frozenset({own})
     manifest = read(here)
-    untrained = manifest.method is None and manifest.adapter is None
+    untrained = manifest.earlier is not None or (manifest.method is None and manifest.adapter is None)
     return frozenset({own, manifest.base_sha256}) if untrained else frozenset({own})
 
 
