@@ -102,9 +102,13 @@ def _evaluated(evaluations: Sequence[Evaluation]) -> Iterator[str]:
         yield "| model | rows | loss | perplexity | exact match | accuracy |"
         yield "|---|---|---|---|---|---|"
         for one in on_rows:
-            figures = (one.loss, one.perplexity, one.exact_match, one.accuracy)
+            figures = (
+                *map(_number, (one.loss, one.perplexity)),
+                _share(one.exact_match, one.num_answered, "answered"),
+                _share(one.accuracy, one.num_judged, "judged"),
+            )
             files = ", ".join(f"`{Path(file).name}`" for file in one.rows)
-            yield f"| {_MODEL[one.of]} | {files} ({one.num_rows}) | {' | '.join(map(_number, figures))} |"
+            yield f"| {_MODEL[one.of]} | {files} ({one.num_rows}) | {' | '.join(figures)} |"
         yield ""
     for one, found in by_tasks:
         yield from _tasks(found, _MODEL[one.of])
@@ -125,6 +129,11 @@ def _tasks(found: HarnessReport, model: str) -> Iterator[str]:
 
 def _number(figure: float | None) -> str:
     return "-" if figure is None else f"{figure:.4g}"
+
+
+def _share(fraction: float | None, of: int | None, what: str) -> str:
+    """`0.4 (5 judged)`; an older manifest does not say of how many."""
+    return _number(fraction) + ("" if fraction is None or of is None else f" ({of} {what})")
 
 
 def _quantized(manifest: ExportManifest) -> Iterator[str]:

@@ -54,6 +54,8 @@ def evaluation(name: str, report: Mapping[str, Any], sha256: str | None = None) 
         loss=report.get("loss"),
         perplexity=report.get("perplexity"),
         exact_match=answers.get("exact_match"),
+        num_answered=answers.get("num_answered"),
         accuracy=answers.get("accuracy"),
+        num_judged=answers.get("num_judged"),
         harness=None if harness is None else HarnessReport.model_validate(harness),
     )

@@ -77,7 +77,11 @@ class Evaluation(Record):
     loss: float | None
     perplexity: float | None
     exact_match: float | None
+    num_answered: int | None = None
+    """What `exact_match` is a fraction of; null in a manifest that is older than the count. So `num_judged`."""
     accuracy: float | None
+    num_judged: int | None = None
+    """What `accuracy` is a fraction of: by `evaluation/scores.py` not every answer can be judged."""
     harness: HarnessReport | None
     """What tasks of the lm-evaluation-harness gave."""
 

@@ -10,8 +10,8 @@ import pytest
 
 from rayswift.config.job import AdapterSpec
 from rayswift.data.stream_json import stream_json
-from rayswift.export.card import CARD, CURVES
-from rayswift.export.manifest import read_valid
+from rayswift.export.card import CARD, CURVES, card_of
+from rayswift.export.manifest import Evaluation, read_valid
 from rayswift.export.quantize import QuantizeSpec
 from rayswift.models.adapters import add_lora, load_base
 from rayswift.training import checkpoint
@@ -65,6 +65,19 @@ def test_a_run_is_described_with_curve_and_evaluation(tmp_path: Path, run: Path)
         assert said in card, said
     assert "9.9" not in card  # an evaluation of another step
     assert "Quantization" not in card
+
+
+def test_fractions_of_answers_say_of_how_many(run: Path, tmp_path: Path) -> None:
+    answers = {"exact_match": 0.05, "num_answered": 100, "accuracy": 1.0, "num_judged": 5}
+    report = json.loads((run / "eval-held.json").read_text()) | {"answers": answers}
+    (run / "eval-held.json").write_text(json.dumps(report))
+    made = export(str(run), str(tmp_path / "out"), verify=False)
+    assert "| 0.05 (100 answered) | 1 (5 judged) |" in (tmp_path / "out" / CARD).read_text()
+    (found,) = made.evaluations
+    assert (found.num_answered, found.num_judged) == (100, 5)
+    older = found.model_dump(mode="json", exclude={"num_answered", "num_judged"})
+    card = card_of(made.model_copy(update={"evaluations": (Evaluation.model_validate(older),)}), "a", has_curves=False)
+    assert "| 0.05 | 1 |" in card
 
 
 def test_a_folder_without_a_run_claims_none(tmp_path: Path, tiny_model_dir: Path) -> None:
