@@ -15,7 +15,7 @@ from rayswift.data.types import Example
 from rayswift.errors import ExportError
 from rayswift.export.measured import Difference
 from rayswift.export.source import Source
-from rayswift.export.verify import MERGE_BOUNDS, difference, logprobs_of
+from rayswift.export.verify import MERGE_BOUNDS, difference, load_in_float32, logprobs_of
 from rayswift.models.adapters import add_lora, attach_adapter, load_adapter_state, load_base
 from rayswift.models.loading import load_model
 from rayswift.models.quantized import compute_in_float32, unpack
@@ -47,7 +47,7 @@ def build(source: Source, prompts: Sequence[list[int] | Example]) -> Merged:
     if source.packed is not None:
         model, before = _as_trained(source, source.packed, prompts)
         return merge(adapt(model, source), prompts, before)
-    model = load_base(source.base, dtype="float32")
+    model = load_in_float32(source.base)
     if source.is_plain:
         return Merged(model)
     if source.adapter is None and source.adapter_dir is None:

@@ -197,18 +197,27 @@ def difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], bound
     )
 
 
+def load_in_float32(path: str) -> PreTrainedModel:
+    """The model of a folder or hub id, all of it in float32."""
+    import torch
+
+    model: PreTrainedModel = load_base(path, dtype="float32")
+    if _is_quantized(model):
+        torch.nn.Module.float(model)  # transformers leaves beside quantized layers some as they were written
+    return model
+
+
+def _is_quantized(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "quantization_config", None) is not None
+
+
 def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | None = None) -> VerifyResult:
     """What a folder, read back from disk, has in common with the reference. Raises ExportError when it differs.
 
     `by` is the serving engine that has to say the same; the reference then needs greedy answers.
     """
-    import torch
-
     tokenizer = load_tokenizer(str(folder))
-    model: PreTrainedModel = load_base(str(folder), dtype="float32")
-    is_quantized = getattr(model.config, "quantization_config", None) is not None
-    if is_quantized:
-        torch.nn.Module.float(model)  # transformers leaves beside quantized layers some as they were written
+    model = load_in_float32(str(folder))
     ids = tuple(encode(tokenizer, text) for text in reference.prompts)
     encoder = encoder_of(folder) if reference.media else None
     logprobs = logprobs_of(model, reference.asked)
@@ -236,7 +245,7 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | N
         chat_template_equal=render_chats(tokenizer) == reference.chats,
         processor_equal=same_shown(shown(encoder), reference.media),
     )
-    _demand(result, is_quantized=is_quantized)
+    _demand(result, is_quantized=_is_quantized(model))
     return result
 
 

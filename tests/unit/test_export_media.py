@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from rayswift.config.job import AdapterSpec, DataSpec
 from rayswift.data.media.features import model_inputs
 from rayswift.errors import ExportError
+from rayswift.evaluation.target import load, opened
 from rayswift.export import pipeline
+from rayswift.export.quantize import QuantizeSpec
 from rayswift.export.rows import read_rows_of
 from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source
@@ -147,6 +149,16 @@ def test_a_chat_template_in_the_older_file_is_found_and_kept(tmp_path: Path) -> 
     assert load_tokenizer(str(base)).chat_template == template
     export(str(base), str(tmp_path / "out"))
     assert load_tokenizer(str(tmp_path / "out")).chat_template == template
+
+
+def test_a_quantized_export_is_evaluated_in_float32(tmp_path: Path) -> None:
+    """All of it, as it was proved: of towers beside quantized layers transformers keeps the dtype that is stored."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"query": f"say {i}", "response": f"{i}"} for i in range(20)])
+    asked = QuantizeSpec("int8", calibration=str(rows), num_calibration=4, num_held_out=4)
+    export(str(make("llava", tmp_path / "base")), str(tmp_path / "out"), quantize=asked)
+    model, _ = load(opened(str(tmp_path / "out"))[0])
+    tensors = (*model.parameters(), *model.buffers())
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
 
 
 def test_kinds_of_media_that_a_job_names_are_those_of_its_own_rows_alone(tmp_path: Path) -> None:
