@@ -192,9 +192,12 @@ def push(
     repo: Annotated[str, typer.Argument(help="ORG/NAME on the hub; made if it is not there.")],
     public: Annotated[bool, typer.Option(help="Make a new repository public.")] = False,
     branch: Annotated[str, typer.Option(help="Branch to commit to.")] = "main",
+    force: Annotated[bool, typer.Option("--force", help="Replace files there that are no export.")] = False,
     as_json: Json = False,
 ) -> None:
     """Publishes a verified export on a model hub, in one commit. The hub's token is HF_TOKEN or `hf auth login`'s.
+
+    An export that lies there is replaced; a repository with other files is refused without --force.
 
     Example: rayswift push exports/sft-demo my-team/sft-demo
     """
@@ -202,7 +205,7 @@ def push(
 
     from rayswift.export.push import push as publish
 
-    done = publish(folder, repo, public=public, branch=branch)
+    done = publish(folder, repo, public=public, branch=branch, force=force)
     print_result(asdict(done), f"{done.url}: version {done.version}", as_json)
 
 

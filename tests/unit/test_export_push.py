@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import threading
 from base64 import b64decode
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from rayswift import cli
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export.manifest import MANIFEST
 from rayswift.export.push import push
@@ -31,7 +33,7 @@ class _Hub(ThreadingHTTPServer):
         self.repos: dict[str, Any] = {}
         self.objects: dict[str, bytes] = {}
         self.files: dict[str, bytes] = {}
-        self.message, self.status = "", 0
+        self.message, self.status, self.is_public = "", 0, False
 
     @property
     def url(self) -> str:
@@ -57,8 +59,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.status:
             self._reply({"error": "not for you"}, self.server.status)
             return
-        self._reply({"siblings": [{"rfilename": name} for name in self.server.files], "id": "team/model",
-                     "sha": "0" * 40, "tags": []} if "/tree/" not in self.path else [])  # fmt: skip
+        info = {"siblings": [{"rfilename": name} for name in self.server.files], "id": "team/model", "sha": "0" * 40,
+                "tags": [], "private": not self.server.is_public}  # fmt: skip
+        self._reply(info if "/tree/" not in self.path else [])
 
     def do_PUT(self) -> None:
         content = self._body()
@@ -157,3 +160,46 @@ def test_a_refusal_of_the_hub_is_told(hub: _Hub, folder: Path) -> None:
     with pytest.raises(ExportError, match=r"refused by the hub \(403\).*hf auth login"):
         push(str(folder), "team/model", endpoint=hub.url)
     assert not hub.files
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "rayswift_adapter.json"])
+def test_an_export_takes_the_place_of_an_older_one(hub: _Hub, folder: Path, name: str) -> None:
+    hub.files = {".gitattributes": b"", name: b"{}", "model.safetensors": b"old"}
+    push(str(folder), "team/model", endpoint=hub.url)
+    assert hub.files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_files_that_are_no_export_are_replaced_only_where_that_is_asked_for(hub: _Hub, folder: Path) -> None:
+    hub.files = {".gitattributes": b"", "paper.pdf": b"years of work", "train.py": b""}
+    before = dict(hub.files)
+    with pytest.raises(ConfigError, match=r"REPO=team/model has 2 files .* among them paper\.pdf.*--force"):
+        push(str(folder), "team/model", endpoint=hub.url)
+    assert hub.files == before
+    push(str(folder), "team/model", endpoint=hub.url, force=True)
+    assert hub.files[MANIFEST] == (folder / MANIFEST).read_bytes()
+
+
+@pytest.mark.parametrize(("is_public", "asked"), [(True, False), (True, True), (False, False)])
+def test_a_repository_that_is_public_unasked_is_told_of(
+    hub: _Hub, folder: Path, capsys: pytest.CaptureFixture[str], is_public: bool, asked: bool
+) -> None:
+    hub.is_public = is_public
+    push(str(folder), "team/model", endpoint=hub.url, public=asked)
+    assert ("team/model is public" in capsys.readouterr().err) == (is_public and not asked)
+
+
+def test_a_hub_that_is_not_there_is_told_of(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the client of today, whose errors are httpx's own and no OSError."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", url)
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["push", str(folder), "team/model"])
+    told = capsys.readouterr().err
+    assert caught.value.code == 5, told
+    assert f"REPO=team/model could not be uploaded to {url}: " in told
+    assert "check the network and HF_ENDPOINT" in told
