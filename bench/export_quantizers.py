@@ -1,9 +1,10 @@
-"""What each quantizer makes of a trained model: size, perplexity on rows held out, and speed in the serving engine.
+"""What each quantizer makes of a trained model: size, perplexity on rows held out, and speed in a serving engine.
 
     make quickstart && python bench/export_quantizers.py [--source quickstart/runs/sft] [--group-size 32]
 
-Each export is the command a user would give, with its own bounds; one that does not keep to them is told as such. A
-quantizer that the engine has no kernel for here (gptq and awq on a CPU without AVX-512) has no speed.
+Each export is the command a user would give, with its own bounds; one that does not keep to them is told as such. The
+engine is the one that `--engine auto` takes: `local` for what vLLM has no kernel for (gptq and awq on a CPU without
+AVX-512) and where there is no vLLM. Figures of two engines say nothing of two quantizers.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ def row(quantizer: str, manifest: dict[str, Any]) -> str:
         f"x{held_out['perplexity_ratio']:.4f}  {held_out['top1_agreement']:9.1%}" if held_out else f"{'-':>7}  {'-':>9}"
     )
     speed = (
-        f"{served['mean_abs']:10.2g}  {served['greedy_regret']:6.2g}  {served['tokens_per_second']:8.0f}"
+        f"{served['mean_abs']:10.2g}  {served['greedy_regret']:6.2g}  {served['tokens_per_second']:8.0f}  "
+        f"{served['engine']} {served['version']}"
         if served
-        else f"{'-':>10}  {'-':>6}  {'-':>8}"
+        else f"{'-':>10}  {'-':>6}  {'-':>8}  -"
     )
     return f"{quantizer:9}  {size / 2**20:8.2f}  {judged}  {speed}"
 
@@ -64,7 +66,7 @@ def main() -> None:
         sys.exit(f"{args.source} is no folder: make quickstart trains it, --source names another")
     print("engine off: its log-probabilities, on average, from transformers'; regret: how much less likely its greedy")
     print("tokens are than the likeliest; tokens/s at concurrency 8")
-    print("quantizer       MiB   perplexity  same token  engine off  regret  tokens/s")
+    print("quantizer       MiB   perplexity  same token  engine off  regret  tokens/s  engine")
     with tempfile.TemporaryDirectory(prefix="rayswift-bench-") as place:
         for quantizer in QUANTIZERS:
             found = exported(args.source, Path(place) / quantizer, quantizer, args.group_size)
