@@ -1,6 +1,6 @@
 """What an answer is to be: free text, a JSON object, or JSON after a schema of the client's, within bounds.
 
-Pydantic models only. Whether a schema says something that can be kept to is known by the engine.
+Pydantic models only. What a schema may cost is known by `serving/schemas.py`; whether it can be kept to, by the engine.
 """
 
 from __future__ import annotations
@@ -8,53 +8,25 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH = 32 * 1024, 32
+from rayswift.serving.schemas import ReadSchema, Room
+
 _SHOWN_CHARS = 200
 _ANY_OBJECT = {"type": "object"}
 
 
-def depth(value: Any, limit: int) -> int:
-    """How deep objects and lists lie in each other; `limit` + 1 for anything deeper."""
-    level, found = [value], 0
-    while level := [inner for one in level for inner in _inner(one)]:
-        found += 1
-        if found > limit:
-            return found
-    return found
+def bounded_schema(schema: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """The schema. Raises PydanticCustomError for one that is none, or costs more than this server gives.
 
-
-def _inner(value: Any) -> list[Any]:
-    """A container as the list of what is in it; nothing for a plain value."""
-    if isinstance(value, dict):
-        return list(value.values()) or [None]
-    return (value or [None]) if isinstance(value, list) else []
-
-
-def bounded_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema. Raises PydanticCustomError for one that is larger or deeper than this server reads."""
-    if depth(schema, MAX_SCHEMA_DEPTH) > MAX_SCHEMA_DEPTH:
-        raise PydanticCustomError("schema_depth", f"must be at most {MAX_SCHEMA_DEPTH} levels deep")
-    if len(json.dumps(schema)) > MAX_SCHEMA_BYTES:
-        raise PydanticCustomError("schema_size", f"must be at most {MAX_SCHEMA_BYTES} bytes")
-    try:
-        validator(schema)
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:_SHOWN_CHARS]
-        raise PydanticCustomError("schema", "is no JSON Schema: {reason}", {"reason": reason}) from None
-    return schema
-
-
-def validator(schema: dict[str, Any]) -> Any:
-    """What validates a document against a schema. Raises ValueError for what is none.
-
-    It fetches nothing, and its patterns take time in proportion to the text: both schema and text come from outside.
+    The context of the validation is the room of the request, which its schemas share; without one, each has it all.
     """
-    import jsonschema_rs
-
-    return jsonschema_rs.validator_for(schema, pattern_options=jsonschema_rs.RegexOptions(), offline=True)
+    try:
+        ReadSchema(schema).check(info.context if isinstance(info.context, Room) else Room())
+    except ValueError as error:
+        raise PydanticCustomError("schema", "{reason}", {"reason": str(error)[:_SHOWN_CHARS]}) from None
+    return schema
 
 
 Schema = Annotated[dict[str, Any], AfterValidator(bounded_schema)]

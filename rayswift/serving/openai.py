@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.formats import ResponseFormat, Strict
 from rayswift.serving.messages import Message
+from rayswift.serving.schemas import Room
 from rayswift.serving.tools import MAX_TOOLS, Calling, NamedChoice, Tool, calling_of
 
 MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_LOGPROBS = 4, 256, 20
@@ -228,7 +229,7 @@ def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     if not isinstance(raw, dict):
         raise ApiError("the body must be a JSON object", code="invalid_json")
     try:
-        return kind.model_validate(_known_fields(kind, raw))
+        return kind.model_validate(_known_fields(kind, raw), context=Room())
     except ValidationError as error:
         raise _first_problem(error) from None
 

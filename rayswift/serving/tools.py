@@ -11,13 +11,15 @@ import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import jiter
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
-from rayswift.serving.formats import Schema, Strict, validator
+from rayswift.serving.formats import Schema, Strict
+from rayswift.serving.schemas import ReadSchema
 
 MAX_TOOLS, MAX_CALLS, MAX_ARGUMENT_CHARS = 64, 64, 256 * 1024
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -33,6 +35,14 @@ class Function(Strict):
     description: Annotated[str, Field(max_length=4096)] | None = None
     parameters: Schema = Field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool | None = None
+
+    def admits(self, arguments: Any) -> bool:
+        """Whether the function may be called with these; False also for what would take too long to check."""
+        return self._schema.admits(arguments)
+
+    @cached_property
+    def _schema(self) -> ReadSchema:
+        return ReadSchema(self.parameters)  # once for all calls of an answer: patterns take time to compile
 
 
 class Tool(Strict):
@@ -168,7 +178,8 @@ class Calling:
             found = _parsed(text)
             arguments = found["arguments"]
             arguments = _parsed(arguments) if isinstance(arguments, str) else arguments
-            validator(self._function(found["name"]).parameters).validate(arguments)
+            if not self._function(found["name"]).admits(arguments):
+                return None
         except (ValueError, LookupError, TypeError, StopIteration):  # the validator's are ValueErrors
             return None
         return Call(found["name"], json.dumps(arguments, ensure_ascii=False))

@@ -173,6 +173,32 @@ def _nots(depth: int) -> dict[str, Any]:
     return {"not": _nots(depth - 1)} if depth > 1 else {}
 
 
+def _fan_out(keyword: str, levels: int) -> dict[str, Any]:
+    """A schema that holds a value to 2**levels others: each definition refers to the next one twice."""
+    steps = {f"a{i}": {keyword: [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(levels)}
+    return {"$defs": {**steps, f"a{levels}": {"type": "string"}}, "$ref": "#/$defs/a0"}
+
+
+def _unevaluated(levels: int) -> dict[str, Any]:
+    inner: dict[str, Any] = {"properties": {"a": {}}}
+    for _ in range(levels):
+        inner = {"unevaluatedProperties": False, "allOf": [inner]}
+    return inner
+
+
+def _letters(num: int, more: str = "") -> list[str]:
+    """Patterns of few characters that take megabytes, each another one."""
+    return [rf"{more}\pL{{40}}z{i}" for i in range(num)]
+
+
+def _tools(*schemas: Any) -> dict[str, Any]:
+    return _with(tools=[_tool(f"f{i}", parameters=schema) for i, schema in enumerate(schemas)])
+
+
+def _patterns(patterns: list[str]) -> dict[str, Any]:
+    return {"allOf": [{"pattern": pattern} for pattern in patterns]}
+
+
 def _tool(name: str = "f", **more: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, **more}}
 
@@ -313,6 +339,29 @@ _CASES = [
     _case("a tool of 33 levels", lambda: _with(tools=[_tool(parameters=_nots(33))]), 400, "32 levels"),
     _case("a tool of 40 kB", lambda: _with(tools=[_tool(parameters={"enum": ["x" * 40_000]})]), 400, "bytes"),
     _case("a tool's long story", lambda: _with(tools=[_tool(description="x" * 4097)]), 400, "description"),
+    # what schemas cost
+    _case("a pattern of 9 MB", lambda: _tools(_patterns([r"(?i)\pL{99}z1"])), 400, "over 4194304 bytes"),
+    _case("10 patterns of 9 MB", lambda: _tools(_patterns([rf"(?i)\pL{{99}}z{i}" for i in range(10)])), 400, "pattern"),
+    _case("20 names of 9 MB",
+          lambda: _tools({"patternProperties": {rf"(?i)\pL{{99}}z{i}": {} for i in range(20)}}), 400, "pattern"),
+    _case("1000 patterns", lambda: _tools(_patterns(_letters(1000))), 400, "compiled patterns in one request"),
+    _case("patterns of 64 tools", lambda: _tools(*map(_patterns, [_letters(20)] * 64)), 400, "tools[0].function"),
+    _case("patterns in each of 64 tools", lambda: _tools(*({"pattern": p} for p in _letters(64))), 400, "compiled"),
+    _case("257 patterns", lambda: _tools(*map(_patterns, [["a"] * 5] * 52)), 400, "256 patterns in one"),
+    _case("long patterns", lambda: _tools(_patterns([r"\pL" * 3000])), 400, "characters of patterns"),
+    _case("folded ranges", lambda: _tools(_patterns(["(?i)" + "[!-\U0010ffff]" * 500])), 400, "that ignore case"),
+    _case("patterns of the answer", lambda: _with(response_format=_schema(_patterns(_letters(99)))), 400, "compiled"),
+    _case("a fan of allOf", lambda: _tools(_fan_out("allOf", 23)), 400, "through more than 32 levels"),
+    _case("a fan of anyOf", lambda: _tools(_fan_out("anyOf", 14)), 400, "at once, references followed"),
+    _case("a fan of oneOf", lambda: _with(response_format=_schema(_fan_out("oneOf", 14))), 400, "at once"),
+    _case("unevaluated 14 times", lambda: _tools(_unevaluated(14)), 400, "at once"),
+    _case("a schema that is itself", lambda: _tools({"anyOf": [{"$ref": "#"}]}), 400, "32 levels for one value"),
+    _case("a schema of another place", lambda: _tools({"$defs": {"a": {"$id": "http://a/b"}}}), 400, "$id"),
+    _case("a reference to nothing", lambda: _tools({"$defs": {"a": {"$ref": "#/$defs/b"}}}), 400, "not in it"),
+    _case("a hundred million items", lambda: _with(response_format=_schema({"maxItems": 10**8})), 400, "items that"),
+    _case("40,000 items twice", lambda: _tools({"maxItems": 40_000}, {"minItems": 40_000}), 400, "tools[1]"),
+    _case("10,001 schemas", lambda: _tools(*[{"allOf": [{}] * 1000}] * 11), 400, "10000 schemas in one request"),
+    _case("64 schemas of 32 kB", lambda: _tools(*[{"allOf": [{}] * 8000}] * 64), 400, "schemas"),
     _case("a choice without tools", lambda: _with(tool_choice="required"), 400, "tool"),
     _case("a choice of no tool", lambda: _with(tools=[_tool()], tool_choice=_choice("g")), 400, "tool"),
     _case("a call of no JSON", lambda: _called("{"), 400, "tool call"),

@@ -1,0 +1,171 @@
+"""Schemas of clients: ordinary ones pass, what they may cost is bounded, and calls are held to them as before."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import jsonschema_rs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayswift.serving import schemas
+from rayswift.serving.schemas import ReadSchema, Room
+
+_PATTERNS = (
+    r"^[a-zA-Z0-9._%+-]+@[a-zA-Z0-9.-]+\.[a-zA-Z]{2,}$", r"^\d{4}-\d{2}-\d{2}$", r"^\+?[1-9]\d{1,14}$",
+    r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$",
+)  # fmt: skip
+_TREE = {
+    "$defs": {"node": {"type": "object", "properties": {"left": {"$ref": "#/$defs/node"},
+                                                        "right": {"$ref": "#/$defs/node"}}}},
+    "$ref": "#/$defs/node",
+}  # fmt: skip
+
+
+def _operation(name: str) -> dict[str, Any]:
+    sides = {side: {"$ref": "#/$defs/term"} for side in ("left", "right")}
+    return {"type": "object", "properties": {**sides, "op": {"const": name}}, "required": ["op", "left", "right"]}
+
+
+_TERM = {
+    "$defs": {
+        "term": {"anyOf": [{"$ref": "#/$defs/add"}, {"$ref": "#/$defs/sub"}, {"type": "number"}]},
+        "add": _operation("add"),
+        "sub": _operation("sub"),
+    },
+    "$ref": "#/$defs/term",
+}
+_TWICE = {
+    "$defs": {"t": {"type": "object", "properties": {"c": {"allOf": [{"$ref": "#/$defs/t"}] * 2}}}},
+    "$ref": "#/$defs/t",
+}
+
+
+def _checked(schema: dict[str, Any]) -> ReadSchema:
+    read = ReadSchema(json.loads(json.dumps(schema)))
+    read.check(Room())
+    return read
+
+
+def _inside(depth: int) -> dict[str, Any]:
+    return {"c": _inside(depth - 1)} if depth else {}
+
+
+def test_the_tools_of_an_ordinary_request_have_room() -> None:
+    properties = {f"p{i}": {"type": "string", "pattern": pattern} for i, pattern in enumerate(_PATTERNS)}
+    others = {f"q{i}": {"type": ["string", "null"], "maxLength": 100, "enum": ["a", "b"]} for i in range(30)}
+    room = Room()
+    for _ in range(36):
+        ReadSchema({"type": "object", "properties": {**properties, **others}}).check(room)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        _TREE, _TERM, {"pattern": r"^[\p{L} '-]{1,50}$"}, {"pattern": "^.{1,1000}$"},
+        {"pattern": "(?i)^(yes|no)[.!]?$"},
+        {"$id": "https://example.org/s", "$ref": "https://example.org/s#/$defs/a", "$defs": {"a": {}}},
+        {"$defs": {"a b/c": {"$anchor": "here"}}, "allOf": [{"$ref": "#here"}, {"$ref": "#/$defs/a%20b~1c"}]},
+        {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"type": "string"}, {"$ref": "#/items/0"}]},
+        {"const": {"$ref": "#/nowhere", "$id": "x", "pattern": "("}}, {"maxItems": 1000, "items": {"minItems": 2}},
+        {"properties": {"pattern": {"type": "string"}, "$id": {}, "$ref": {}, "maxItems": {}, "enum": {}}},
+    ],
+)  # fmt: skip
+def test_an_ordinary_schema_passes(schema: dict[str, Any]) -> None:
+    _checked(schema)
+
+
+def test_what_stands_where_only_a_reference_leads_counts() -> None:
+    hidden = {"$ref": "#/default/hidden", "default": {"hidden": {"pattern": r"\pL{99}"}}}
+    with pytest.raises(ValueError, match="over 4194304 bytes"):
+        _checked(hidden)
+    named = {"properties": {"enum": {"pattern": r"\pL{99}"}, "default": {"maxItems": 10**6}}}
+    with pytest.raises(ValueError, match=r"4194304 bytes|items that"):
+        _checked(named)
+
+
+def test_a_room_that_is_full_lets_nothing_more_be_read() -> None:
+    room, read = Room(), ReadSchema({"allOf": [{} for _ in range(4000)]})
+    for _ in range(2):
+        read.check(room)
+    for schema in (read, ReadSchema({})):
+        with pytest.raises(ValueError, match="more than 10000 schemas in one request"):
+            schema.check(room)
+
+
+def test_recursive_values_are_held_to_recursive_schemas() -> None:
+    tree = _checked(_TREE)
+    assert tree.admits({"left": {"right": {}}, "right": {"left": {}}})
+    assert not tree.admits({"left": {"right": 5}})
+    deep: dict[str, Any] = {}
+    for _ in range(150):
+        deep = {"left": deep}
+    assert tree.admits(deep)
+    term, one = _checked(_TERM), {"op": "sub", "left": 1, "right": 2}
+    assert term.admits({"op": "add", "left": {**one, "left": one}, "right": {"op": "sub", "left": one, "right": one}})
+    assert not term.admits({**one, "right": {**one, "op": "mul"}})
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        (_TWICE, _inside(150)),  # doubles with every level of the value
+        ({"items": {"allOf": [{} for _ in range(4000)]}}, [1] * 10_000),
+        ({"patternProperties": {"a": {}, "[ab]*a[ab]{9000}c": {}}}, {"ab" * 5000: 1}),
+        ({"pattern": "[ab]*a[ab]{9000}c"}, "ab" * 5000),
+    ],
+)  # fmt: skip
+def test_what_would_take_long_to_know_is_not_admitted(schema: dict[str, Any], value: Any) -> None:
+    read = _checked(schema)
+    read.admits(0)
+    assert min(_seconds(read, value) for _ in range(3)) < 0.5
+
+
+def _seconds(read: ReadSchema, value: Any) -> float:
+    begin = time.monotonic()
+    assert not read.admits(value)
+    return time.monotonic() - begin
+
+
+def test_each_way_to_combine_schemas_for_one_value_counts() -> None:
+    for keyword in ("allOf", "anyOf", "oneOf"):
+        assert _double(lambda inner, keyword=keyword: {keyword: [inner, inner]}) == 2
+    assert _double(lambda inner: {"not": inner}) == 1
+    assert _double(lambda inner: {"if": inner, "then": inner, "else": inner}) == 3
+    assert _double(lambda inner: {"dependentSchemas": {"a": inner, "b": inner}}) == 2
+    assert _double(lambda inner: {"properties": {"a": inner, "b": inner}}) == 0
+
+
+def _double(combined: Any) -> int:
+    read = ReadSchema(combined({"type": "object"}))
+    return read._at_once(read._root, schemas.MAX_SCHEMA_DEPTH)[0] - 1
+
+
+_LEAVES = st.sampled_from([{"type": "string"}, {"type": "object"}, {"required": ["a"]}, {"$ref": "#"}, {"minItems": 1}])
+_SCHEMAS = st.recursive(
+    _LEAVES,
+    lambda inner: st.one_of(
+        st.fixed_dictionaries({"properties": st.fixed_dictionaries({"a": inner, "b": inner})}),
+        st.fixed_dictionaries({"items": inner}), st.fixed_dictionaries({"allOf": st.tuples(inner, inner).map(list)}),
+        st.fixed_dictionaries({"anyOf": st.tuples(inner, inner).map(list)}), st.fixed_dictionaries({"not": inner}),
+        st.fixed_dictionaries({"patternProperties": st.fixed_dictionaries({"^a": inner})}),
+    ),
+    max_leaves=6,
+)  # fmt: skip
+_VALUES = st.recursive(
+    st.sampled_from(["x", 1, None]),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from("ab"), inner)),
+    max_leaves=6,
+)
+
+
+@given(_SCHEMAS, _VALUES)
+def test_what_is_admitted_is_what_the_package_calls_valid(schema: dict[str, Any], value: Any) -> None:
+    try:
+        read = _checked(schema)
+    except ValueError:  # a reference to itself
+        return
+    assert read.admits(value) == jsonschema_rs.is_valid(schema, value)
