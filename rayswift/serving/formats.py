@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from rayswift.serving.schemas import ReadSchema, Room
+from rayswift.serving.schema_costs import Room
+from rayswift.serving.schemas import ReadSchema
 
 _SHOWN_CHARS = 200
 _ANY_OBJECT = {"type": "object"}

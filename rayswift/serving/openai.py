@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.formats import ResponseFormat, Strict
 from rayswift.serving.messages import Message
-from rayswift.serving.schemas import Room
+from rayswift.serving.schema_costs import Room
 from rayswift.serving.tools import MAX_TOOLS, Calling, NamedChoice, Tool, calling_of
 
 MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_LOGPROBS = 4, 256, 20

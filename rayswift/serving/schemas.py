@@ -6,62 +6,50 @@ Knows schemas and the package that validates by them. Knows no request and no an
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
+from operator import attrgetter
 from typing import Any
 from urllib.parse import unquote
+
+from rayswift.serving.schema_costs import (
+    CHAR_BYTES,
+    SHOWN_CHARS,
+    AtOnce,
+    Room,
+    bits,
+    num_patterns,
+    num_read,
+    take_all,
+    weight,
+)
 
 MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH = 32 * 1024, 32
 MAX_AT_ONCE = 4096
 """Schemas that one value is held to, with those that are combined and referred to."""
+MAX_PATTERNS_AT_ONCE, MAX_BITS_AT_ONCE = 8, 13
+"""Of what one value is held to together, which llguidance makes one automaton of: 20 patterns took 20 s, two multipleOf
+of three digits 28 s. Of alternatives the largest counts."""
 MAX_STEPS = 50_000
 """Looks from a schema to what a value is held to by it, for one value: about 50 ms."""
-_LIMITS = {
-    "schemas": 10_000,
-    "patterns": 256,
-    "characters of patterns": 8 * 1024,
-    "character classes in patterns that ignore case": 12,  # 4 ms at each try: the case of a million characters
-    "bytes of compiled patterns": 12 * 2**20,  # 7 ms a megabyte
-    "items that minItems and maxItems count": 50_000,  # llguidance writes each one out, and knows no end
-}
-"""What all schemas of one request may have together."""
-_PATTERN_BYTES = tuple(2**power for power in (13, 16, 20, 22))
-"""Compiled sizes that a pattern is tried in. One letter of any script takes 85 kB, and as much for each repetition."""
-_CHAR_BYTES = 2**12
-"""Compiled pattern that one step reads a character with."""
 _UNEVALUATED = 4
 """How often, in effect, what is combined is looked at to know what it left: 2 times, which take longer."""
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _SAME = {"allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "dependencies", *_REFERENCES}
+_EITHER = ("anyOf", "oneOf")
 _MEMBERS = {"additionalProperties", "unevaluatedProperties", "patternProperties"}
 _ITEMS = {"items", "prefixItems", "additionalItems", "unevaluatedItems", "contains"}
 _NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
 _DATA = {"enum", "const", "default", "examples"}
-_IGNORES_CASE, _CLASS = re.compile(r"\(\?[a-zA-Z-]*i"), re.compile(r"\[|\\[pP]")
-_SHOWN_CHARS = 80
 _Part = tuple[str, str, dict[str, Any]]
 """(keyword, name, schema): a schema in another; the name is that of a property or definition."""
-
-
-class Room:
-    """What is left of what the schemas of one request may have together."""
-
-    def __init__(self) -> None:
-        self._left = dict(_LIMITS)
-
-    def take(self, what: str, amount: int) -> None:
-        """Raises ValueError where less is left."""
-        self._left[what] -= amount
-        if self._left[what] < 0:
-            raise ValueError(f"makes more than {_LIMITS[what]} {what} in one request; use fewer or smaller ones")
 
 
 class ReadSchema:
     """A schema of a client's, whose references are followed."""
 
     def __init__(self, root: dict[str, Any]) -> None:
-        self._root, self._inside, self._known = root, dict[int, list[_Part]](), dict[int, tuple[int, int]]()
+        self._root, self._inside, self._known = root, dict[int, list[_Part]](), dict[int, AtOnce]()
 
     def check(self, room: Room) -> None:
         """Raises ValueError for a schema that is none, and for one that costs more than this server gives."""
@@ -73,9 +61,16 @@ class ReadSchema:
         for node in self._nodes(room):
             if node is not self._root:
                 self._check_part(node)
-            _take(node, room)
-            if self._at_once(node, MAX_SCHEMA_DEPTH)[0] > MAX_AT_ONCE:
+            take_all(node, room)
+            found = self._at_once(node, MAX_SCHEMA_DEPTH)
+            if found.num > MAX_AT_ONCE:
                 raise ValueError(f"holds one value to more than {MAX_AT_ONCE} schemas at once, references followed")
+            if found.patterns > MAX_PATTERNS_AT_ONCE:
+                raise ValueError(f"holds one value to more than {MAX_PATTERNS_AT_ONCE} patterns at once")
+            if found.bits > MAX_BITS_AT_ONCE:
+                raise ValueError(f"holds one number to multipleOf of more than {2**MAX_BITS_AT_ONCE} remainders")
+            if found.bits:
+                room.take("remainders of multipleOf", int(2**found.bits))
         try:
             _ = self.validator
         except ValueError as error:
@@ -129,7 +124,7 @@ class ReadSchema:
                 value = _member(value, part.replace("~1", "/").replace("~0", "~"))
             if isinstance(value, dict | bool):
                 return [value] if isinstance(value, dict) else ()
-        raise ValueError(f"refers to {reference[:_SHOWN_CHARS]}, which is not in it; write #/$defs/NAME")
+        raise ValueError(f"refers to {reference[:SHOWN_CHARS]}, which is not in it; write #/$defs/NAME")
 
     @cached_property
     def _anchors(self) -> dict[str, Any]:
@@ -142,22 +137,30 @@ class ReadSchema:
             for name in ("$anchor", "$dynamicAnchor"):
                 if isinstance(node, dict) and isinstance(anchor := node.get(name), str):
                     if anchor in found:
-                        raise ValueError(f"has {name} {anchor[:_SHOWN_CHARS]} twice")
+                        raise ValueError(f"has {name} {anchor[:SHOWN_CHARS]} twice")
                     found[anchor] = node
         return found
 
-    def _at_once(self, node: dict[str, Any], levels: int) -> tuple[int, int]:
-        """(number, depth) of the schemas that a value is held to because it is held to this one.
+    def _at_once(self, node: dict[str, Any], levels: int) -> AtOnce:
+        """What a value is held to because it is held to this one.
 
         Raises ValueError below `levels`, where one that refers to itself without going into the value ends, too.
         """
         known = self._known.get(id(node))
-        if levels < (1 if known is None else known[1]):
+        if levels < (1 if known is None else known.levels):
             raise ValueError(f"combines or refers to schemas through more than {MAX_SCHEMA_DEPTH} levels for one value")
         if known is None:
-            found = [self._at_once(inner, levels - 1) for keyword, _, inner in self._parts(node) if keyword in _SAME]
-            num = _weight(node) + _times(node) * sum(num for num, _ in found)
-            known = self._known[id(node)] = (num, 1 + max((level for _, level in found), default=0))
+            parts = [
+                (keyword, self._at_once(inner, levels - 1))
+                for keyword, _, inner in self._parts(node)
+                if keyword in _SAME
+            ]
+            known = self._known[id(node)] = AtOnce(
+                num=weight(node) + _times(node) * sum(one.num for _, one in parts),
+                levels=1 + max((one.levels for _, one in parts), default=0),
+                patterns=int(num_patterns(node) + _together(parts, "patterns")),
+                bits=bits(node) + _together(parts, "bits"),
+            )
         return known
 
     def _is_affordable(self, value: Any) -> bool:
@@ -165,7 +168,7 @@ class ReadSchema:
         left, waiting = MAX_STEPS, [(self._root, value)]
         while waiting and left >= 0:
             node, value = waiting.pop()
-            left -= _num_read(node, value) // _CHAR_BYTES
+            left -= num_read(node, value) // CHAR_BYTES
             for keyword, name, inner in self._parts(node):
                 held = _held(keyword, name, value)
                 left -= 1 + len(held)
@@ -173,6 +176,13 @@ class ReadSchema:
                     break
                 waiting += [(inner, one) for one in held] * (_times(node) if keyword in _SAME else 1)
         return left >= 0
+
+
+def _together(parts: Sequence[tuple[str, AtOnce]], what: str) -> float:
+    """The sum over the parts of a schema, of alternatives the largest alone."""
+    read = attrgetter(what)
+    sums = sum(read(one) for keyword, one in parts if keyword not in _EITHER)
+    return float(sums + sum(max((read(one) for at, one in parts if at == keyword), default=0) for keyword in _EITHER))
 
 
 def depth(value: Any, limit: int) -> int:
@@ -225,65 +235,3 @@ def _member(value: Any, part: str) -> Any:
 
 def _times(node: dict[str, Any]) -> int:
     return _UNEVALUATED if "unevaluatedProperties" in node or "unevaluatedItems" in node else 1
-
-
-def _num_items(node: dict[str, Any]) -> int:
-    counts = [node[name] for name in ("minItems", "maxItems") if name in node]
-    return sum(max(0, int(count)) for count in counts if isinstance(count, int | float))
-
-
-def _weight(node: dict[str, Any]) -> int:
-    """One, and more for a list whose items are counted: an engine writes each one out, wherever it is combined."""
-    return 1 + _num_items(node) // 16
-
-
-def _patterns(node: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    """(pattern, whether it is for the names of properties)."""
-    if isinstance(pattern := node.get("pattern"), str):
-        yield pattern, False
-    if isinstance(named := node.get("patternProperties"), dict):
-        yield from ((pattern, True) for pattern in named)
-
-
-def _num_read(node: dict[str, Any], value: Any) -> int:
-    """Characters of a value that patterns read, times the bytes of each pattern: what that takes at the worst."""
-    num = 0
-    for pattern, is_for_names in _patterns(node):
-        names = value if is_for_names and isinstance(value, dict) else ()
-        texts = names if is_for_names else (value,) if isinstance(value, str) else ()
-        if chars := sum(len(text) for text in texts):
-            num += chars * next((size for size in _PATTERN_BYTES if _compiles(pattern, size)), _PATTERN_BYTES[-1])
-    return num
-
-
-def _take(node: dict[str, Any], room: Room) -> None:
-    """Raises ValueError for counts and patterns for which there is no room."""
-    if num_items := _num_items(node):
-        room.take("items that minItems and maxItems count", num_items)
-    for pattern, _ in _patterns(node):
-        room.take("patterns", 1)
-        room.take("characters of patterns", len(pattern))
-        if _IGNORES_CASE.search(pattern):
-            room.take("character classes in patterns that ignore case", len(_CLASS.findall(pattern)))
-        for size in _PATTERN_BYTES:
-            room.take("bytes of compiled patterns", size)  # before it is tried: what does not fit has cost as much
-            if _compiles(pattern, size):
-                break
-        else:
-            most = _PATTERN_BYTES[-1]
-            raise ValueError(
-                f"is no JSON Schema: has no pattern, or one of over {most} bytes, in {pattern[:_SHOWN_CHARS]}"
-            )
-
-
-@lru_cache(maxsize=4096)
-def _compiles(pattern: str, max_bytes: int) -> bool:
-    """Whether a pattern is one, and small enough. Requests bring the same ones again and again."""
-    import jsonschema_rs
-
-    options = jsonschema_rs.RegexOptions(size_limit=max_bytes)
-    try:
-        jsonschema_rs.validator_for({"pattern": pattern}, pattern_options=options, offline=True)
-    except ValueError:
-        return False
-    return True

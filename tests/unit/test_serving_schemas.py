@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayswift.serving import schemas
-from rayswift.serving.schemas import ReadSchema, Room
+from rayswift.serving.schema_costs import Room
+from rayswift.serving.schemas import ReadSchema
 
 _PATTERNS = (
     r"^[a-zA-Z0-9._%+-]+@[a-zA-Z0-9.-]+\.[a-zA-Z]{2,}$", r"^\d{4}-\d{2}-\d{2}$", r"^\+?[1-9]\d{1,14}$",
@@ -71,6 +72,8 @@ def test_the_tools_of_an_ordinary_request_have_room() -> None:
         {"$defs": {"a b/c": {"$anchor": "here"}}, "allOf": [{"$ref": "#here"}, {"$ref": "#/$defs/a%20b~1c"}]},
         {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"type": "string"}, {"$ref": "#/items/0"}]},
         {"const": {"$ref": "#/nowhere", "$id": "x", "pattern": "("}}, {"maxItems": 1000, "items": {"minItems": 2}},
+        {"anyOf": [{"pattern": f"^{letter}"} for letter in "abcdefghijklmnop"]}, {"multipleOf": 0.01},
+        {"allOf": [{"multipleOf": 86_400}, {"anyOf": [{"multipleOf": 7}, {"multipleOf": 0.5}]}]},
         {"properties": {"pattern": {"type": "string"}, "$id": {}, "$ref": {}, "maxItems": {}, "enum": {}}},
     ],
 )  # fmt: skip

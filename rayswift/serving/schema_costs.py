@@ -1,0 +1,132 @@
+"""What one schema of a client's costs by itself, and the room that all schemas of a request share.
+
+Knows keywords of JSON Schema and the package that compiles patterns. Does not know how schemas are combined.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+_LIMITS = {
+    "schemas": 10_000,
+    "patterns": 256,
+    "characters of patterns": 8 * 1024,
+    "character classes in patterns that ignore case": 12,  # 4 ms at each try: the case of a million characters
+    "bytes of compiled patterns": 12 * 2**20,  # 7 ms a megabyte
+    "items that minItems and maxItems count": 50_000,  # llguidance writes each one out, and knows no end
+    "remainders of multipleOf": 20_000,  # it has a state for each
+}
+"""What all schemas of one request may have together."""
+_PATTERN_BYTES = tuple(2**power for power in (13, 16, 20, 22))
+"""Compiled sizes that a pattern is tried in. One letter of any script takes 85 kB, and as much for each repetition."""
+CHAR_BYTES = 2**12
+"""Compiled pattern that one step reads a character with."""
+_IGNORES_CASE, _CLASS = re.compile(r"\(\?[a-zA-Z-]*i"), re.compile(r"\[|\\[pP]")
+SHOWN_CHARS = 80
+
+
+class Room:
+    """What is left of what the schemas of one request may have together."""
+
+    def __init__(self) -> None:
+        self._left = dict(_LIMITS)
+
+    def take(self, what: str, amount: int) -> None:
+        """Raises ValueError where less is left."""
+        self._left[what] -= amount
+        if self._left[what] < 0:
+            raise ValueError(f"makes more than {_LIMITS[what]} {what} in one request; use fewer or smaller ones")
+
+
+class AtOnce(NamedTuple):
+    """What one value is held to because it is held to a schema, with all that is combined or referred to."""
+
+    num: int
+    """Schemas, counted by what they cost."""
+    levels: int
+    """Of schemas that refer to or combine others."""
+    patterns: int
+    bits: float
+    """log2 of the remainders of all multipleOf together."""
+
+
+def num_items_of(node: dict[str, Any]) -> int:
+    """Items that a schema of a list counts."""
+    counts = [node[name] for name in ("minItems", "maxItems") if name in node]
+    return sum(int(min(max(0, count), 2**53)) for count in counts if isinstance(count, int | float))
+
+
+def num_patterns(node: dict[str, Any]) -> int:
+    """Patterns that a text is held to."""
+    return int(isinstance(node.get("pattern"), str))
+
+
+def bits(node: dict[str, Any]) -> float:
+    """log2 of the remainders that multipleOf tells apart: of its digits, without the zeros at either end."""
+    value = node.get("multipleOf")
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        return 0
+    digits = Decimal(str(value) if isinstance(value, float) else value).normalize().as_tuple().digits
+    return math.log2(int("".join(map(str, digits)))) if len(digits) < 18 else math.inf
+
+
+def weight(node: dict[str, Any]) -> int:
+    """One, and more for a list whose items are counted: an engine writes each one out, wherever it is combined."""
+    return 1 + num_items_of(node) // 16
+
+
+def _patterns(node: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """(pattern, whether it is for the names of properties)."""
+    if isinstance(pattern := node.get("pattern"), str):
+        yield pattern, False
+    if isinstance(named := node.get("patternProperties"), dict):
+        yield from ((pattern, True) for pattern in named)
+
+
+def num_read(node: dict[str, Any], value: Any) -> int:
+    """Characters of a value that patterns read, times the bytes of each pattern: what that takes at the worst."""
+    num = 0
+    for pattern, is_for_names in _patterns(node):
+        names = value if is_for_names and isinstance(value, dict) else ()
+        texts = names if is_for_names else (value,) if isinstance(value, str) else ()
+        if chars := sum(len(text) for text in texts):
+            num += chars * next((size for size in _PATTERN_BYTES if _compiles(pattern, size)), _PATTERN_BYTES[-1])
+    return num
+
+
+def take_all(node: dict[str, Any], room: Room) -> None:
+    """Raises ValueError for counts and patterns for which there is no room."""
+    if num_items := num_items_of(node):
+        room.take("items that minItems and maxItems count", num_items)
+    for pattern, _ in _patterns(node):
+        room.take("patterns", 1)
+        room.take("characters of patterns", len(pattern))
+        if _IGNORES_CASE.search(pattern):
+            room.take("character classes in patterns that ignore case", len(_CLASS.findall(pattern)))
+        for size in _PATTERN_BYTES:
+            room.take("bytes of compiled patterns", size)  # before it is tried: what does not fit has cost as much
+            if _compiles(pattern, size):
+                break
+        else:
+            most = _PATTERN_BYTES[-1]
+            raise ValueError(
+                f"is no JSON Schema: has no pattern, or one of over {most} bytes, in {pattern[:SHOWN_CHARS]}"
+            )
+
+
+@lru_cache(maxsize=4096)
+def _compiles(pattern: str, max_bytes: int) -> bool:
+    """Whether a pattern is one, and small enough. Requests bring the same ones again and again."""
+    import jsonschema_rs
+
+    options = jsonschema_rs.RegexOptions(size_limit=max_bytes)
+    try:
+        jsonschema_rs.validator_for({"pattern": pattern}, pattern_options=options, offline=True)
+    except ValueError:
+        return False
+    return True
