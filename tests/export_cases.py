@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from rayswift.config.job import AdapterSpec, Job
 from rayswift.export import pipeline
+from rayswift.models.folder import rendering_sha256
 from rayswift.training import checkpoint
 
 export = partial(pipeline.export, engine="none")
@@ -50,7 +51,7 @@ def write_run(
     }
     manifest = checkpoint.CheckpointManifest(
         step=7, finished=True, job_hash=job.job_hash(), job=job.model_dump(mode="json"), layout={}, engine="fsdp2",
-        ledger={}, seed=0, versions={}, files=files,
+        ledger={}, seed=0, versions={}, files=files, rendered_with=rendering_sha256(base),
     )  # fmt: skip
     (folder / checkpoint.MANIFEST).write_text(manifest.model_dump_json())
     return job

@@ -21,6 +21,7 @@ from rayswift.planning.model_shape import ModelShape
 from rayswift.training.checkpoint import (
     FOLDER,
     CheckpointManifest,
+    check_rendering,
     check_rows,
     differences,
     differing_keys,
@@ -34,7 +35,7 @@ def find_checkpoint(job: Job, train_stream: StreamPlan) -> CheckpointManifest | 
     """The checkpoint this job goes on from, None for a fresh start.
 
     Raises ConfigError when the run is another job's, or `train.resume` does not allow what is there, and
-    CheckpointError when the rows have changed since.
+    CheckpointError when the rows, or what they are rendered with, have changed since.
     """
     run_dir = RunDir(job.run_dir)
     found = find_newest(run_dir, verify=False)
@@ -50,6 +51,7 @@ def find_checkpoint(job: Job, train_stream: StreamPlan) -> CheckpointManifest | 
     _check_same_job(job, found, run_dir)
     if found is not None:
         check_rows(found, train_stream.fingerprint, job.run_dir)
+        check_rendering(found, job.model.path, job.run_dir)
     return found
 
 

@@ -196,13 +196,13 @@ def _proved(manifest: ExportManifest) -> Iterator[str]:
     if (verify := manifest.verify) is None:
         yield from ("## Verification", "", "Verification was switched off.", "")
         return
-    gaps = verify.logprobs
+    gaps, (same_ids, same_text) = verify.logprobs, _rendering(manifest)
     rows = {
         "read back": f"{verify.num_prompts} prompts, {verify.num_positions} positions"
         + (f", with {' and '.join(verify.media)}" if verify.media else ""),
         "log-probabilities": f"differ by {gaps.mean_abs:.2g} on average, {gaps.max_abs:.2g} at most",
-        "tokenizer": "gives the ids that were trained on" if verify.tokenizer_equal else "differs",
-        "chat template": "renders what was trained on" if verify.chat_template_equal else "differs",
+        "tokenizer": same_ids if verify.tokenizer_equal else "differs",
+        "chat template": same_text if verify.chat_template_equal else "differs",
     }
     if manifest.quantization is None:
         rows |= _held_out(manifest)
@@ -219,6 +219,15 @@ def _proved(manifest: ExportManifest) -> Iterator[str]:
     if verify.not_served:
         rows["serving engine"] = f"none: {verify.not_served}"
     yield from _table("## Verification", rows)
+
+
+def _rendering(manifest: ExportManifest) -> tuple[str, str]:
+    """What is said of a tokenizer and a template that are the base's: those trained with only where that is known."""
+    if manifest.lineage and manifest.lineage.rendered_with is not None:
+        return "gives the ids that were trained on", "renders what was trained on"
+    is_trained = manifest.method is not None or manifest.adapter is not None
+    unknown = "; whether they were so in training is not known" if is_trained else ""
+    return f"gives the ids that the base's gives{unknown}", f"renders what the base's renders{unknown}"
 
 
 def _use(name: str) -> Iterator[str]:

@@ -48,6 +48,9 @@ class Lineage(Record):
     layout: dict[str, int]
     base_quantization: str | None = None
     """How the base was packed in training: its weights are what the packed ones stand for; null for those stored."""
+    rendered_with: dict[str, str] | None = None
+    """The sha256 of each file of the base that rows were rendered with, see `models/folder.py`; null where the
+    checkpoint does not say."""
 
 
 class Earlier(Record):

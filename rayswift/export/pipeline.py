@@ -30,7 +30,7 @@ from rayswift.export.source import Source, resolve
 from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, Bounds, Probe, compare, encode, probe
 from rayswift.export.written import disk_errors, write_model
 from rayswift.models.adapters import weights_sha256
-from rayswift.models.folder import stored_dtype
+from rayswift.models.folder import rendered_otherwise, stored_dtype
 from rayswift.models.loading import check_folder, load_config, load_tokenizer, local_folder
 from rayswift.models.pooling import read_pooling
 from rayswift.models.rounding import round_weights
@@ -250,7 +250,13 @@ def _contains(folder: str, path: str) -> bool:
 
 
 def check_base(what: Source, base: Path) -> str:
-    """The identity of the base's weights. Raises ExportError when they are not those it was trained on."""
+    """The identity of the base's weights. Raises ExportError when they are not those it was trained on, or when rows
+    would be rendered otherwise than they were."""
+    if others := rendered_otherwise(what.lineage.rendered_with if what.lineage else None, base):
+        raise ExportError(
+            f"has another {', '.join(others)} than {what.checkpoint or what.adapter_dir or 'what it holds'} was "
+            "trained with", path="model.path", value=what.base, fix="put the base back as it was",
+        )  # fmt: skip
     found = weights_sha256(base)
     if what.base_sha256 is not None and what.base_sha256 != found:
         raise ExportError(

@@ -177,7 +177,7 @@ def _lineage(path: str, found: CheckpointManifest) -> Lineage:
     return Lineage(
         checkpoint=path, job=found.job, ledger=found.ledger, layout=found.layout, data=data,
         ledger_sha256=hashlib.sha256(ledger.encode()).hexdigest(),
-        base_quantization=found.job["model"].get("quantization"),
+        base_quantization=found.job["model"].get("quantization"), rendered_with=found.rendered_with,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Loads neither torch nor transformers, and no tensor. Knows no hub and no job.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections import Counter
@@ -17,6 +18,13 @@ from rayswift.errors import ConfigError
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+RENDERING_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
+    *("tekken.json", "chat_template.*", "additional_chat_templates/*", "*processor_config.json"),
+)
+"""What decides which ids and features a row becomes: tokenizer, chat templates and processor."""
+_OF_LOADING = ("is_local", "local_files_only", "name_or_path", "transformers_version")
+"""What transformers notes in a tokenizer_config.json of how it was loaded, when it is saved again."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -47,6 +55,35 @@ def processors_template(folder: Path) -> str | None:
     file = folder / "chat_template.json"
     found = read_json(file, field="model.path").get("chat_template") if file.is_file() else None
     return found if isinstance(found, str) else None
+
+
+def rendering_sha256(folder: Path) -> dict[str, str]:
+    """The sha256 (hex) of each file that rows are rendered with, by its path in the folder.
+
+    Of JSON it is that of what the file says, however it is laid out. Of files and not of the tokenizer that is made of
+    them: how that is written down differs between versions of its library.
+    """
+    files = {file.relative_to(folder).as_posix(): file for one in RENDERING_FILES for file in folder.glob(one)}
+    return {name: hashlib.sha256(_said(files[name])).hexdigest() for name in sorted(files) if files[name].is_file()}
+
+
+def _said(file: Path) -> bytes:
+    content = file.read_bytes()
+    try:
+        said = json.loads(content) if file.suffix == ".json" else None
+    except (ValueError, RecursionError):
+        return content
+    if not isinstance(said, dict):
+        return content
+    return json.dumps({key: said[key] for key in said if key not in _OF_LOADING}, sort_keys=True).encode()
+
+
+def rendered_otherwise(before: Mapping[str, str] | None, folder: Path) -> list[str]:
+    """The names of files that rows are rendered with now and that are not as they were `before`; none if unknown."""
+    if before is None:
+        return []
+    now = rendering_sha256(folder)
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
 
 
 def check_weights(folder: Path, *, field: str = "model.path") -> None:

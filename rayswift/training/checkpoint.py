@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rayswift.config.job import Job
 from rayswift.data.ledger import Ledger
 from rayswift.errors import CheckpointError
+from rayswift.models.folder import rendered_otherwise
+from rayswift.models.loading import local_folder
 from rayswift.training.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ class CheckpointManifest(BaseModel):
     ledger: dict[str, Any]
     seed: int
     base_sha256: str | None = None
+    rendered_with: dict[str, str] | None = None
+    """`rendering_sha256` of the base's folder when the run began; None for one that began before that was recorded."""
     rows: RowsEntry | None = None
     versions: dict[str, str]
     files: dict[str, FileEntry]
@@ -239,6 +243,16 @@ def check_rows(manifest: CheckpointManifest, fingerprint: str, run_dir: str) -> 
             "was made with other rows: a data file has changed since",
             path=f"{run_dir}/{folder_name(manifest.step)}",
             fix="restore the files, or give the run another name",
+        )
+
+
+def check_rendering(manifest: CheckpointManifest, model_path: str, run_dir: str) -> None:
+    """Raises CheckpointError when rows would be rendered otherwise than those the checkpoint was trained on."""
+    if others := rendered_otherwise(manifest.rendered_with, local_folder(model_path, weights=False)):
+        raise CheckpointError(
+            f"was made with another {', '.join(others)} in {model_path}",
+            path=f"{run_dir}/{folder_name(manifest.step)}",
+            fix="put it back as it was, or give the run another name",
         )
 
 

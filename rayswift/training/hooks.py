@@ -49,11 +49,13 @@ class RunHooks:
         quarantine: Quarantine | None,
         held_out_quarantine: Quarantine | None,
         rows: RowRecord,
+        rendered_with: dict[str, str] | None,
     ) -> None:
         self._job, self._plan, self._engine, self._horizon = job, plan, engine, horizon
         self._device, self._saver, self._log = device, saver, log
         self._evaluator, self._quarantine, self._held_out_quarantine = evaluator, quarantine, held_out_quarantine
         self._rows = rows
+        self._rendered_with = rendered_with
         self._group = dist.new_group(backend="gloo")
 
     def before_first_step(self, state: TrainState) -> None:
@@ -135,6 +137,7 @@ class RunHooks:
                 seed=self._job.train.seed,
                 versions={"rayswift": __version__, **{name: version(name) for name in _VERSIONED}},
                 base_sha256=base_sha256(self._job.model.path),
+                rendered_with=self._rendered_with,
                 rows=rows,
                 files=files,
             )

@@ -23,6 +23,8 @@ from rayswift.data.stream_json import stream_json
 from rayswift.data.types import StepInput
 from rayswift.errors import CheckpointError, DataError
 from rayswift.methods import Method
+from rayswift.models.folder import rendering_sha256
+from rayswift.models.loading import local_folder
 from rayswift.parallel.engine import Engine
 from rayswift.parallel.mesh import find_device
 from rayswift.planning.layout import Seat
@@ -62,6 +64,7 @@ def _run(order: WorkOrder, seat: Seat, local_rank: int, open_blocks: OpenBlocks)
     removed = checkpoint.clean(run_dir) if rank == 0 else []
     manifest = _agree_on_checkpoint(job, run_dir, rank)
     state = _initial_state(order, manifest)
+    rendered_with = _rendered_with(job, manifest)
     read = open_blocks(order, seat, state.ledger)
     filler = _filler(order)  # not in the thread: transformers' lazy imports do not bear two at once
     steps = Shares(seat, lambda: _step_inputs(order, read(), filler))
@@ -91,6 +94,7 @@ def _run(order: WorkOrder, seat: Seat, local_rank: int, open_blocks: OpenBlocks)
         quarantine=_quarantine(order, run_dir) if rank == 0 else None,
         held_out_quarantine=_held_out_quarantine(order, run_dir) if rank == 0 else None,
         rows=_row_record(order, run_dir, seat, manifest, state.ledger),
+        rendered_with=rendered_with,
     )
     try:
         hooks.before_first_step(state)
@@ -163,8 +167,16 @@ def _initial_state(order: WorkOrder, manifest: CheckpointManifest | None) -> Tra
     if manifest is None:
         return TrainState(0, Ledger.start(order.train_stream.fingerprint))
     checkpoint.check_rows(manifest, order.train_stream.fingerprint, order.job.run_dir)
+    checkpoint.check_rendering(manifest, order.job.model.path, order.job.run_dir)
     ledger = checkpoint.ledger_of(manifest)
     return TrainState(manifest.step, replace(ledger, layout=checkpoint.read_layout(order.job.run_dir, manifest)))
+
+
+def _rendered_with(job: Job, manifest: CheckpointManifest | None) -> dict[str, str] | None:
+    """As rows are rendered from the first one on: what that was stays unknown to a run that did not write it down."""
+    if manifest is not None:
+        return manifest.rendered_with  # and as it is now: that was checked
+    return rendering_sha256(local_folder(job.model.path, weights=False))
 
 
 def _quarantine(order: WorkOrder, run_dir: RunDir) -> Quarantine:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from rayswift.cluster.preflight import prepare
 from rayswift.errors import CheckpointError
+from rayswift.models.folder import rendering_sha256
 from rayswift.parallel.engines.deepspeed import Deepspeed
 from rayswift.planning.layout import Seat
 from rayswift.planning.planner import plan
@@ -194,6 +195,31 @@ def test_an_adapter_does_not_go_on_beside_another_base(tmp_path: Path, tiny_mode
     order = order_of("adapted", tmp_path, base, rows, ranks=1, **(settings | {"train.max_steps": 4}))
     with pytest.raises(RankFailed, match=r"CheckpointError: .*step-00000002.*the base model has changed"):
         run_ranks(train_rank, 1, order)
+
+
+def test_rows_are_rendered_to_the_end_as_they_were_from_the_start(
+    tmp_path: Path, tiny_model_dir: Path, rows: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    template, as_it_was = base / "chat_template.jinja", (base / "chat_template.jinja").read_text()
+
+    def order(max_steps: int) -> WorkOrder:
+        return order_of("rendered", tmp_path, base, rows, ranks=1, **{"train.max_steps": max_steps})
+
+    train(order(2))
+    manifest = Path(checkpoint.newest(str(tmp_path / "rendered")), checkpoint.MANIFEST)
+    record = json.loads(manifest.read_text())
+    assert record["rendered_with"] == rendering_sha256(base)
+    late = order(4)
+    template.write_text(as_it_was.replace("assistant\\n", "helper\\n"))
+    rule = r"CheckpointError: .*step-00000002 was made with another chat_template\.jinja in .*base; put it back"
+    with pytest.raises(RankFailed, match=rule):
+        run_ranks(train_rank, 1, late)
+    with pytest.raises(CheckpointError, match=rule.partition(": ")[2]):  # so does the driver say, before it starts Ray
+        order(4)
+    manifest.write_text(json.dumps(record | {"rendered_with": None}))  # of a version that did not say
+    train(order(4))
+    assert checkpoint.read_manifest(checkpoint.newest(str(tmp_path / "rendered"))).rendered_with is None
 
 
 def run_out_of_disk(rank: int, order: WorkOrder) -> str:

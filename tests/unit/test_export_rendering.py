@@ -1,0 +1,105 @@
+"""Tokenizer, template and processor as trained: recorded with a checkpoint, carried on, and held against the base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rayswift.config.job import AdapterSpec
+from rayswift.errors import ExportError
+from rayswift.export import pipeline
+from rayswift.export.adapter import export_adapter
+from rayswift.export.card import CARD
+from rayswift.models.adapters import add_lora, load_base
+from rayswift.models.folder import rendering_sha256
+from rayswift.training import checkpoint
+from tests.export_cases import export, shake, write_run
+
+TEMPLATE = "chat_template.jinja"
+
+
+@pytest.fixture
+def base(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, base: Path) -> Path:
+    spec = AdapterSpec(rank=4)
+    model = add_lora(load_base(str(base)), spec, seed=0)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    shake(weights, 0.2)
+    write_run(tmp_path / "runs/lora", base, weights, spec)
+    return tmp_path / "runs/lora"
+
+
+def change_template(base: Path) -> None:
+    (base / TEMPLATE).write_text((base / TEMPLATE).read_text().replace("assistant\\n", "helper\\n"))
+
+
+def change_tokenizer(base: Path) -> None:
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def add_processor(base: Path) -> None:
+    (base / "preprocessor_config.json").write_text('{"do_resize": false}')
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(change_template, TEMPLATE), (change_tokenizer, "tokenizer.json"), (add_processor, "preprocessor_config.json")],
+)
+def test_a_base_that_renders_otherwise_than_in_training_is_refused_before_any_work(
+    tmp_path: Path, base: Path, run: Path, monkeypatch: pytest.MonkeyPatch, change: object, name: str
+) -> None:
+    export_adapter(str(run), str(tmp_path / "adapter"))
+    export(str(run), str(tmp_path / "good"), verify=False)
+    export(
+        str(tmp_path / "good"), str(tmp_path / "copy"), verify=False
+    )  # which has the files as they were trained with
+    change(base)  # type: ignore[operator]
+    monkeypatch.setattr(pipeline, "build", lambda *_: pytest.fail("it was built"))
+    for source, told in ((run, "step-00000007"), (tmp_path / "adapter", "adapter")):
+        rule = rf"model\.path={base} has another {name} than .*{told} was trained with; put the base back as it was"
+        with pytest.raises(ExportError, match=rule):
+            export(str(source), str(tmp_path / "out"))
+    with pytest.raises(ExportError, match=f"has another {name}"):
+        export_adapter(str(run), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_known_of_training_is_on_the_card_and_what_is_not_is_not(tmp_path: Path, base: Path, run: Path) -> None:
+    made = export(str(run), str(tmp_path / "known"))
+    assert made.lineage is not None
+    assert made.lineage.rendered_with == rendering_sha256(base)
+    assert "| renders what was trained on |" in (tmp_path / "known" / CARD).read_text()
+    export(str(tmp_path / "known"), str(tmp_path / "again"))
+    assert "| renders what was trained on |" in (tmp_path / "again" / CARD).read_text()
+    file = run / checkpoint.folder_name(7) / checkpoint.MANIFEST
+    record = json.loads(file.read_text())
+    del record["rendered_with"]  # of a version that did not say
+    file.write_text(json.dumps(record))
+    change_template(base)
+    assert export(str(run), str(tmp_path / "old")).lineage is not None
+    card = (tmp_path / "old" / CARD).read_text()
+    assert "renders what the base's renders; whether they were so in training is not known |" in card
+    assert "trained on" not in card
+    export(str(base), str(tmp_path / "plain"))
+    assert "| gives the ids that the base's gives |" in (tmp_path / "plain" / CARD).read_text()
+
+
+def test_files_laid_out_otherwise_say_the_same(base: Path) -> None:
+    before = rendering_sha256(base)
+    assert {"tokenizer.json", "tokenizer_config.json", TEMPLATE} <= before.keys()
+    for file in base.glob("*.json"):
+        said = json.loads(file.read_text())
+        file.write_text(json.dumps({"is_local": True} | {key: said[key] for key in reversed(said)}, indent=7))
+    (base / "notes.txt").write_text("nothing that rows are rendered with")
+    assert rendering_sha256(base) == before
+    (base / "added_tokens.json").write_text("no JSON")
+    assert rendering_sha256(base).keys() - before.keys() == {"added_tokens.json"}
