@@ -6,6 +6,7 @@ Knows copying from storage and when a copy is out of date. Which folders are ada
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,11 +35,17 @@ LOOK_EVERY_S = 10.0
 """How often a storage is asked whether an adapter was written again, and what it holds: not with every request."""
 _PATIENCE_S = 60.0
 """How much later one that does not answer is asked again about what was copied: requests wait for its silence."""
+_REFRESH_S = 2.0
+"""How long a request waits to know whether what was copied was written again; then it gets the copy."""
+_ABSENT_S = 5.0
+"""How long it is known that there is no adapter of a name."""
+_MAX_AT_ONCE, _MAX_LOOKS, _MAX_ABSENT = 4, 64, 1024
+"""Names that are looked for at the same time; those, and others that wait for it; names known to be absent."""
 _log = logging.getLogger("rayswift.serving")
 
 
 class AdapterStore:
-    """Adapters below a local folder or a URL. Safe to call from several threads.
+    """Adapters below a local folder or a URL, looked for in threads of its own: a storage may take its time.
 
     Credentials of a storage are those that its fsspec package finds, such as AWS_ACCESS_KEY_ID in the environment of
     this process. Raises ConfigError where that package is not installed.
@@ -45,26 +53,69 @@ class AdapterStore:
 
     def __init__(self, root: str) -> None:
         self._root, self._is_remote = root.rstrip("/"), "://" in root
-        self._lock, self._copied, self._looked = threading.Lock(), dict[str, str](), dict[str, float]()
+        self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(_MAX_AT_ONCE, "rayswift-adapters")
+        self._looks, self._absent = dict[str, Future[str]](), dict[str, float]()
+        self._copied, self._folders, self._looked = dict[str, str](), dict[str, str](), dict[str, float]()
         self._listing, self._listed, self._listed_at = threading.Lock(), tuple[str, ...](), -LOOK_EVERY_S
         self._home = own_folder(self, "rayswift-adapters-") if self._is_remote else None
         if self._is_remote:
             _check_package(root)
 
-    def find(self, name: str) -> Adapter:
+    async def find(self, name: str) -> Adapter:
         """The adapter of a name, copied here first if it lies in a storage. Raises ApiError (404) where there is none.
 
         Raises Refused for one that is too large to be fetched, and ApiError (503) while a storage does not answer,
-        unless it has been copied before.
+        unless it has been copied before. Waits for no other name's, and for what was copied only a moment.
         """
-        if self._home is None:
-            return Adapter(name, str(find_adapter(Path(self._root), name)))
         check_adapter_name(name)
+        folder = self._folders.get(name)
+        look = self._look(name, is_copied=folder is not None)
+        if look is not None and await _ended(look, _REFRESH_S if folder else None):
+            folder = look.result()
+        assert folder is not None, "what is not copied is looked for, to the end"
+        return Adapter(name, folder)
+
+    def _look(self, name: str, *, is_copied: bool) -> Future[str] | None:
+        """The search for a name, one for all who ask; None for what is copied and need not, or cannot, be looked at.
+
+        Raises ApiError for what is not there, or where too many others are looked for.
+        """
         with self._lock:
-            if time.monotonic() - self._looked.get(name, -LOOK_EVERY_S) >= LOOK_EVERY_S:
-                is_away = not self._fetch(name, self._home)
-                self._looked[name] = time.monotonic() + (_PATIENCE_S if is_away else 0.0)
-            return Adapter(name, str(find_adapter(self._home, name)))
+            if (running := self._looks.get(name)) is not None:
+                return None if is_copied else running
+            if time.monotonic() < self._absent.get(name, 0.0):
+                raise unknown_model(name)
+            is_fresh = is_copied and time.monotonic() - self._looked[name] < LOOK_EVERY_S
+            if is_fresh or (is_copied and len(self._looks) >= _MAX_LOOKS):
+                return None
+            if len(self._looks) >= _MAX_LOOKS:
+                raise _silent()
+            look = self._looks[name] = self._pool.submit(self._find, name)
+        look.add_done_callback(lambda _: self._looks.pop(name))
+        return look
+
+    def _find(self, name: str) -> str:
+        """The folder, by the time this ends. Raises as `find` does."""
+        if self._home is None:
+            return str(find_adapter(Path(self._root), name))
+        try:
+            is_away = not self._fetch(name, self._home)
+            folder = str(find_adapter(self._home, name))
+        except ApiError as error:
+            if error.status == 404:
+                self._forget(name)
+            raise
+        self._looked[name] = time.monotonic() + (_PATIENCE_S if is_away else 0.0)
+        self._folders[name] = folder
+        return folder
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            self._copied.pop(name, None)
+            self._folders.pop(name, None)
+            if len(self._absent) >= _MAX_ABSENT:
+                self._absent.clear()
+            self._absent[name] = time.monotonic() + _ABSENT_S
 
     def names(self) -> list[str]:
         """The sorted names of the adapters directly below the folder; of a storage, when it was last looked at.
@@ -115,8 +166,7 @@ class AdapterStore:
         except Exception as error:  # every backend raises its own types for what fails
             _log.warning("%s/%s cannot be fetched: %s %s", self._root, name, type(error).__name__, error)
             if name not in self._copied:
-                raise ApiError("the storage of the adapters does not answer; try again shortly", status=503,
-                               headers={"Retry-After": "10"}) from error  # fmt: skip
+                raise _silent() from error
             return False
 
     def _copy(self, name: str, target: Path) -> None:
@@ -156,6 +206,26 @@ def told_of_packed(names: str, how: str) -> str:
         f"{names} trained on a base in {how} and served on its stored weights, which are others: answers are not those"
         " of the trained model; to have those, export the run merged (rayswift export RUN FOLDER) and serve FOLDER"
     )
+
+
+async def _ended(look: Future[str], limit_s: float | None) -> bool:
+    """Whether a search has ended within a time. It goes on for others, however this one's waiting ends."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def tell(_: Future[str]) -> None:
+        with suppress(RuntimeError):  # the loop has ended before
+            loop.call_soon_threadsafe(ended.set)
+
+    look.add_done_callback(tell)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(limit_s):
+            await ended.wait()
+    return look.done()
+
+
+def _silent() -> ApiError:
+    message = "the storage of the adapters does not answer; try again shortly"
+    return ApiError(message, status=503, headers={"Retry-After": "10"})
 
 
 def _check_package(root: str) -> None:

@@ -102,7 +102,8 @@ class Endpoint:
         """One model."""
         name = request.path_params["name"]
         self._find(request, name)
-        adapter = await self._adapter(name)
+        deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
+        adapter = await self._adapter(request, name, deadline)
         return JSONResponse(self._card(name, self._base(name) if adapter else None))
 
     def _card(self, name: str, parent: str | None) -> dict[str, Any]:
@@ -137,7 +138,7 @@ class Endpoint:
         request = openai.parse(kind, body)
         if isinstance(request, ChatRequest) and request.num_chars > self._spec.max_body_bytes:
             raise flow.too_large(self._spec.max_body_bytes)
-        model, adapter = self._find(http, request.model), await self._adapter(request.model)
+        model, adapter = self._find(http, request.model), await self._adapter(http, request.model, deadline)
         try:
             return await self._run(http, request, model, adapter, deadline)
         except Exception as error:
@@ -236,12 +237,16 @@ class Endpoint:
         base, _, adapter = name.rpartition(":")
         return base if adapter and name not in self._models and base in self._spec.adapters else name
 
-    async def _adapter(self, name: str) -> Adapter | None:
-        """The adapter that `MODEL:ADAPTER` asks for. Raises ApiError (404) for one that is not there."""
+    async def _adapter(self, http: HttpRequest, name: str, deadline: float) -> Adapter | None:
+        """The adapter that `MODEL:ADAPTER` asks for. Raises ApiError (404) for one that is not there.
+
+        503 for one that is not copied by the deadline.
+        """
         base = self._base(name)
         if base == name:
             return None
-        return await asyncio.to_thread(self._adapters[base].find, name.removeprefix(f"{base}:"))
+        found = self._adapters[base].find(name.removeprefix(f"{base}:"))
+        return await flow.unless_gone(http, flow.before(deadline, found))
 
 
 def _prompts(request: ChatRequest | TextRequest, prompts: PromptBuilder) -> list[Prompt]:

@@ -1,20 +1,32 @@
-"""Adapters by name: from a local folder, and copied from a storage when it is there or was written again."""
+"""Adapters by name: from a local folder, and copied from a storage when it is there or was written again.
+
+A storage that does not answer holds up who asks for what is not copied, to the end of its time, and nobody else.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import httpx
 import pytest
 
 from rayswift.models.adapters import weights_sha256
-from rayswift.serving import app
+from rayswift.models.loading import load_tokenizer
+from rayswift.serving import adapter_store, app
 from rayswift.serving.adapter_store import AdapterStore, packed_in_training
+from rayswift.serving.admission import Admission
 from rayswift.serving.api_errors import ApiError
-from rayswift.serving.engine import Adapter, Refused
+from rayswift.serving.engine import Adapter, FakeEngine, Refused
+from rayswift.serving.http import build_asgi
+from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 from rayswift.serving.vllm.adapters import Adapters
 
@@ -26,15 +38,19 @@ def _write(folder: Path, weights: bytes = b"one") -> None:
     (folder / "rayswift_base.json").write_text("{}")
 
 
+def found(store: AdapterStore, name: str) -> Adapter:
+    return asyncio.run(store.find(name))
+
+
 def test_a_local_folder_is_used_where_it_lies(tmp_path: Path) -> None:
     _write(tmp_path / "good")
     (tmp_path / "empty").mkdir()
     store = AdapterStore(str(tmp_path))
-    assert store.find("good").folder == str((tmp_path / "good").resolve())
+    assert found(store, "good").folder == str((tmp_path / "good").resolve())
     assert store.names() == ["good"]
     for name in ("absent", "../good", "", "good/../good", "/etc"):
         with pytest.raises(ApiError, match="does not exist"):
-            store.find(name)
+            found(store, name)
 
 
 def test_adapters_of_a_base_in_4_bits_are_told_at_the_start_with_what_to_do(
@@ -92,23 +108,24 @@ def test_a_storage_is_copied_from_and_asked_again_for_what_changed(
 ) -> None:
     _upload(bucket, "team/a", b"first")
     store = AdapterStore("memory://adapters")
-    weights = Path(store.find("team/a").folder) / "adapter_model.safetensors"
+    weights = Path(found(store, "team/a").folder) / "adapter_model.safetensors"
     assert weights.read_bytes() == b"first"
     inode = weights.stat().st_ino
-    store.find("team/a")
+    found(store, "team/a")
     assert weights.stat().st_ino == inode  # not fetched again
     _upload(bucket, "team/a", b"second one")
-    store.find("team/a")
+    found(store, "team/a")
     assert weights.read_bytes() == b"first"  # it was looked at just now
-    monkeypatch.setattr("rayswift.serving.adapter_store.LOOK_EVERY_S", 0.0)
-    assert (Path(store.find("team/a").folder) / "adapter_model.safetensors").read_bytes() == b"second one"
+    monkeypatch.setattr(adapter_store, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(adapter_store, "_REFRESH_S", 60.0)
+    assert (Path(found(store, "team/a").folder) / "adapter_model.safetensors").read_bytes() == b"second one"
 
 
 @pytest.mark.parametrize("name", ["absent", "../adapters/a", "a/b/c/d/e", ".hidden", "a\x00"])
 def test_a_storage_has_no_other_names(bucket: Any, name: str) -> None:
     _upload(bucket, "a", b"x")
     with pytest.raises(ApiError) as caught:
-        AdapterStore("memory://adapters").find(name)
+        found(AdapterStore("memory://adapters"), name)
     assert caught.value.status == 404
 
 
@@ -116,4 +133,127 @@ def test_an_adapter_too_large_to_fetch_is_refused(bucket: Any, monkeypatch: pyte
     monkeypatch.setattr("rayswift.serving.adapter_store._MAX_BYTES", 10)
     _upload(bucket, "a", b"x" * 11)
     with pytest.raises(Refused, match="larger"):
-        AdapterStore("memory://adapters").find("a")
+        found(AdapterStore("memory://adapters"), "a")
+
+
+class _Silent:
+    """Makes a storage tell nothing of some adapters for as long as `holds`, and counts how often each is asked for."""
+
+    def __init__(self, fs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names, self.asked, self._released, self._own = set[str](), list[str](), threading.Event(), fs.info
+        # of its class: fsspec makes an instance for each thread
+        monkeypatch.setattr(type(fs), "info", lambda _, path, **kwargs: self._info(path, **kwargs))
+
+    def _info(self, path: str, **kwargs: Any) -> Any:
+        name = path.split("/")[-2]
+        self.asked.append(name)
+        if name in self.names:
+            assert self._released.wait(60)
+        return self._own(path, **kwargs)
+
+    def release(self) -> None:
+        self._released.set()
+
+
+@pytest.fixture
+def silent(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Silent]:
+    one = _Silent(bucket, monkeypatch)
+    yield one
+    one.release()
+
+
+def _app(folder: Path, **spec: Any) -> Any:
+    served = ServedModel(FakeEngine(), PromptBuilder(load_tokenizer(str(folder))), Admission(4, 4))
+    return build_asgi(ServeSpec(models={"m": "unused"}, adapters={"m": "memory://adapters"}, **spec), {"m": served})
+
+
+def _client(app: Any) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=30)
+
+
+async def _ask(client: httpx.AsyncClient, model: str) -> httpx.Response:
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+    return await client.post("/v1/chat/completions", json=body)
+
+
+def test_a_silent_storage_holds_up_only_who_asks_for_what_is_not_copied(
+    tiny_model_dir: Path, bucket: Any, silent: _Silent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_store, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(adapter_store, "_REFRESH_S", 0.2)
+    hung = [f"hung{i}" for i in range(6)]  # more than are looked for at once
+    for name in ("a", *hung):
+        _upload(bucket, name, b"x")
+
+    async def scenario() -> None:
+        async with _client(_app(tiny_model_dir, request_timeout_s=5)) as client:
+            assert (await _ask(client, "m:a")).status_code == 200
+            silent.names.update((*hung, "a"))
+            asking = [asyncio.create_task(_ask(client, f"m:{name}")) for name in (*hung, *hung)]
+            async with asyncio.timeout(30):
+                while len(set(silent.asked) & set(hung)) < 4:
+                    await asyncio.sleep(0.01)
+            answers = [await _ask(client, model) for model in ("m", "m:a", "m:a", "m")]
+            assert [one.status_code for one in answers] == [200] * 4
+            assert not any(task.done() for task in asking), "the storage did not hold them up"
+            show = asyncio.create_task(client.get("/v1/models/m:hung0"))
+            for answer in (*(await asyncio.gather(*asking)), await show):
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
+            assert max(silent.asked.count(name) for name in hung) == 1  # one search for all who ask
+            silent.release()
+            assert (await _ask(client, "m:hung0")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_who_leaves_is_not_waited_with(tiny_model_dir: Path, bucket: Any, silent: _Silent) -> None:
+    _upload(bucket, "hung", b"x")
+    silent.names.add("hung")
+    content = json.dumps({"model": "m:hung", "messages": [{"role": "user", "content": "hi"}]}).encode()
+    left = iter([{"type": "http.request", "body": content}, {"type": "http.disconnect"}])
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return next(left)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(asyncio.wait_for(_app(tiny_model_dir)(scope, receive, send), 20))
+    assert sent[0]["status"] == 499
+
+
+def test_a_name_that_is_not_there_is_not_asked_for_again_at_once(
+    bucket: Any, silent: _Silent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AdapterStore("memory://adapters")
+    for _ in range(5):
+        with pytest.raises(ApiError, match="does not exist"):
+            found(store, "later")
+    assert silent.asked == ["later"]
+    _upload(bucket, "later", b"x")
+    monkeypatch.setattr(adapter_store.time, "monotonic", lambda now=adapter_store.time.monotonic: now() + 6)
+    assert found(store, "later").name == "later"
+
+
+def test_only_so_many_names_are_looked_for(bucket: Any, silent: _Silent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_store, "_MAX_LOOKS", 2)
+    silent.names.update("ab")
+
+    async def scenario() -> None:
+        store = AdapterStore("memory://adapters")
+        waiting = [asyncio.create_task(store.find(name)) for name in "ab"]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="does not answer") as caught:
+            await store.find("c")
+        assert caught.value.status == 503
+        silent.release()
+        for task in waiting:
+            with pytest.raises(ApiError, match="does not exist"):
+                await task
+        with pytest.raises(ApiError, match="does not exist"):
+            await store.find("c")
+
+    asyncio.run(scenario())
