@@ -47,7 +47,8 @@ async def reply(http: HttpRequest, request: EmbeddingRequest, model: ServedModel
     _check_dimensions(request.dimensions, embedding)
     num_places = min(len(request.input), model.admission.max_concurrency)
     with model.admission.enter(num_places):
-        prompts = await asyncio.to_thread(_prompts, request, model)
+        reading = asyncio.to_thread(_prompts, request, model)
+        prompts = await flow.unless_gone(http, flow.before(deadline, reading))
         work = vectors_of(model.engine, [prompt.ids for prompt in prompts], request.dimensions, num_places)
         vectors = await flow.unless_gone(http, flow.before(deadline, work))
     num_tokens = sum(len(prompt.ids) for prompt in prompts)

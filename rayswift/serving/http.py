@@ -167,7 +167,8 @@ class Endpoint:
         wishes.check_choices(request, self._spec.max_choices)
         places = model.admission.enter(request.num_choices)  # before the prompt: images cost time
         try:
-            return await self._reply(http, request, await self._plan(request, model, adapter, deadline), model, places)
+            work = await self._plan(http, request, model, adapter, deadline)
+            return await self._reply(http, request, work, model, places)
         except BaseException:
             places.release()
             raise
@@ -191,9 +192,14 @@ class Endpoint:
         return streams.EventStream(first, events, places, headers)
 
     async def _plan(
-        self, request: ChatRequest | TextRequest, model: ServedModel, adapter: Adapter | None, deadline: float
+        self,
+        http: HttpRequest,
+        request: ChatRequest | TextRequest,
+        model: ServedModel,
+        adapter: Adapter | None,
+        deadline: float,
     ) -> Work:
-        """Prompts and sampling of every choice. Raises ApiError for what this model cannot do."""
+        """Prompts and sampling of every choice. Raises ApiError for what this model cannot do, and not in time."""
         if request.json_schema is not None and not model.engine.can_constrain:
             asked = "response_format" if request.calling is None else "tool_choice"
             raise ApiError(
@@ -204,7 +210,8 @@ class Endpoint:
         if isinstance(request, TextRequest) and request.is_of_ids:  # nothing to do that is worth a thread
             prompts = _prompts(request, model.prompts)
         else:
-            prompts = await asyncio.to_thread(_prompts, request, model.prompts)
+            reading = asyncio.to_thread(_prompts, request, model.prompts)
+            prompts = await flow.unless_gone(http, flow.before(deadline, reading))
         unique, requests = uuid.uuid4().hex, list[Request]()
         for prompt in prompts:
             sampling = wishes.sampling(

@@ -112,8 +112,10 @@ class PromptBuilder:
         if not content or len(content) > (limit := self._encoder.spec.max_bytes):
             raise _refusal(place, f"a file of more than max_media_bytes={limit}" if content else "an empty file")
         try:
-            with self._lock, one_row():
-                return self._encoder.encode_one(medium.kind, content)
+            with one_row():
+                decoded = self._encoder.decoded(medium.kind, content)  # takes long: texts are read meanwhile
+                with self._lock:
+                    return self._encoder.encoded(medium.kind, decoded)
         except RowError as error:
             raise _refusal(place, _in_own_words(str(error), _SETTINGS)) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from base64 import b64decode
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -200,6 +201,24 @@ def test_a_request_that_takes_too_long_is_given_up(make: Callable[..., _Server])
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "timeout")
         assert reply.headers["retry-after"] == "1"
         assert (server.engine.running, server.admission.in_flight) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_texts_that_take_too_long_to_read_are_given_up(
+    make: Callable[..., _Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, read = make(request_timeout_s=0.2), threading.Event()
+    monkeypatch.setattr(server.model.prompts, "text", lambda *_: read.wait(30))
+
+    async def scenario() -> None:
+        async with server.http() as client:
+            try:
+                reply = await client.post(_PATH, json={"model": "e", "input": "a"})
+                assert (reply.status_code, reply.json()["error"]["code"]) == (503, "timeout")
+                assert server.admission.in_flight == 0
+            finally:
+                read.set()
 
     asyncio.run(scenario())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,63 @@ def test_an_answer_that_takes_too_long_is_given_up(make: Callable[..., _Server])
     assert (response.status_code, response.json()["error"]["code"]) == (503, "timeout")
     assert response.headers["retry-after"] == "1"
     assert (server.engine.running, server.admission.in_flight) == (0, 0)
+
+
+def _slow_prompts(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Prompts of conversations that are not made before the event."""
+    made, own = threading.Event(), PromptBuilder.chat
+
+    def chat(*given: Any) -> Any:
+        assert made.wait(30)
+        return own(*given)
+
+    monkeypatch.setattr(PromptBuilder, "chat", chat)
+    return made
+
+
+def test_a_prompt_that_takes_too_long_is_given_up(
+    make: Callable[..., _Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, server = _slow_prompts(monkeypatch), make(request_timeout_s=1, max_concurrency=1, max_queued=0)
+
+    async def scenario() -> None:
+        async with server.client() as client:
+            try:
+                reply = await client.post("/v1/chat/completions", json=_CHAT)
+                assert (reply.status_code, reply.json()["error"]["code"]) == (503, "timeout")
+                assert server.admission.in_flight == 0
+                by_ids = await client.post("/v1/completions", json={"model": "m", "prompt": [5, 6]})
+                assert by_ids.status_code == 200
+            finally:
+                made.set()
+
+    asyncio.run(scenario())
+    assert [len(request.prompt.ids) for request in server.engine.seen] == [2]  # nothing comes of it later
+
+
+def test_who_goes_away_before_there_is_a_prompt_frees_its_place(
+    make: Callable[..., _Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, server, sent = _slow_prompts(monkeypatch), make(), list[Any]()
+    messages = iter([{"type": "http.request", "body": json.dumps(_CHAT).encode()}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def scenario() -> None:
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        path = "/v1/chat/completions"
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+        try:
+            await asyncio.wait_for(server.app(scope, receive, send), 20)
+        finally:
+            made.set()
+
+    asyncio.run(scenario())
+    assert (sent[0]["status"], server.admission.in_flight, server.engine.seen) == (499, 0, [])
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+import rayswift.data.media.encoder
 from rayswift.config.job import MediaSpec
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving.admission import Admission
@@ -232,6 +235,30 @@ def test_a_picture_that_the_processor_refuses_is_refused(families: Any) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA"])
 def test_pictures_of_every_mode_are_read(families: Any, mode: str) -> None:
     families("llava").prompts.chat(asked(image_part(png(picture(1).convert(mode)))))
+
+
+def test_texts_are_read_while_a_picture_is_decoded(families: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    served, begun, decoded = families("llava"), threading.Event(), threading.Event()
+    own = rayswift.data.media.encoder.decode_image
+
+    def decode_image(*given: Any) -> Any:
+        begun.set()
+        assert decoded.wait(60)
+        return own(*given)
+
+    prompts = PromptBuilder(load_tokenizer(str(served.folder)), served.encoder)
+    expected = prompts.chat(asked(image_part(_PNG))).ids
+    monkeypatch.setattr(rayswift.data.media.encoder, "decode_image", decode_image)
+    with ThreadPoolExecutor(2) as pool:
+        picture = pool.submit(prompts.chat, asked(image_part(_PNG)))
+        try:
+            assert begun.wait(60)
+            assert pool.submit(prompts.text, "hi").result(30).ids
+            assert pool.submit(prompts.chat, asked(text_part("Hi"))).result(30).media == ()
+            assert not picture.done()
+        finally:
+            decoded.set()
+        assert picture.result(60).ids == expected
 
 
 def test_a_text_model_says_so(tiny_model_dir: Path) -> None:

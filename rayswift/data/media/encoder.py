@@ -67,16 +67,27 @@ class MediaEncoder:
 
     def encode_one(self, kind: MediaKind, content: bytes) -> Encoded:
         """A file of a kind, encoded. A model without video reads its frames as images."""
-        if kind == "video" and "video" not in self.tokens and "image" in self.tokens:
-            return _joined([self._image(frame) for frame in decode_video(content, self.spec)])
-        if kind not in self.tokens:
+        return self.encoded(kind, self.decoded(kind, content))
+
+    def decoded(self, kind: MediaKind, content: bytes) -> Any:
+        """The image, samples or clip in a file of a kind. Leaves the processor alone: others may use it meanwhile."""
+        if self._taken_as(kind) not in self.tokens:
             raise RowError(f"has {'a video' if kind == 'video' else f'an {kind}'}, which the model does not take")
         if kind == "image":
-            return self._image(decode_image(content, self.spec))
+            return decode_image(content, self.spec)
         if kind == "audio":
-            rate = int(self.processor.feature_extractor.sampling_rate)
-            return self.audio(decode_audio(content, rate, self.spec))
-        return self._clip(decode_video(content, self.spec))
+            return decode_audio(content, int(self.processor.feature_extractor.sampling_rate), self.spec)
+        return decode_video(content, self.spec)
+
+    def encoded(self, kind: MediaKind, medium: Any) -> Encoded:
+        """What was decoded, as the model reads it."""
+        if kind == "image":
+            return self._image(medium)
+        if kind == "audio":
+            return self.audio(medium)
+        if self._taken_as(kind) == "image":
+            return _joined([self._image(frame) for frame in medium])
+        return self._clip(medium)
 
     def audio(self, samples: np.ndarray) -> Encoded:
         """Mono samples at the processor's rate, encoded. Raises RowError for more than the model hears at once."""
