@@ -15,7 +15,7 @@ from rayswift.progress import Progress, Silent
 if TYPE_CHECKING:
     from rayswift.cluster.preflight import Prepared
     from rayswift.evaluation.report import EvalReport
-    from rayswift.export.adapter import AdapterManifest
+    from rayswift.export.adapter_record import AdapterManifest
     from rayswift.export.manifest import ExportManifest
     from rayswift.export.quantize import QuantizeSpec
     from rayswift.planning.planner import Plan

@@ -6,15 +6,10 @@ What serving loads beside a model. Knows the order: resolve, build, probe, write
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Any
-
-from pydantic import Field, ValidationError
 
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import manifest as manifests
-from rayswift.export.manifest import Evaluation, FileEntry, Lineage
-from rayswift.export.measured import Difference, Record
+from rayswift.export.adapter_record import RECORD, AdapterManifest, read
 from rayswift.export.merge import adapt
 from rayswift.export.pipeline import check_base, check_output
 from rayswift.export.source import resolve
@@ -23,31 +18,6 @@ from rayswift.export.written import disk_errors
 from rayswift.models.adapters import attach_adapter, load_base, write_adapter
 from rayswift.models.loading import check_folder, load_tokenizer, local_folder
 from rayswift.models.staging import staged_folder
-
-RECORD = "rayswift_adapter.json"
-"""Not the name of an export's manifest: what has that one is a model."""
-
-
-class AdapterManifest(Record):
-    """One adapter folder. Invariant: `files` were complete and proved before this was written."""
-
-    base: str
-    base_sha256: str
-    method: str | None
-    settings: dict[str, Any] | None
-    job_hash: str | None
-    checkpoint_step: int | None
-    run_finished: bool | None
-    lineage: Lineage | None
-    versions: dict[str, str]
-    verify: Difference
-    """Base plus adapter, read back from disk, against base plus adapter as trained, both in float32 and not packed."""
-    evaluations: tuple[Evaluation, ...] = ()
-    """Of the base with this adapter."""
-    files: dict[str, FileEntry]
-    rewriting: dict[str, FileEntry] = Field(default_factory=dict)
-    version: str | None = None
-    """As those of an export's manifest."""
 
 
 def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterManifest:
@@ -88,19 +58,3 @@ def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterM
         )  # fmt: skip
         manifests.write(made, stage, RECORD)
     return made
-
-
-def read_valid(folder: str) -> AdapterManifest:
-    """The record of an adapter folder whose files are those it lists. Raises ExportError naming one that is not.
-
-    Files that were added do not count: of an adapter's folder nothing else is loaded.
-    """
-    return manifests.checked(folder, read, lambda at, made: manifests.check_listed(at, made.files, made.rewriting))
-
-
-def read(folder: str) -> AdapterManifest:
-    """The record of an adapter folder. Raises ExportError where there is none."""
-    try:
-        return AdapterManifest.model_validate_json((Path(folder) / RECORD).read_bytes())
-    except (OSError, ValidationError) as error:
-        raise ExportError(f"has no {RECORD}", path=folder, fix="export again") from error

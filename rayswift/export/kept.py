@@ -14,11 +14,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from rayswift.errors import ExportError
 from rayswift.evaluation.report import EvalReport, text_of
+from rayswift.export import adapter_record
 from rayswift.export import manifest as manifests
+from rayswift.export.adapter_record import AdapterManifest
 from rayswift.export.card import CARD, CURVES, card_of
 from rayswift.export.evaluations import evaluation
 from rayswift.export.manifest import MANIFEST, UNFINISHED, Evaluation, ExportManifest, FileEntry, Lineage, is_as
@@ -26,12 +28,8 @@ from rayswift.locks import taken
 from rayswift.models.staging import sync_folder
 from rayswift.serving.versions import version_of
 
-if TYPE_CHECKING:
-    from rayswift.export.adapter import AdapterManifest
-
-    Signed = TypeVar("Signed", ExportManifest, AdapterManifest)
-
-RECORDS = (MANIFEST, "rayswift_adapter.json")
+Signed = TypeVar("Signed", ExportManifest, AdapterManifest)
+RECORDS = (MANIFEST, adapter_record.RECORD)
 """The manifest of an export, and that of an adapter exported alone."""
 _WAIT_S = 60.0
 _OUTPUT = "keep the report elsewhere with --output FILE"
@@ -47,11 +45,7 @@ def lineage_of(folder: str | os.PathLike[str]) -> Lineage | None:
     name = manifest_name(folder)
     if name == MANIFEST:
         return manifests.read(folder).lineage
-    if name is None:
-        return None
-    from rayswift.export import adapter
-
-    return adapter.read(os.fspath(folder)).lineage
+    return None if name is None else adapter_record.read(os.fspath(folder)).lineage
 
 
 def version_evaluated(folder: str | os.PathLike[str]) -> str | None:
@@ -87,9 +81,7 @@ def _keep(report: EvalReport, place: Path, name: str) -> None:
     if record == MANIFEST:
         _put(manifests.read(place), record, version, place, {name: text_of(report).encode()})
         return
-    from rayswift.export import adapter
-
-    _put(adapter.read(str(place)), record, version, place, {name: text_of(report).encode()})
+    _put(adapter_record.read(str(place)), record, version, place, {name: text_of(report).encode()})
 
 
 def _put(manifest: Signed, record: str, version: str | None, place: Path, reports: Mapping[str, bytes]) -> None:

@@ -20,7 +20,9 @@ from rayswift import plugins
 from rayswift.config.job import AdapterSpec, DataSpec, Job, ModelSpec, Part
 from rayswift.data.rendering import Rendering
 from rayswift.errors import CheckpointError, ConfigError
+from rayswift.export import adapter_record
 from rayswift.export import manifest as export_manifest
+from rayswift.export.adapter_record import AdapterManifest
 from rayswift.export.manifest import Earlier, ExportManifest, Lineage
 from rayswift.models.adapters import ADAPTER_CONFIG, read_binding
 from rayswift.models.loading import local_folder, split_id
@@ -29,7 +31,6 @@ from rayswift.serving.versions import version_of
 if TYPE_CHECKING:
     import torch
 
-    from rayswift.export.adapter import AdapterManifest
     from rayswift.training.checkpoint import CheckpointManifest
     from rayswift.training.run_dir import RunDir
 
@@ -198,16 +199,14 @@ def _passed_over(place: RunDir, taken: str) -> tuple[str, ...]:
 
 
 def _of_adapter(path: str) -> Source:
-    from rayswift.export import adapter  # which imports this module
-
     binding = read_binding(path)
     found = Source(
         base=binding["base"], adapter_dir=path, base_sha256=binding["base_sha256"],
         packed=_packed(binding["base"], binding.get("dtype"), binding.get("quantization")),
     )  # fmt: skip
-    if not Path(path, adapter.RECORD).is_file():  # as peft or a script of the user's wrote it
+    if not Path(path, adapter_record.RECORD).is_file():  # as peft or a script of the user's wrote it
         return found
-    record = adapter.read_valid(path)
+    record = adapter_record.read_valid(path)
     return replace(found, settings=record.settings, **_inherited(record))
 
 

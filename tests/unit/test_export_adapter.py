@@ -10,7 +10,8 @@ import torch
 
 from rayswift.config.job import AdapterSpec
 from rayswift.errors import ConfigError, ExportError
-from rayswift.export.adapter import RECORD, AdapterManifest, export_adapter
+from rayswift.export.adapter import export_adapter
+from rayswift.export.adapter_record import RECORD, AdapterManifest
 from rayswift.models.adapters import BINDING, add_lora, attach_adapter, load_base, weights_sha256
 from rayswift.serving.adapters import find_adapter
 from tests.export_cases import export, shake, write_run

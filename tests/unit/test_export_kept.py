@@ -19,7 +19,7 @@ from rayswift.errors import ExportError
 from rayswift.evaluation.report import EvalReport, Target, text_of
 from rayswift.export import kept, manifest
 from rayswift.export.adapter import export_adapter
-from rayswift.export.adapter import read as read_adapter
+from rayswift.export.adapter_record import read as read_adapter
 from rayswift.export.manifest import MANIFEST, Evaluation, read, read_valid
 from rayswift.export.pipeline import export
 from rayswift.models.adapters import add_lora, load_base

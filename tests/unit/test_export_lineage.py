@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from rayswift.config.job import AdapterSpec
 from rayswift.errors import ConfigError, ExportError
-from rayswift.export.adapter import RECORD, AdapterManifest, export_adapter
+from rayswift.export.adapter import export_adapter
+from rayswift.export.adapter_record import RECORD, AdapterManifest
 from rayswift.export.card import CARD
 from rayswift.export.manifest import MANIFEST, ExportManifest, read, read_valid
 from rayswift.export.quantize import QuantizeSpec
