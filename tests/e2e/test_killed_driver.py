@@ -14,7 +14,7 @@ import pytest
 
 from tests.run_cases import committed_step, losses, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.long]
 
 Rayswift = Callable[..., subprocess.CompletedProcess[str]]
 

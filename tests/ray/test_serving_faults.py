@@ -175,6 +175,7 @@ def _all_answered(endpoint: RunningEndpoint, count: int = 8) -> bool:
     return found == [200] * count
 
 
+@pytest.mark.long
 def test_an_update_under_load_loses_nothing(endpoint: RunningEndpoint, client: openai.OpenAI) -> None:
     before = {replica.pid for replica in _replicas()}
     streams, _ = _streams_on_both(client)
