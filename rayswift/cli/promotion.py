@@ -48,14 +48,14 @@ def promote(
 
     Example: rayswift serve promote exports/sft-v2 --steps 0.1,0.5,1 --prompts data/held_out.jsonl
     """
-    from rayswift.serving import questions, rollout
+    from rayswift.serving import questions, registry, rollout
     from rayswift.serving.promotion import Policy
 
     policy = Policy(
         _shares(steps), step_seconds, min_requests, max_wait, max_error_rate, max_latency_ratio, max_answer_loss,
         min_agreement, max_token_wait, min_similarity, min_token_agreement,
     )  # fmt: skip
-    with rollout.opened(exports or rollout.home_of(export), model, _say) as running:
+    with rollout.opened(exports or registry.home_of(export), model, _say) as running:
         kind = questions.kind_of(export, running.live_export)
         asked, place = (
             questions.of_export(export, num_prompts, max_new_tokens, kind) if prompts is None

@@ -260,3 +260,8 @@ def _write(file: Path, content: BaseModel, mode: int) -> None:
         raise ConfigError(
             f"cannot be written: {error.strerror}", path="registry", value=str(file), fix="check who may write there"
         ) from error
+
+
+def home_of(export: str) -> str:
+    """The folder that an export lies in, where its registry is; of a link to an export, that of the export."""
+    return os.path.dirname(os.path.realpath(export))

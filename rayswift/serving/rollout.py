@@ -31,7 +31,7 @@ from rayswift.serving.spec import ServeSpec
 from rayswift.serving.tallies import Tally
 from rayswift.serving.versions import version_of
 
-_POLL_S, _FOLLOW_TIMEOUT_S = 0.25, 120.0
+_POLL_S, _SETTLE_S, _FOLLOW_TIMEOUT_S = 0.25, 10.0, 120.0
 _LOST = (RayError, RayServeException, RaySwiftError)
 
 
@@ -63,6 +63,10 @@ class Rollout:
         self._home, self._say, self._board = home, say, board
         self._model = _chosen(model, list(front.asked(self._board.routes)))
         self._spec: ServeSpec = front.asked(self._board.spec)
+        if (own := registry.home_of(self._spec.models[self._model])) != os.path.realpath(home):
+            raise ConfigError(f"is not where the exports of {self._model} lie", path="exports", value=home,
+                              fix=f"name {own}, or an export in it")  # fmt: skip
+        self._settle()
         self._sweep()
 
     @property
@@ -223,6 +227,15 @@ class Rollout:
         except TimeoutError:  # Serve waits a minute for it, and a stream may take longer
             self._say(f"{target.app} ends after the answers that it still gives")
 
+    def _settle(self) -> None:
+        """Returns when the fronts route as the board says, or have had the time to tell it how they do.
+
+        One that Ray has started anew has the routes of the endpoint's start until then.
+        """
+        deadline = time.monotonic() + _SETTLE_S
+        while not self._watch().in_force and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
     def _sweep(self) -> None:
         """End what a killed promotion has left: a candidate beside the live version, and applications of no route."""
         route = self._watch().route
@@ -271,11 +284,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return str(error) if isinstance(error, RaySwiftError) else f"{type(error).__name__}: {error}"
-
-
-def home_of(export: str) -> str:
-    """The folder that an export lies in, where its registry is; of a link to an export, that of the export."""
-    return os.path.dirname(os.path.realpath(export))
 
 
 def running_shares(home: str) -> dict[str, dict[str, float]]:

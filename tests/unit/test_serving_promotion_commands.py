@@ -121,7 +121,7 @@ def test_an_endpoint_that_was_killed_is_told_of(
 def test_the_folder_of_a_link_is_that_of_the_export(tmp_path: Path) -> None:
     (tmp_path / "exports" / "v2").mkdir(parents=True)
     (tmp_path / "latest").symlink_to(tmp_path / "exports" / "v2")
-    assert rollout.home_of(str(tmp_path / "latest")) == str((tmp_path / "exports").resolve())
+    assert registry.home_of(str(tmp_path / "latest")) == str((tmp_path / "exports").resolve())
 
 
 def test_serving_is_what_serve_does_where_nothing_else_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,8 +39,9 @@ class _FollowedBoard(Board):
     """A board with one front, which follows it whenever somebody looks, and answers a request per version and look."""
 
     def __init__(self, world: _World, routes: dict[str, Route]) -> None:
-        super().__init__(routes, ServeSpec(models={"m": "unused"}), "e", now_s=world.monotonic)
-        self._world, self._followed = world, Routing(0, {})
+        spec = ServeSpec(models={"m": str(world.home / "a")})
+        super().__init__(routes, spec, "e", now_s=world.monotonic)
+        self._world, self._followed, self.num_unheard = world, Routing(0, {}), 0
         self.tallies: dict[str, Tally] = {}
 
     def put(self, model: str, route: Route) -> None:
@@ -48,7 +49,16 @@ class _FollowedBoard(Board):
         shares = " ".join(f"{self._world.name(one)}={share:.0%}" for one, share in sorted(route.weights.items()))
         self._world.done.append(f"{shares} of {''.join(sorted(map(self._world.name, route.targets)))}")
 
+    def restarted(self, routes: dict[str, Route]) -> _FollowedBoard:
+        """One that Ray has started anew: it hears of no front in the first three calls."""
+        board = _FollowedBoard(self._world, routes)
+        board._followed, board.num_unheard = self._followed, 3
+        return board
+
     def watch(self, model: str, *, renew: bool = False) -> Watched:
+        if self.num_unheard:
+            self.num_unheard -= 1
+            return super().watch(model, renew=renew)
         told = self.sync(self._report())
         unknown = [one for one in told.routes[model].targets if self._world.name(one) in self._world.cannot_open]
         problem = Problem(told.revision, "m", "no such file") if unknown else None
@@ -517,3 +527,21 @@ def test_a_prompt_that_fails_or_takes_too_long_is_not_answered(monkeypatch: pyte
         assert asked._result(response, 60) is None
         assert clock.now == times
     assert cancelled == [True]
+
+
+def test_a_board_that_was_started_anew_is_believed_once_the_fronts_have_told_it(world: _World) -> None:
+    """Until then it has the route of the endpoint's start, by which the live version would be nobody's."""
+    first = world.board.routes()["m"]
+    world.promote("b")
+    world.board = world.board.restarted({"m": first})
+    world.opened()
+    assert world.route() == ({"b": 1.0}, "b")
+    assert world.target("b").app in world.apps
+    assert world.states()["b"] == "live"
+
+
+def test_exports_of_another_folder_are_not_this_models(world: _World, tmp_path: Path) -> None:
+    """Its lock and its registry are those of the folder, and another process may have the model's own."""
+    with pytest.raises(ConfigError, match=r"is not where the exports of m lie") as caught:
+        Rollout(str(tmp_path / "a"), "m", world.said.append, world.board)
+    assert str(world.home) in str(caught.value)
