@@ -39,8 +39,9 @@ _REFRESH_S = 2.0
 """How long a request waits to know whether what was copied was written again; then it gets the copy."""
 _ABSENT_S = 5.0
 """How long it is known that there is no adapter of a name."""
-_MAX_AT_ONCE, _MAX_LOOKS, _MAX_ABSENT = 4, 64, 1024
-"""Names that are looked for at the same time; those, and others that wait for it; names known to be absent."""
+_MAX_AT_ONCE, _MAX_LOOKS, _MAX_WAITING, _MAX_ABSENT = 4, 64, 64, 1024
+"""Names that are looked for at the same time; those, and others that wait for it; requests that wait for what is not
+copied, each of which Serve counts among those that the replica answers; names known to be absent."""
 _log = logging.getLogger("rayswift.serving")
 
 
@@ -54,6 +55,7 @@ class AdapterStore:
     def __init__(self, root: str) -> None:
         self._root, self._is_remote = root.rstrip("/"), "://" in root
         self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(_MAX_AT_ONCE, "rayswift-adapters")
+        self._num_waiting = 0
         self._looks, self._absent = dict[str, Future[str]](), dict[str, float]()
         self._copied, self._folders, self._looked = dict[str, str](), dict[str, str](), dict[str, float]()
         self._listing, self._listed, self._listed_at = threading.Lock(), tuple[str, ...](), -LOOK_EVERY_S
@@ -70,10 +72,23 @@ class AdapterStore:
         check_adapter_name(name)
         folder = self._folders.get(name)
         look = self._look(name, is_copied=folder is not None)
-        if look is not None and await _ended(look, _REFRESH_S if folder else None):
+        if folder is None:
+            assert look is not None, "what is not copied is looked for"
+            folder = await self._found(look)
+        elif look is not None and await _ended(look, _REFRESH_S):
             folder = look.result()
-        assert folder is not None, "what is not copied is looked for, to the end"
         return Adapter(name, folder)
+
+    async def _found(self, look: Future[str]) -> str:
+        """What a search finds in the end. Raises ApiError (503) where too many wait already."""
+        if self._num_waiting >= _MAX_WAITING:
+            raise _silent()
+        self._num_waiting += 1
+        try:
+            await _ended(look, None)
+            return look.result()
+        finally:
+            self._num_waiting -= 1
 
     def _look(self, name: str, *, is_copied: bool) -> Future[str] | None:
         """The search for a name, one for all who ask; None for what is copied and need not, or cannot, be looked at.

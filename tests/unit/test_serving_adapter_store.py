@@ -257,3 +257,29 @@ def test_only_so_many_names_are_looked_for(bucket: Any, silent: _Silent, monkeyp
             await store.find("c")
 
     asyncio.run(scenario())
+
+
+def test_only_so_many_requests_wait_for_what_is_not_copied(
+    bucket: Any, silent: _Silent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve counts each of them among those that the replica answers, and leaves the others before its door."""
+    monkeypatch.setattr(adapter_store, "_MAX_WAITING", 2)
+    silent.names.add("a")
+
+    async def scenario() -> None:
+        store = AdapterStore("memory://adapters")
+        waiting = [asyncio.create_task(store.find("a")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="does not answer") as caught:
+            await store.find("a")
+        assert caught.value.status == 503
+        waiting[0].cancel()
+        await asyncio.wait(waiting[:1])
+        waiting.append(asyncio.create_task(store.find("a")))
+        await asyncio.sleep(0)
+        silent.release()
+        for task in waiting[1:]:
+            with pytest.raises(ApiError, match="does not exist"):
+                await task
+
+    asyncio.run(scenario())
