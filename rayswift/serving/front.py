@@ -137,10 +137,11 @@ class FrontReplica:
         return Versions({one: self._opened[model, one] for one in route.targets}, route.weights, route.live)
 
     async def _open(self, target: Target) -> ServedModel:
-        handle = serve.get_app_handle(target.app)
-        engine = CountedEngine(RemoteEngine(handle, self._spec, target.folder))
         try:
             async with asyncio.timeout(_OPEN_TIMEOUT_S):  # of an application without a replica nothing is ever heard
+                # Serve's controller is asked, and may be away: in a thread, so that others are answered meanwhile
+                handle = await asyncio.to_thread(serve.get_app_handle, target.app)
+                engine = CountedEngine(RemoteEngine(handle, self._spec, target.folder))
                 return await started(self._spec, target.folder, engine)
         except TimeoutError:
             raise ServeError(f"{target.folder} could not be opened within {_OPEN_TIMEOUT_S:g} s") from None
