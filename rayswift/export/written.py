@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import ExportError
-from rayswift.models.folder import RENDERING_FILES
 from rayswift.models.hub_names import write_hub_names
 from rayswift.models.loading import load_config, quiet_progress
 from rayswift.units import format_bytes
@@ -19,8 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SHARD_SIZE = "5GB"
-_COMPANIONS = (*RENDERING_FILES, "generation_config.json")
-"""What is copied as it is: a tokenizer that is loaded and saved again may come out another one."""
+_COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
+    *("tekken.json", "chat_template.*", "additional_chat_templates/*", "*processor_config.json"),
+    "generation_config.json",
+)
+"""What is copied as it is, other tools' files too: a tokenizer that is loaded and saved may come out another one."""
 
 
 def write_model(model: PreTrainedModel, base: Path, stage: Path) -> None:

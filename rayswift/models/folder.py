@@ -10,6 +10,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,18 @@ from rayswift.errors import ConfigError
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-RENDERING_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
-    *("tekken.json", "chat_template.*", "additional_chat_templates/*", "*processor_config.json"),
+_VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model")
+"""What most tokenizers read only where there is no tokenizer.json."""
+_RENDERING = (
+    *("tokenizer.json", "tokenizer.[0-9]*.[0-9]*.[0-9]*.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "tekken.json", *_VOCABULARIES),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
-"""What decides which ids and features a row becomes: tokenizer, chat templates and processor."""
+"""What decides which ids and features a row becomes, by the names that are read and that are fetched from a hub.
+
+Files of other tools and copies beside them are none of it.
+"""
 _OF_LOADING = ("is_local", "local_files_only", "name_or_path", "transformers_version")
 """What transformers notes in a tokenizer_config.json of how it was loaded, when it is saved again."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -63,7 +71,7 @@ def rendering_sha256(folder: Path) -> dict[str, str]:
     Of JSON it is that of what the file says, however it is laid out. Of files and not of the tokenizer that is made of
     them: how that is written down differs between versions of its library.
     """
-    files = {file.relative_to(folder).as_posix(): file for one in RENDERING_FILES for file in folder.glob(one)}
+    files = {file.relative_to(folder).as_posix(): file for one in _RENDERING for file in folder.glob(one)}
     return {name: hashlib.sha256(_said(files[name])).hexdigest() for name in sorted(files) if files[name].is_file()}
 
 
@@ -79,11 +87,17 @@ def _said(file: Path) -> bytes:
 
 
 def rendered_otherwise(before: Mapping[str, str] | None, folder: Path) -> list[str]:
-    """The names of files that rows are rendered with now and that are not as they were `before`; none if unknown."""
+    """The names of files that rows are rendered with now and that are not as they were `before`; none if unknown.
+
+    A vocabulary beside a tokenizer.json may come or go; one that changes is named, for a few tokenizers read it there.
+    """
     if before is None:
         return []
+    then = {name: before[name] for name in before if any(fnmatchcase(name, one) for one in _RENDERING)}
     now = rendering_sha256(folder)
-    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    may_lack = _VOCABULARIES if "tokenizer.json" in then.keys() & now.keys() else ()
+    differing = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
+    return sorted(name for name in differing if name not in may_lack or name in then.keys() & now.keys())
 
 
 def check_weights(folder: Path, *, field: str = "model.path") -> None:

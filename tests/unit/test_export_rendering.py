@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from rayswift.errors import ExportError
 from rayswift.export import pipeline
 from rayswift.export.adapter import export_adapter
 from rayswift.export.card import CARD
+from rayswift.export.written import _COMPANIONS
 from rayswift.models.adapters import add_lora, load_base
-from rayswift.models.folder import rendering_sha256
+from rayswift.models.folder import _RENDERING, rendered_otherwise, rendering_sha256
+from rayswift.models.loading import _SMALL_FILES
 from rayswift.training import checkpoint
 from tests.export_cases import export, shake, write_run
 
@@ -103,3 +106,51 @@ def test_files_laid_out_otherwise_say_the_same(base: Path) -> None:
     assert rendering_sha256(base) == before
     (base / "added_tokens.json").write_text("no JSON")
     assert rendering_sha256(base).keys() - before.keys() == {"added_tokens.json"}
+
+
+def test_files_that_nobody_reads_may_come_and_go(base: Path) -> None:
+    """Copies, other tools' files in a shared cache, and vocabularies beside a tokenizer.json."""
+    before = rendering_sha256(base)
+    others = ("tokenizer.json.bak", "tokenizer.model.v3", "tokenizer.tiktoken", "vocab.bpe", "chat_template.old")
+    for name in (*others, "old_processor_config.json", "tokenizer.model", "vocab.json"):
+        (base / name).write_text(name)
+    assert rendered_otherwise(before, base) == []
+    after = rendering_sha256(base)
+    assert not after.keys() & {*others, "old_processor_config.json"}
+    assert rendered_otherwise(before | dict.fromkeys(others, "as an older version wrote down"), base) == []
+    (base / "vocab.json").unlink()
+    assert rendered_otherwise(after, base) == []
+    (base / "tokenizer.model").write_text("which a few tokenizers read beside a tokenizer.json")
+    assert rendered_otherwise(after, base) == ["tokenizer.model"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "merges.txt"])
+def test_a_vocabulary_counts_where_there_is_no_tokenizer_json(base: Path, name: str) -> None:
+    fast = rendering_sha256(base)
+    (base / "tokenizer.json").unlink()
+    (base / name).write_text("a b")
+    assert rendered_otherwise(fast, base) == sorted((name, "tokenizer.json"))
+    slow = rendering_sha256(base)
+    assert rendered_otherwise(slow, base) == []
+    (base / name).unlink()
+    assert rendered_otherwise(slow, base) == [name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.4.0.0.json", "tekken.json", "additional_chat_templates/rag.jinja", "video_preprocessor_config.json"],
+)
+def test_whatever_else_is_read_counts_whether_it_comes_or_goes(base: Path, name: str) -> None:
+    before = rendering_sha256(base)
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).write_text("{}")
+    assert rendered_otherwise(before, base) == [name]
+    after = rendering_sha256(base)
+    (base / name).unlink()
+    assert rendered_otherwise(after, base) == [name]
+
+
+def test_every_file_that_counts_is_fetched_and_copied() -> None:
+    for name in _RENDERING:
+        assert any(fnmatchcase(name, one) for one in _SMALL_FILES), name
+        assert any(fnmatchcase(name, one) for one in _COMPANIONS), name
