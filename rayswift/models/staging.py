@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from rayswift.locks import taken
 
 _STAGED, _REPLACED = ".staged", ".replaced"
+_TRIES = 10
 
 
 @contextmanager
@@ -30,10 +32,7 @@ def staged_folder(target: str | os.PathLike[str], *, replace: bool = False) -> I
         raise FileExistsError(f"{place} exists")
     place.parent.mkdir(parents=True, exist_ok=True)
     _sweep(place)
-    stage = _beside(place, _STAGED)
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
-    with _held(stage):
+    with _fresh(place) as stage:
         try:
             yield stage
             _sync_tree(stage)
@@ -41,6 +40,19 @@ def staged_folder(target: str | os.PathLike[str], *, replace: bool = False) -> I
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
+
+
+@contextmanager
+def _fresh(place: Path) -> Iterator[Path]:
+    """A new folder beside a place, locked for the duration. Raises OSError when others sweep away each that is made."""
+    for _ in range(_TRIES):
+        stage = _beside(place, _STAGED)
+        stage.mkdir()
+        with _held(stage) as is_ours:
+            if is_ours is not False and stage.exists():  # another may have taken it for left before the lock was
+                yield stage
+                return
+    raise OSError(f"none of {_TRIES} new folders beside {place} was left there by others who write it")
 
 
 def is_empty_folder(path: str | os.PathLike[str]) -> bool:
@@ -67,12 +79,13 @@ def _swap(stage: Path, place: Path) -> None:
 
 
 def _beside(place: Path, suffix: str) -> Path:
-    return place.with_name(f".{place.name}.{os.getpid()}{suffix}")
+    """A name of this call's own: processes of several machines or containers may have the same id."""
+    return place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
 
 
 def _sweep(place: Path) -> None:
     """Remove what killed processes have left of a place. The folder there that one had moved aside comes back."""
-    left = re.compile(rf"\.{re.escape(place.name)}\.\d+({_STAGED}|{_REPLACED})")
+    left = re.compile(rf"\.{re.escape(place.name)}\.\d+(-[0-9a-f]{{8}})?({_STAGED}|{_REPLACED})")
     for folder in [entry for entry in place.parent.iterdir() if left.fullmatch(entry.name)]:
         with _held(folder) as is_ours:
             if is_ours and folder.suffix == _REPLACED and not place.exists():
@@ -82,21 +95,22 @@ def _sweep(place: Path) -> None:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[bool]:
+def _held(folder: Path) -> Iterator[bool | None]:
     """The folder's lock for the duration, by which a living process is known. Yields whether nobody else holds it.
 
-    It is nobody's to sweep where the file system has no such locks.
+    None where the file system has no such locks: it is nobody's to sweep. False too where the folder is gone.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:  # swept by another
         yield False
         return
+    is_ours: bool | None
     try:
         try:
             is_ours = taken(descriptor, 0)
         except OSError:
-            is_ours = False
+            is_ours = None
         yield is_ours
     finally:
         os.close(descriptor)

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rayswift.models import staging
 from rayswift.models.staging import staged_folder
 
 
@@ -116,3 +118,77 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / "new").rename(tmp_path / "second")
         hers.rename(mine)
     assert (tmp_path / "new/a").read_text() == "1"
+
+
+def test_processes_with_the_same_id_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of two containers, or of two machines that share a disk, may have."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with staged_folder(tmp_path / "new", replace=True) as first:
+        (first / "a").write_text("1")
+        with staged_folder(tmp_path / "new") as second:
+            (second / "b").write_text("2")
+            assert (first / "a").read_text() == "1"
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["a"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "before it is locked", "while it would be locked"])
+def test_a_new_folder_that_another_sweeps_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Between its making and its lock another process takes it for one that a killed process left."""
+    made = swept_once(monkeypatch, when)
+    with staged_folder(tmp_path / "new") as stage:
+        assert [one == stage for one in made] == [False, True]
+        (stage / "a").write_text("1")
+    assert (tmp_path / "new/a").read_text() == "1"
+
+
+def swept_once(monkeypatch: pytest.MonkeyPatch, when: str) -> list[Path]:
+    """The stages that are made, of which the first is swept."""
+    made: list[Path] = []
+    mkdir, taken = Path.mkdir, staging.taken
+
+    def making(path: Path, *args: Any, **kwargs: Any) -> None:
+        mkdir(path, *args, **kwargs)
+        if path.suffix == ".staged":
+            made.append(path)
+            if when == "before it is opened" and len(made) == 1:
+                path.rmdir()
+
+    def taking(file: int, wait_s: float) -> bool:
+        if when == "before it is opened" or len(made) != 1:
+            return taken(file, wait_s)
+        if when == "before it is locked":
+            made[0].rmdir()
+        return when == "before it is locked" and taken(file, wait_s)
+
+    monkeypatch.setattr(Path, "mkdir", making)
+    monkeypatch.setattr(staging, "taken", taking)
+    return made
+
+
+def test_who_sweeps_every_new_folder_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "taken", lambda *_: False)
+    with pytest.raises(OSError, match=r"none of 10 new folders beside .*new was left"), staged_folder(tmp_path / "new"):
+        pytest.fail("it was written to")
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> bool:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(staging, "taken", none)
+    left = tmp_path / ".new.1-0123abcd.staged"
+    left.mkdir()
+    with staged_folder(tmp_path / "new") as stage:
+        (stage / "a").write_text("1")
+    assert (tmp_path / "new/a").read_text() == "1"
+    assert left.exists()
+
+
+@pytest.mark.parametrize("name", [".new.1.staged", ".new.1-0123abcd.staged"])
+def test_what_is_left_under_older_names_goes_too(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with staged_folder(tmp_path / "new"):
+        assert not (tmp_path / name).exists()
