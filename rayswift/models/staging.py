@@ -1,17 +1,20 @@
 """A folder appears whole or not at all: it is written under another name beside its place, then renamed.
 
-What a killed process leaves beside the place goes with the next one there. Knows directories, fsync, rename and locks;
-knows nothing of what the folder holds.
+What a killed process leaves beside the place goes with the next one there of the same machine. Knows directories, fsync,
+rename and locks; knows nothing of what the folder holds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from rayswift.locks import taken
@@ -80,12 +83,25 @@ def _swap(stage: Path, place: Path) -> None:
 
 def _beside(place: Path, suffix: str) -> Path:
     """A name of this call's own: processes of several machines or containers may have the same id."""
-    return place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
+    return place.with_name(f".{place.name}.{os.getpid()}-{_machine()}-{secrets.token_hex(4)}{suffix}")
+
+
+@cache
+def _machine() -> str:
+    """8 hex digits of the running kernel: the lock of a folder holds within it, and not over NFS."""
+    try:
+        told = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:  # no Linux
+        told = str(uuid.getnode())
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
 def _sweep(place: Path) -> None:
-    """Remove what killed processes have left of a place. The folder there that one had moved aside comes back."""
-    left = re.compile(rf"\.{re.escape(place.name)}\.\d+(-[0-9a-f]{{8}})?({_STAGED}|{_REPLACED})")
+    """Remove what killed processes of this machine have left of a place.
+
+    The folder there that one had moved aside comes back. Of other machines nobody here knows who lives.
+    """
+    left = re.compile(rf"\.{re.escape(place.name)}\.\d+-{_machine()}-[0-9a-f]{{8}}({_STAGED}|{_REPLACED})")
     for folder in [entry for entry in place.parent.iterdir() if left.fullmatch(entry.name)]:
         with _held(folder) as is_ours:
             if is_ours and folder.suffix == _REPLACED and not place.exists():

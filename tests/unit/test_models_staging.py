@@ -67,6 +67,11 @@ def test_old_folder_is_put_back_when_the_rename_fails(tmp_path: Path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
 
 
+def _left(name: str) -> str:
+    """What a process of this machine stages a folder as."""
+    return f".{name}.1-{staging._machine()}-0123abcd.staged"
+
+
 _KILLED = """
 import os, signal, sys
 from rayswift.models.staging import staged_folder
@@ -111,7 +116,7 @@ def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path, dies: str
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
     with staged_folder(tmp_path / "new") as mine:
         (mine / "a").write_text("1")
-        hers = mine.rename(tmp_path / ".new.1.staged")  # as another process would have it, whose lock is this one's
+        hers = mine.rename(tmp_path / _left("new"))  # as another process would have it, whose lock is this one's
         with staged_folder(tmp_path / "new") as stage:
             assert (hers / "a").read_text() == "1"
             assert stage != hers
@@ -179,7 +184,7 @@ def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(staging, "taken", none)
-    left = tmp_path / ".new.1-0123abcd.staged"
+    left = tmp_path / _left("new")
     left.mkdir()
     with staged_folder(tmp_path / "new") as stage:
         (stage / "a").write_text("1")
@@ -187,8 +192,12 @@ def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest
     assert left.exists()
 
 
-@pytest.mark.parametrize("name", [".new.1.staged", ".new.1-0123abcd.staged"])
-def test_what_is_left_under_older_names_goes_too(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [".new.1.staged", ".new.1-0123abcd-0123abcd.staged"])
+def test_what_another_machine_writes_is_left_alone(tmp_path: Path, name: str) -> None:
+    """On a disk of both: its lock is not seen here."""
     (tmp_path / name).mkdir()
+    ours = tmp_path / _left("new")
+    ours.mkdir()
     with staged_folder(tmp_path / "new"):
-        assert not (tmp_path / name).exists()
+        assert (tmp_path / name).exists()
+        assert not ours.exists()
