@@ -22,10 +22,15 @@ _LIMITS = {
     "remainders of multipleOf": 20_000,  # it has a state for each
 }
 """What all schemas of one request may have together."""
-_PATTERN_BYTES = tuple(2**power for power in (13, 16, 20, 22))
+_PATTERN_BYTES = tuple(2**power for power in (11, 14, 17, 19, 20, 22))
 """Compiled sizes that a pattern is tried in. One letter of any script takes 85 kB, and as much for each repetition."""
-CHAR_BYTES = 2**12
-"""Compiled pattern that one step reads a character with."""
+_PLAIN_BYTES = 8
+"""What each character of a plain pattern counts when it reads. The worst found takes 25 ns a character of a text for
+it, 2 kB of [^x]*[^a][^x][^x] and so on; others a hundredth of that."""
+_ESCAPE = r"\\(?:[dDwWsSnrtfv\W]|[pP](?:[A-Z]|\{\w+\})|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})"
+_ATOM = rf"(?:[^\\\[\](){{}}|*+?^$]|{_ESCAPE}|\[\^?(?:[^\\\[\]&~-]|{_ESCAPE}|-(?!-))+\])"
+_PLAIN = re.compile(rf"\^?{_ATOM}*(?:{_ATOM}[*+?]{_ATOM}*)?\$?|\^{_ATOM}*(?:{_ATOM}\{{\d+(?:,\d*)?\}}{_ATOM}*)?\$?")
+"""Patterns of one repetition at most, and counted only from the begin: however large, few of its states are alive."""
 _IGNORES_CASE, _CLASS = re.compile(r"\(\?[a-zA-Z-]*i"), re.compile(r"\[|\\[pP]")
 SHOWN_CHARS = 80
 
@@ -89,13 +94,13 @@ def _patterns(node: dict[str, Any]) -> Iterator[tuple[str, bool]]:
 
 
 def num_read(node: dict[str, Any], value: Any) -> int:
-    """Characters of a value that patterns read, times the bytes of each pattern: what that takes at the worst."""
+    """Characters of a value that patterns read, times the bytes of each pattern that may be alive at one of them."""
     num = 0
     for pattern, is_for_names in _patterns(node):
         names = value if is_for_names and isinstance(value, dict) else ()
         texts = names if is_for_names else (value,) if isinstance(value, str) else ()
         if chars := sum(len(text) for text in texts):
-            num += chars * next((size for size in _PATTERN_BYTES if _compiles(pattern, size)), _PATTERN_BYTES[-1])
+            num += chars * _bytes_read(pattern)
     return num
 
 
@@ -117,6 +122,13 @@ def take_all(node: dict[str, Any], room: Room) -> None:
             raise ValueError(
                 f"is no JSON Schema: has no pattern, or one of over {most} bytes, in {pattern[:SHOWN_CHARS]}"
             )
+
+
+@lru_cache(maxsize=4096)
+def _bytes_read(pattern: str) -> int:
+    if _PLAIN.fullmatch(pattern):
+        return _PLAIN_BYTES * len(pattern)
+    return next((size for size in _PATTERN_BYTES if _compiles(pattern, size)), _PATTERN_BYTES[-1])
 
 
 @lru_cache(maxsize=4096)

@@ -36,9 +36,9 @@ class Function(Strict):
     parameters: Schema = Field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool | None = None
 
-    def admits(self, arguments: Any) -> bool:
-        """Whether the function may be called with these; False also for what would take too long to check."""
-        return self._schema.admits(arguments)
+    def admits(self, arguments: Any, *, if_unknown: bool) -> bool:
+        """Whether the function may be called with these; `if_unknown` where that would take too long to check."""
+        return self._schema.admits(arguments, if_unknown=if_unknown)
 
     @cached_property
     def _schema(self) -> ReadSchema:
@@ -173,12 +173,16 @@ class Calling:
         return tuple(Call(one["name"], json.dumps(one["arguments"], ensure_ascii=False)) for one in found)
 
     def written_call(self, text: str) -> Call | None:
-        """The call that a model wrote between its marks; None for what calls no tool or breaks that tool's schema."""
+        """The call that a model wrote between its marks; None for what calls no tool or breaks that tool's schema.
+
+        What takes too long to check is a call where it was demanded: the grammar has held it to the schema. Where the
+        model chose it, nothing has, and clients rely on calls that keep to it: it stays text.
+        """
         try:
             found = _parsed(text)
             arguments = found["arguments"]
             arguments = _parsed(arguments) if isinstance(arguments, str) else arguments
-            if not self._function(found["name"]).admits(arguments):
+            if not self._function(found["name"]).admits(arguments, if_unknown=self.demanded is not None):
                 return None
         except (ValueError, LookupError, TypeError, StopIteration):  # the validator's are ValueErrors
             return None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayswift.serving import schemas
-from rayswift.serving.schema_costs import Room
+from rayswift.serving.schema_costs import _PLAIN, Room
 from rayswift.serving.schemas import ReadSchema
 
 _PATTERNS = (
@@ -118,13 +118,40 @@ def test_recursive_values_are_held_to_recursive_schemas() -> None:
         (_TWICE, _inside(150)),  # doubles with every level of the value
         ({"items": {"allOf": [{} for _ in range(4000)]}}, [1] * 10_000),
         ({"patternProperties": {"a": {}, "[ab]*a[ab]{9000}c": {}}}, {"ab" * 5000: 1}),
-        ({"pattern": "[ab]*a[ab]{9000}c"}, "ab" * 5000),
+        ({"pattern": "[ab]*a[ab]{9000}c"}, "ab" * 5000), ({"pattern": "(?:a?b?){1000}[cd]"}, "ab" * 2500),
     ],
 )  # fmt: skip
 def test_what_would_take_long_to_know_is_not_admitted(schema: dict[str, Any], value: Any) -> None:
     read = _checked(schema)
     read.admits(0)
     assert min(_seconds(read, value) for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "other"),
+    [
+        (r"\S", " " * 250_000 + "x", " "), (r"^[\s\S]{1,1000}$", "é" * 1000, ""), ("^.+$", "a" * 250_000, ""),
+        ("^.{1,255}$", "a" * 255, "a" * 100_000), (r"^[\p{L} .,'-]{1,30}$", "é" * 30, "/"),
+        (r"^(?:.|\n)*$", "a\n" * 10_000, 1), (_PATTERNS[0], "a" * 1000 + "@example.org", "a" * 20_000),
+    ],
+)  # fmt: skip
+def test_ordinary_patterns_are_read_however_large_they_are_compiled(pattern: str, text: str, other: Any) -> None:
+    read = _checked({"type": "object", "additionalProperties": {"type": "string", "pattern": pattern}})
+    begin = time.monotonic()
+    assert read.admits({"a": text})
+    assert not read.admits({"a": text[:1], "b": other}, if_unknown=True)  # it is known
+    assert time.monotonic() - begin < 1
+
+
+def test_two_short_texts_of_a_large_pattern_are_read() -> None:
+    text = {"type": "string", "pattern": "^.{1,255}$"}
+    assert _checked({"properties": {"a": text, "b": text}}).admits({"a": "x" * 100, "b": "y" * 96})
+
+
+def test_a_plain_pattern_is_of_one_repetition_and_counted_from_the_begin() -> None:
+    plain = ("^.{1,999}$", r"\S", "^[a-z]{3}", r"[^<>]+$", r"^\$[\w-]{0,9}\.txt", "a?b", r"^[\p{L}\x20\u00c0]{9}")
+    others = ("[ab]{1,9}", "^.{1,99}.{1,99}$", "a?b?", "^a{3}{3}$", "a|b", "(a)", r"^\x{41}{9}", "[a&&b]")
+    assert [pattern for pattern in (*plain, *others) if _PLAIN.fullmatch(pattern)] == list(plain)
 
 
 def _seconds(read: ReadSchema, value: Any) -> float:

@@ -91,6 +91,17 @@ def test_a_demanded_call_is_the_whole_answer() -> None:
     assert _read('{"city": "Os', [], "get_weather") == ('{"city": "Os', [])  # cut at max_tokens
 
 
+def test_a_call_that_takes_too_long_to_check_is_one_only_where_a_grammar_has_held_it() -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "pattern": "(?:a?b?){1000}"}}}
+    tool = Tool.model_validate({"type": "function", "function": {"name": "get_weather", "parameters": parameters}})
+    text = _CALL.replace("Rome", "ab" * 5000)
+    for demanded, num_calls in ((None, 0), ("*", 1), ("get_weather", 1)):
+        reader = CallReader(Calling((tool,), demanded, is_written=True))
+        said, calls = reader.feed(text, is_last=True)
+        assert (said, len(calls)) == ("" if num_calls else text, num_calls)
+        assert not reader.feed(_CALL.replace('"Rome"', "5"), is_last=True)[1]  # known not to be one
+
+
 class _Server:
     def __init__(self, folder: Path, template: str, pieces: tuple[str, ...], **engine: Any) -> None:
         tokenizer = load_tokenizer(str(folder))
