@@ -1,7 +1,7 @@
 """A folder appears whole or not at all: it is written under another name beside its place, then renamed.
 
-What a killed process leaves beside the place goes with the next one there of the same machine. Knows directories, fsync,
-rename and locks; knows nothing of what the folder holds.
+What a killed process leaves beside the place goes with the next one there of the same machine. Knows directories,
+fsync, rename and locks; knows nothing of what the folder holds.
 """
 
 from __future__ import annotations
