@@ -229,7 +229,9 @@ def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     if not isinstance(raw, dict):
         raise ApiError("the body must be a JSON object", code="invalid_json")
     try:
-        return kind.model_validate(_known_fields(kind, raw), context=Room())
+        known = _known_fields(kind, raw)
+        holds = known.get("tool_choice", "auto") not in ("auto", "none") or "response_format" in known
+        return kind.model_validate(known, context=Room(holds=holds))
     except ValidationError as error:
         raise _first_problem(error) from None
 

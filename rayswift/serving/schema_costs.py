@@ -17,11 +17,12 @@ _LIMITS = {
     "patterns": 256,
     "characters of patterns": 8 * 1024,
     "character classes in patterns that ignore case": 12,  # 4 ms at each try: the case of a million characters
-    "bytes of compiled patterns": 12 * 2**20,  # 7 ms a megabyte
+    "bytes of compiled patterns": 16 * 2**20,  # 7 ms a megabyte, twice: smaller sizes are tried before
     "items that minItems and maxItems count": 50_000,  # llguidance writes each one out, and knows no end
     "remainders of multipleOf": 20_000,  # it has a state for each
 }
 """What all schemas of one request may have together."""
+_OF_GRAMMARS = ("items that minItems and maxItems count", "remainders of multipleOf")
 _PATTERN_BYTES = tuple(2**power for power in (11, 14, 17, 19, 20, 22))
 """Compiled sizes that a pattern is tried in. One letter of any script takes 85 kB, and as much for each repetition."""
 _PLAIN_BYTES = 8
@@ -36,16 +37,28 @@ SHOWN_CHARS = 80
 
 
 class Room:
-    """What is left of what the schemas of one request may have together."""
+    """What is left of what the schemas of one request may have together.
 
-    def __init__(self) -> None:
-        self._left = dict(_LIMITS)
+    `holds`: whether a grammar is made of them, which holds the answer to them; some of them cost nothing without one.
+    """
+
+    def __init__(self, *, holds: bool = True) -> None:
+        self.holds, self._left, self._patterns = holds, dict(_LIMITS), set[str]()
 
     def take(self, what: str, amount: int) -> None:
         """Raises ValueError where less is left."""
+        if what in _OF_GRAMMARS and not self.holds:
+            return
         self._left[what] -= amount
         if self._left[what] < 0:
             raise ValueError(f"makes more than {_LIMITS[what]} {what} in one request; use fewer or smaller ones")
+
+    def take_pattern(self, pattern: str) -> None:
+        """Raises ValueError where there is no room for it. It is read once for all schemas."""
+        if pattern not in self._patterns:
+            self._patterns.add(pattern)
+            self.take("patterns", 1)
+            self.take("characters of patterns", len(pattern))
 
 
 class AtOnce(NamedTuple):
@@ -104,17 +117,22 @@ def num_read(node: dict[str, Any], value: Any) -> int:
     return num
 
 
-def take_all(node: dict[str, Any], room: Room) -> None:
-    """Raises ValueError for counts and patterns for which there is no room."""
+def take_all(node: dict[str, Any], room: Room, compiled: set[str]) -> None:
+    """Raises ValueError for counts and patterns for which there is no room.
+
+    `compiled` are the patterns of the same root so far: what validates by it compiles each once.
+    """
     if num_items := num_items_of(node):
         room.take("items that minItems and maxItems count", num_items)
-    for pattern, _ in _patterns(node):
-        room.take("patterns", 1)
-        room.take("characters of patterns", len(pattern))
+    for pattern in {pattern: None for pattern, _ in _patterns(node) if pattern not in compiled}:
+        compiled.add(pattern)
+        room.take_pattern(pattern)
         if _IGNORES_CASE.search(pattern):
             room.take("character classes in patterns that ignore case", len(_CLASS.findall(pattern)))
-        for size in _PATTERN_BYTES:
-            room.take("bytes of compiled patterns", size)  # before it is tried: what does not fit has cost as much
+        for smaller, size in zip((0, *_PATTERN_BYTES), _PATTERN_BYTES, strict=False):
+            room.take(
+                "bytes of compiled patterns", size - smaller
+            )  # before it is tried: what does not fit has cost as much
             if _compiles(pattern, size):
                 break
         else:

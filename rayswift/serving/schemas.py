@@ -60,13 +60,16 @@ class ReadSchema:
             raise ValueError(f"must be at most {MAX_SCHEMA_DEPTH} levels deep")
         if len(json.dumps(self._root)) > MAX_SCHEMA_BYTES:
             raise ValueError(f"must be at most {MAX_SCHEMA_BYTES} bytes")
+        compiled = set[str]()
         for node in self._nodes(room):
             if node is not self._root:
                 self._check_part(node)
-            take_all(node, room)
-            found = self._at_once(node, MAX_SCHEMA_DEPTH)
+            take_all(node, room, compiled)
+            found = self._at_once(node, MAX_SCHEMA_DEPTH, room)
             if found.num > MAX_AT_ONCE:
                 raise ValueError(f"holds one value to more than {MAX_AT_ONCE} schemas at once, references followed")
+            if not room.holds:
+                continue
             if found.patterns > MAX_PATTERNS_AT_ONCE:
                 raise ValueError(f"holds one value to more than {MAX_PATTERNS_AT_ONCE} patterns at once")
             if found.bits > MAX_BITS_AT_ONCE:
@@ -143,7 +146,7 @@ class ReadSchema:
                     found[anchor] = node
         return found
 
-    def _at_once(self, node: dict[str, Any], levels: int) -> AtOnce:
+    def _at_once(self, node: dict[str, Any], levels: int, room: Room) -> AtOnce:
         """What a value is held to because it is held to this one.
 
         Raises ValueError below `levels`, where one that refers to itself without going into the value ends, too.
@@ -153,12 +156,12 @@ class ReadSchema:
             raise ValueError(f"combines or refers to schemas through more than {MAX_SCHEMA_DEPTH} levels for one value")
         if known is None:
             parts = [
-                (keyword, self._at_once(inner, levels - 1))
+                (keyword, self._at_once(inner, levels - 1, room))
                 for keyword, _, inner in self._parts(node)
                 if keyword in _SAME
             ]
             known = self._known[id(node)] = AtOnce(
-                num=weight(node) + _times(node) * sum(one.num for _, one in parts),
+                num=(weight(node) if room.holds else 1) + _times(node) * sum(one.num for _, one in parts),
                 levels=1 + max((one.levels for _, one in parts), default=0),
                 patterns=int(num_patterns(node) + _together(parts, "patterns")),
                 bits=bits(node) + _together(parts, "bits"),

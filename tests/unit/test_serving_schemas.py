@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayswift.serving import schemas
+from rayswift.serving.api_errors import ApiError
+from rayswift.serving.openai import ChatRequest, parse
 from rayswift.serving.schema_costs import _PLAIN, Room
 from rayswift.serving.schemas import ReadSchema
 
@@ -19,6 +21,10 @@ _PATTERNS = (
     r"^[a-zA-Z0-9._%+-]+@[a-zA-Z0-9.-]+\.[a-zA-Z]{2,}$", r"^\d{4}-\d{2}-\d{2}$", r"^\+?[1-9]\d{1,14}$",
     r"^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$",
 )  # fmt: skip
+_UUID = (
+    "^([0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[1-8][0-9a-fA-F]{3}-[89abAB][0-9a-fA-F]{3}-[0-9a-fA-F]{12}|"
+    "00000000-0000-0000-0000-000000000000|ffffffff-ffff-ffff-ffff-ffffffffffff)$"
+)  # zod's
 _TREE = {
     "$defs": {"node": {"type": "object", "properties": {"left": {"$ref": "#/$defs/node"},
                                                         "right": {"$ref": "#/$defs/node"}}}},
@@ -61,6 +67,35 @@ def test_the_tools_of_an_ordinary_request_have_room() -> None:
     room = Room()
     for _ in range(36):
         ReadSchema({"type": "object", "properties": {**properties, **others}}).check(room)
+
+
+def test_a_pattern_counts_once_in_a_request_and_its_size_once_in_a_schema() -> None:
+    room = Room()
+    for _ in range(30):
+        ReadSchema({"properties": {f"p{i}": {"pattern": _UUID} for i in range(100)}}).check(room)
+    _checked({"properties": {f"p{i}": {"pattern": rf"^.{{1,{200 + i}}}$"} for i in range(24)}})
+    large = ReadSchema({"pattern": r"\pL{40}"})
+    for _ in range(3):
+        large.check(room)
+    with pytest.raises(ValueError, match="bytes of compiled patterns"):
+        large.check(room)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"maxItems": 100_000}, {"multipleOf": 999_983}, {"allOf": [{"pattern": f"^.*a.{{{i}}}$"} for i in range(9)]},
+        {"properties": {f"p{i}": {"type": "array", "maxItems": 1000} for i in range(51)}},
+    ],
+)  # fmt: skip
+def test_what_only_a_grammar_would_pay_for_counts_only_where_one_is_made(schema: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "tools": [tool]}
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}):
+        parse(ChatRequest, json.dumps(body | choice).encode())
+    for choice in ({"tool_choice": "required"}, {"tool_choice": {"type": "function", "function": {"name": "f"}}}):
+        with pytest.raises(ApiError, match=r"items that|at once|remainders"):
+            parse(ChatRequest, json.dumps(body | choice).encode())
 
 
 @pytest.mark.parametrize(
@@ -171,7 +206,7 @@ def test_each_way_to_combine_schemas_for_one_value_counts() -> None:
 
 def _double(combined: Any) -> int:
     read = ReadSchema(combined({"type": "object"}))
-    return read._at_once(read._root, schemas.MAX_SCHEMA_DEPTH)[0] - 1
+    return read._at_once(read._root, schemas.MAX_SCHEMA_DEPTH, Room())[0] - 1
 
 
 _LEAVES = st.sampled_from([{"type": "string"}, {"type": "object"}, {"required": ["a"]}, {"$ref": "#"}, {"minItems": 1}])
