@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from rayswift.serving.schema_costs import (
     SHOWN_CHARS,
@@ -182,6 +182,34 @@ class ReadSchema:
                     break
                 waiting += [(inner, one) for one in held] * (_times(node) if keyword in _SAME else 1)
         return left >= 0
+
+
+def moved(schema: dict[str, Any], place: str) -> dict[str, Any]:
+    """A schema as it stands in another document, at a place written as a JSON pointer, its references turned there.
+
+    It is one that was checked: its root alone has an $id or $schema, which go. Anchors are referred to by their place.
+    """
+    copied: dict[str, Any] = json.loads(json.dumps(schema))
+    read = ReadSchema(copied)
+    nodes, places = read._nodes(Room(holds=False)), {id(node): at for at, node in _placed(copied, place)}
+    for node in nodes:
+        for keyword in _REFERENCES:
+            if isinstance(reference := node.get(keyword), str):
+                fragment = reference.partition("#")[2]
+                is_pointer = not fragment or unquote(fragment).startswith("/")
+                node[keyword] = "#" + (place + fragment if is_pointer else places[id(read._anchors[unquote(fragment)])])
+    for node in nodes:
+        for name in ("$anchor", "$dynamicAnchor", *(("$id", "$schema") if node is copied else ())):
+            node.pop(name, None)
+    return copied
+
+
+def _placed(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+    """(JSON pointer as a fragment has it, container) for a value and all in it."""
+    if isinstance(value, dict | list):
+        yield at, value
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _placed(one, f"{at}/{quote(str(key).replace('~', '~0').replace('/', '~1'), safe='~')}")
 
 
 def _together(parts: Sequence[tuple[str, AtOnce]], what: str) -> float:

@@ -19,7 +19,7 @@ from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from rayswift.serving.formats import Schema, Strict
-from rayswift.serving.schemas import ReadSchema
+from rayswift.serving.schemas import ReadSchema, moved
 
 MAX_TOOLS, MAX_CALLS, MAX_ARGUMENT_CHARS = 64, 64, 256 * 1024
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -151,13 +151,15 @@ class Calling:
         calls = [
             {
                 "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": tool.function.parameters},
+                "properties": {"name": {"const": tool.function.name}, "arguments": {"$ref": f"#/$defs/tool_{number}"}},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            for tool in self.tools
+            for number, tool in enumerate(self.tools)
         ]
-        return json.dumps({"type": "array", "minItems": 1, "maxItems": MAX_CALLS, "items": {"anyOf": calls}})
+        own = {f"tool_{i}": moved(tool.function.parameters, f"/$defs/tool_{i}") for i, tool in enumerate(self.tools)}
+        items = {"anyOf": calls}
+        return json.dumps({"type": "array", "minItems": 1, "maxItems": MAX_CALLS, "items": items, "$defs": own})
 
     def _function(self, name: str) -> Function:
         return next(tool.function for tool in self.tools if tool.function.name == name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema_rs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,6 +90,30 @@ def test_a_demanded_call_is_the_whole_answer() -> None:
     many = json.dumps([{"name": "get_weather", "arguments": {"city": "Rome"}}] * 2)
     assert _read(many, [9], "*")[1] == [("get_weather", {"city": "Rome"})] * 2
     assert _read('{"city": "Os', [], "get_weather") == ('{"city": "Os', [])  # cut at max_tokens
+
+
+_REFERRING: list[tuple[dict[str, Any], Any, Any]] = [
+    ({"$defs": {"X": {"type": "string"}}, "properties": {"a": {"$ref": "#/$defs/X"}}}, {"a": "x"}, {"a": 1}),
+    ({"$defs": {"X": {"type": "integer"}}, "properties": {"a": {"$ref": "#/$defs/X"}}}, {"a": 1}, {"a": "x"}),
+    ({"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"X": {"enum": [5]}},
+      "properties": {"a": {"$ref": "#/definitions/X"}}}, {"a": 5}, {"a": 6}),
+    ({"type": "object", "properties": {"a": {"$ref": "#"}}, "additionalProperties": False}, {"a": {}}, {"a": {"b": 1}}),
+    ({"$id": "https://example.org/s", "$defs": {"X": {"$anchor": "here", "const": 7}},
+      "properties": {"a": {"$ref": "#here"}, "b": {"$ref": "https://example.org/s#/$defs/X"}}},
+     {"a": 7, "b": 7}, {"b": 8}),
+    ({"$defs": {"a b/c%": {"const": 7}}, "properties": {"a": {"$ref": "#/$defs/a%20b~1c%25"}}}, {"a": 7}, {"a": 8}),
+    ({"properties": {"$ref": {"type": "string"}, "a": {"const": {"$ref": "#/x"}}}},
+     {"$ref": "#", "a": {"$ref": "#/x"}}, {"a": {"$ref": "#/$defs/tool_6/x"}}),
+]  # fmt: skip
+
+
+def test_references_of_any_of_the_tools_lead_into_their_own_schemas() -> None:
+    functions = [{"name": f"f{i}", "parameters": schema} for i, (schema, _, _) in enumerate(_REFERRING)]
+    tools = tuple(Tool.model_validate({"type": "function", "function": function}) for function in functions)
+    schema = json.loads(str(Calling(tools, "*").schema_text))
+    for i, (_, valid, invalid) in enumerate(_REFERRING):
+        assert jsonschema_rs.is_valid(schema, [{"name": f"f{i}", "arguments": valid}]), i
+        assert not jsonschema_rs.is_valid(schema, [{"name": f"f{i}", "arguments": invalid}]), i
 
 
 def test_a_call_that_takes_too_long_to_check_is_one_only_where_a_grammar_has_held_it() -> None:
