@@ -32,6 +32,8 @@ _ESCAPE = r"\\(?:[dDwWsSnrtfv\W]|[pP](?:[A-Z]|\{\w+\})|x[0-9a-fA-F]{2}|u[0-9a-fA
 _ATOM = rf"(?:[^\\\[\](){{}}|*+?^$]|{_ESCAPE}|\[\^?(?:[^\\\[\]&~-]|{_ESCAPE}|-(?!-))+\])"
 _PLAIN = re.compile(rf"\^?{_ATOM}*(?:{_ATOM}[*+?]{_ATOM}*)?\$?|\^{_ATOM}*(?:{_ATOM}\{{\d+(?:,\d*)?\}}{_ATOM}*)?\$?")
 """Patterns of one repetition at most, and counted only from the begin: however large, few of its states are alive."""
+_UNREAD = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\(?:[1-9]|k<)")
+"""What a pattern may have elsewhere and not here, where it takes time in proportion to the text."""
 _IGNORES_CASE, _CLASS = re.compile(r"\(\?[a-zA-Z-]*i"), re.compile(r"\[|\\[pP]")
 SHOWN_CHARS = 80
 
@@ -136,6 +138,11 @@ def take_all(node: dict[str, Any], room: Room, compiled: set[str]) -> None:
             if _compiles(pattern, size):
                 break
         else:
+            if _UNREAD.search(pattern):
+                raise ValueError(
+                    "has a pattern with lookaround or a backreference, which are not supported; leave it out: "
+                    + pattern[:SHOWN_CHARS]
+                )
             most = _PATTERN_BYTES[-1]
             raise ValueError(
                 f"is no JSON Schema: has no pattern, or one of over {most} bytes, in {pattern[:SHOWN_CHARS]}"

@@ -125,6 +125,14 @@ def test_what_stands_where_only_a_reference_leads_counts() -> None:
         _checked(named)
 
 
+@pytest.mark.parametrize("pattern", [r"^(?!\.)a", r"a(?<=b)", r"(a)\1", r"(?<n>a)\k<n>"])
+def test_a_pattern_that_cannot_be_read_in_bounded_time_is_named_as_that(pattern: str) -> None:
+    with pytest.raises(ValueError, match="lookaround or a backreference, which are not supported"):
+        _checked({"pattern": pattern})
+    with pytest.raises(ValueError, match="has no pattern"):
+        _checked({"pattern": "("})
+
+
 def test_a_room_that_is_full_lets_nothing_more_be_read() -> None:
     room, read = Room(), ReadSchema({"allOf": [{} for _ in range(4000)]})
     for _ in range(2):
