@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextvars import ContextVar
+from math import inf
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -18,6 +20,15 @@ from rayswift.serving.engine import Delta, Engine, Request
 T = TypeVar("T")
 BODY_TIMEOUT_S = 60.0
 """In which the whole body must have arrived: who sends a byte now and then holds a request of the replica."""
+DEADLINE: ContextVar[float] = ContextVar("deadline", default=inf)
+"""That of the request which a task works for. Work that is cancelled tells by it whether the client has ended it."""
+
+
+def deadline_in(seconds: float) -> float:
+    """The deadline of a request that begins now, by the clock of the event loop; its tasks have it in DEADLINE."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    DEADLINE.set(deadline)
+    return deadline
 
 
 async def read_json(http: HttpRequest, max_bytes: int, deadline: float) -> bytes:

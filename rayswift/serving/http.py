@@ -102,7 +102,7 @@ class Endpoint:
         """One model."""
         name = request.path_params["name"]
         self._find(request, name)
-        deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
+        deadline = flow.deadline_in(self._spec.request_timeout_s)
         adapter = await self._adapter(request, name, deadline)
         return JSONResponse(self._card(name, self._base(name) if adapter else None))
 
@@ -133,7 +133,7 @@ class Endpoint:
             raise streams.told(error) from error
 
     async def _answer(self, http: HttpRequest, kind: type[AnyRequest]) -> Response:
-        deadline = asyncio.get_running_loop().time() + self._spec.request_timeout_s
+        deadline = flow.deadline_in(self._spec.request_timeout_s)
         body = await flow.read_json(http, self._max_body_bytes(kind), deadline)
         request = openai.parse(kind, body)
         if isinstance(request, ChatRequest) and request.num_chars > self._spec.max_body_bytes:

@@ -139,8 +139,9 @@ class Policy:
         failed, ended = candidate.failed + hanging, candidate.ended + hanging
         if failed <= self.max_error_rate * max(ended, self.min_requests):
             return None
+        late = f", {candidate.late} of them by taking longer than request_timeout_s" if candidate.late else ""
         how = f", {hanging} of them by waiting more than {bound_s:.0f} s for a token" if hanging else ""
-        return RollBack(f"{failed} of its {ended} answers failed{how}")
+        return RollBack(f"{failed} of its {ended} answers failed{late}{how}")
 
     def _slower(self, candidate: Tally, live: Tally) -> RollBack | None:
         pairs = (("first token", candidate.first, live.first), ("whole answer", candidate.whole, live.whole))

@@ -19,8 +19,8 @@ class Tally:
 
     `first` and `whole` count the seconds to the first token and to the last, by bucket; `waits` those for which answers
     that run have waited for their next token so far, and for which those that were abandoned had. A request that was
-    refused as its client's fault is answered; one whose client went away, that ran out of time or that was refused for
-    want of a place is abandoned.
+    refused as its client's fault is answered; one whose client went away or that was refused for want of a place is
+    abandoned; one that the server's own deadline has ended failed, and is one of those that were `late`.
     """
 
     started: int = 0
@@ -30,6 +30,7 @@ class Tally:
     first: tuple[int, ...] = _NONE_YET
     whole: tuple[int, ...] = _NONE_YET
     waits: tuple[int, ...] = _NONE_YET
+    late: int = 0
 
     @property
     def ended(self) -> int:
@@ -58,6 +59,7 @@ class Tally:
             _sum(self.first, other.first, sign),
             _sum(self.whole, other.whole, sign),
             _sum(self.waits, other.waits, sign),
+            self.late + sign * other.late,
         )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from rayswift.errors import ServeError
 from rayswift.serving.api_errors import ApiError, unknown_version
 from rayswift.serving.engine import Delta, Embedding, Engine, Refused, Request
+from rayswift.serving.flow import DEADLINE
 from rayswift.serving.served import ServedModel
 from rayswift.serving.tallies import Tally, counted
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _LATE_S = 30.0
 """What lies between the choice of a version and the beginning of an answer at most: its prompt is made."""
+_EARLY_S = 0.002
+"""How much too soon an event loop may end what waits: uvloop counts in milliseconds."""
 _T = TypeVar("_T")
 
 
@@ -35,6 +38,9 @@ class _Answer:
     began: float
     waits_since: float | None
     """When its next token was asked for; None while that one is read."""
+    deadline: float
+    is_late: bool = False
+    """Whether its deadline passed while a token was waited for. Where one was being read, its client was slow."""
     first_s: float | None = None
     outcome: Literal["answered", "failed", "abandoned"] = "abandoned"
     patience: asyncio.Timeout | None = None
@@ -84,14 +90,17 @@ class CountedEngine:
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         answer, deltas = self._begin(), self.inner.generate(request)
+        asked_at = answer.began
         try:
             delta = await self._first(answer, anext(deltas, None))
             while delta is not None:
+                if asked_at < answer.deadline <= self._heard_at:
+                    answer.is_late = True
                 if delta.finish_reason is not None:
                     answer.outcome = "answered"  # before it is taken: who has the end of an answer asks for no more
                 answer.waits_since = None
                 yield delta
-                answer.waits_since = time.monotonic()
+                answer.waits_since = asked_at = time.monotonic()
                 delta = await anext(deltas, None)
                 self._heard_at = time.monotonic()
             answer.outcome = "answered"
@@ -160,13 +169,17 @@ class CountedEngine:
 
     def _begin(self) -> _Answer:
         self._counts = replace(self._counts, started=self._counts.started + 1)
-        answer = _Answer(began := time.monotonic(), began)
+        answer = _Answer(began := time.monotonic(), began, DEADLINE.get())
         self._running.add(answer)
         return answer
 
     def _end(self, answer: _Answer) -> None:
         self._running.discard(answer)
         now, then = time.monotonic(), self._counts
+        waits_since = math.inf if answer.waits_since is None else answer.waits_since
+        late = answer.is_late or waits_since < answer.deadline <= now + _EARLY_S
+        if answer.outcome == "abandoned" and late:
+            answer.outcome, then = "failed", replace(then, late=then.late + 1)
         counts = replace(then, **{answer.outcome: getattr(then, answer.outcome) + 1})
         if answer.outcome == "abandoned" and answer.waits_since is not None:
             counts = replace(counts, waits=counted(counts.waits, now - answer.waits_since))

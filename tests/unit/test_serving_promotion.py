@@ -60,6 +60,11 @@ def test_an_answer_that_waits_too_long_for_a_token_has_failed() -> None:
     assert policy.decide(Window(60, replace(_tally(299), waits=hangs.waits), _tally(50))) == Advance()
 
 
+def test_what_misses_the_deadline_is_told() -> None:
+    found = _POLICY.decide(Window(1, replace(_tally(18, failed=3), late=2), _tally(50)))
+    assert found == RollBack("3 of its 21 answers failed, 2 of them by taking longer than request_timeout_s")
+
+
 def test_a_slow_version_goes_back_before_the_step_ends() -> None:
     found = _POLICY.decide(Window(5, _tally(20, seconds=0.5), _tally(20, seconds=0.2)))
     assert isinstance(found, RollBack)

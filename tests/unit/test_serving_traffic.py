@@ -20,6 +20,7 @@ from rayswift.serving import traffic
 from rayswift.serving.admission import Admission
 from rayswift.serving.api_errors import overloaded
 from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Request, Sampling
+from rayswift.serving.flow import DEADLINE, choice_deltas, deadline_in
 from rayswift.serving.http import build_asgi
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.served import ServedModel
@@ -56,7 +57,7 @@ def test_quantiles_are_upper_edges() -> None:
 
 def test_tallies_add_and_subtract() -> None:
     early = Tally(3, 1, 1, 0, counted(Tally().first, 0.1), counted(Tally().whole, 1))
-    more = Tally(1, 2, 0, 0, waits=counted(Tally().waits, 3))
+    more = Tally(1, 2, 0, 0, waits=counted(Tally().waits, 3), late=1)
     late = early + more
     assert late - early == more
     assert (late.ended, late.running) == (4, 0)
@@ -389,6 +390,88 @@ def test_a_request_that_was_meant_for_a_replaced_version_is_answered(tiny_model_
     pair.old.generate = ended  # type: ignore[method-assign]
     (reply,) = pair.ask()
     assert (reply.status_code, reply.headers["X-RaySwift-Version"]) == (200, _NEW)
+
+
+@pytest.mark.parametrize(("stream", "num_choices"), [(False, 1), (True, 1), (False, 2), (True, 2)])
+def test_an_answer_that_our_own_deadline_ends_is_a_failure_of_its_version(
+    tiny_model_dir: Path, stream: bool, num_choices: int
+) -> None:
+    engine = CountedEngine(_Hanging(num_tokens=3))
+    model = ServedModel(engine, PromptBuilder(load_tokenizer(str(tiny_model_dir))), Admission(4, 4), _NEW)
+    versions = Versions({_NEW: model}, {_NEW: 1}, _NEW)
+    app = build_asgi(ServeSpec(models={"m": "unused"}, request_timeout_s=0.3), {"m": versions})
+
+    async def scenario() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            body = {"model": "m", "prompt": "x", "stream": stream, "n": num_choices}
+            return await client.post("/v1/completions", json=body)
+
+    reply = asyncio.run(scenario())
+    assert "the answer took longer than this server allows" in reply.text
+    assert (engine.tally.started, engine.tally.failed, engine.tally.late) == (num_choices,) * 3
+    assert (engine.tally.abandoned, engine.tally.running, model.admission.in_flight) == (0, 0, 0)
+
+
+def test_a_vector_that_our_own_deadline_ends_is_a_failure_of_its_version(tiny_model_dir: Path) -> None:
+    engine = CountedEngine(_Hanging(embedding=Embedding(2)))
+    model = ServedModel(engine, PromptBuilder(load_tokenizer(str(tiny_model_dir))), Admission(1, 4), _NEW)
+    versions = Versions({_NEW: model}, {_NEW: 1}, _NEW)
+    app = build_asgi(ServeSpec(models={"m": "unused"}, request_timeout_s=0.1), {"m": versions})
+
+    async def scenario() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.post("/v1/embeddings", json={"model": "m", "input": ["x", "x"]})
+
+    assert asyncio.run(scenario()).status_code == 503
+    assert (engine.tally.started, engine.tally.failed, engine.tally.late, engine.tally.abandoned) == (1, 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("token_s", "reader_s", "is_late"), [(20, 0, True), (60, 0, True), (0, 20, False), (9, 0, False)]
+)
+def test_only_a_deadline_that_passes_while_a_token_is_waited_for_is_missed(
+    clock: _Clock, token_s: float, reader_s: float, is_late: bool
+) -> None:
+    class Steady(FakeEngine):
+        async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+            while True:
+                clock.now += token_s
+                yield Delta("x", 1)
+
+    async def scenario() -> None:
+        DEADLINE.set(clock.now + 50)
+        engine = CountedEngine(Steady())
+        deltas = engine.generate(_REQUEST)
+        for _ in range(5):
+            await anext(deltas)
+            clock.now += reader_s
+        await deltas.aclose()  # later than the deadline, as a busy event loop may be, or by the client
+        assert (engine.tally.failed, engine.tally.late, engine.tally.abandoned) == (is_late, is_late, not is_late)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_what_a_client_leaves_is_no_failure(num_choices: int) -> None:
+    async def scenario() -> None:
+        engine = CountedEngine(_Hanging(num_tokens=3))
+        leaving = choice_deltas(engine, [_REQUEST] * num_choices, deadline_in(60))
+        await anext(leaving)
+        await leaving.aclose()  # between two tokens
+        asking = choice_deltas(engine, [_REQUEST] * num_choices, deadline_in(60))
+        waits = asyncio.create_task(_all(asking))
+        while engine.tally.started < 2 * num_choices:
+            await asyncio.sleep(0)
+        waits.cancel()  # while a token is waited for
+        await asyncio.gather(waits, return_exceptions=True)
+        assert (engine.tally.abandoned, engine.tally.failed, engine.tally.running) == (2 * num_choices, 0, 0)
+
+    asyncio.run(scenario())
+
+
+async def _all(deltas: AsyncGenerator[tuple[int, Delta], None]) -> None:
+    async for _ in deltas:
+        pass
 
 
 def test_health_is_good_while_one_version_is_well(tiny_model_dir: Path) -> None:
