@@ -6,7 +6,7 @@ Knows counts and answers. Who shifts the traffic, and how, is known by `serving/
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 import numpy as np
@@ -29,6 +29,8 @@ class Window:
     elapsed_s: float
     candidate: Tally
     live: Tally
+    live_before: Tally = field(default_factory=Tally)
+    """Of the live version until then: what its latencies are where it has had little traffic beside the candidate."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Hold:
 
 @dataclass(frozen=True)
 class Advance:
-    """The step has passed."""
+    """The step has passed. `unjudged` says what could not be looked at, and why; mostly empty."""
+
+    unjudged: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,15 +114,19 @@ class Policy:
         failing = self._failing(candidate, live)
         if failing is not None:
             return failing
-        enough = candidate.ended >= self.min_requests
-        if enough and live.ended >= self.min_requests:
-            slow = self._slower(candidate, live)
+        enough, known = candidate.ended >= self.min_requests, live
+        if live.answered < self.min_requests:
+            known = live + window.live_before
+        is_comparable = known.answered >= max(1, self.min_requests)
+        if enough and is_comparable:
+            slow = self._slower(candidate, known)
             if slow is not None:
                 return slow
         if window.elapsed_s < self.step_s:
             return Hold()
         if enough:
-            return Advance()
+            few = f"latency, for the live version has {known.answered} answers to compare with"
+            return Advance("" if is_comparable else few)
         if window.elapsed_s < self.step_s + self.max_wait_s:
             return Hold(needs_requests=True)
         few = f"{candidate.ended} of {self.min_requests} answers in {window.elapsed_s:.0f} s"

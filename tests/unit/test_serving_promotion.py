@@ -70,8 +70,20 @@ def test_a_slow_version_goes_back_before_the_step_ends() -> None:
     assert isinstance(found, RollBack)
     assert "p50 to the first token" in found.reason
     # With too few of the live version there is nothing to compare with, and milliseconds are no difference.
-    assert _POLICY.decide(Window(60, _tally(20, seconds=0.5), _tally(19))) == Advance()
+    unjudged = Advance("latency, for the live version has 19 answers to compare with")
+    assert _POLICY.decide(Window(60, _tally(20, seconds=0.5), _tally(19))) == unjudged
     assert _POLICY.decide(Window(60, _tally(20, seconds=0.009), _tally(20, seconds=0.003))) == Advance()
+
+
+def test_a_live_version_without_traffic_beside_the_candidate_is_compared_as_it_was_before() -> None:
+    """As with --steps 1, where it has none from the first moment on."""
+    slow = Window(60, _tally(20, seconds=0.5), _tally(0), _tally(20))
+    found = _POLICY.decide(slow)
+    assert isinstance(found, RollBack)
+    assert "p50 to the first token is" in found.reason
+    assert _POLICY.decide(replace(slow, live_before=_tally(20, seconds=0.5))) == Advance()
+    # What it takes now is what counts, where enough is known of that.
+    assert _POLICY.decide(replace(slow, live=_tally(20, seconds=0.5))) == Advance()
 
 
 @given(st.integers(0, 60), st.integers(0, 5), st.integers(0, 60), st.floats(0, 200), st.floats(0.01, 3))
