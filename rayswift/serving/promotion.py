@@ -21,6 +21,9 @@ _WAIT_RATIO = 2.0
 _ANSWER_RATIO, _LEAST_ANSWER_S = 4.0, 60.0
 """The same of whole answers, which differ in length too, and what any may take: a first one may warm its engine up."""
 
+_LEFT_MARGIN, _LEFT_ERRORS = 0.2, 4.0
+"""How many more answers may be abandoned, as a fraction and in standard errors, for it is looked at all the time."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -31,6 +34,8 @@ class Window:
     live: Tally
     live_before: Tally = field(default_factory=Tally)
     """Of the live version until then: what its latencies are where it has had little traffic beside the candidate."""
+    beside: Tally = field(default_factory=Tally)
+    """Of the live version since this step began."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class Policy:
     def decide(self, window: Window) -> Hold | Advance | RollBack:
         """What to do now. Errors are acted on at once, latencies as soon as there are enough of both versions."""
         candidate, live = window.candidate, window.live
-        failing = self._failing(candidate, live)
+        failing = self._failing(candidate, live) or self._left(candidate, window.beside)
         if failing is not None:
             return failing
         enough, known = candidate.ended >= self.min_requests, live
@@ -150,6 +155,20 @@ class Policy:
         late = f", {candidate.late} of them by taking longer than request_timeout_s" if candidate.late else ""
         how = f", {hanging} of them by waiting more than {bound_s:.0f} s for a token" if hanging else ""
         return RollBack(f"{failed} of its {ended} answers failed{late}{how}")
+
+    def _left(self, candidate: Tally, beside: Tally) -> RollBack | None:
+        """Far more answers that their clients gave up than the live version has in the same time."""
+        mine, theirs = candidate.started, beside.started
+        if min(mine, theirs) < max(1, self.min_requests):
+            return None
+        both = min(1.0, (candidate.abandoned + beside.abandoned) / (mine + theirs))
+        noise = (both * (1 - both) * (1 / mine + 1 / theirs)) ** 0.5
+        new, old = candidate.abandoned / mine, beside.abandoned / theirs
+        if new - old <= max(_LEFT_MARGIN, _LEFT_ERRORS * noise):
+            return None
+        return RollBack(
+            f"{new:.0%} of its answers were abandoned before their end, beside {old:.0%} of the live version's"
+        )
 
     def _slower(self, candidate: Tally, live: Tally) -> RollBack | None:
         pairs = (("first token", candidate.first, live.first), ("whole answer", candidate.whole, live.whole))

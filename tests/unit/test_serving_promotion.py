@@ -86,6 +86,23 @@ def test_a_live_version_without_traffic_beside_the_candidate_is_compared_as_it_w
     assert _POLICY.decide(replace(slow, live=_tally(20, seconds=0.5))) == Advance()
 
 
+def test_a_version_that_its_clients_give_up_goes_back() -> None:
+    def left(abandoned: int, started: int) -> Tally:
+        return Tally(started, started - abandoned, abandoned=abandoned)
+
+    def found(mine: Tally, beside: Tally) -> object:
+        return _POLICY.decide(Window(1, mine, Tally(), beside=beside))
+
+    assert found(left(20, 40), left(5, 100)) == RollBack(
+        "50% of its answers were abandoned before their end, beside 5% of the live version's"
+    )
+    # Chance, a little more, too few, and a job of many requests that is stopped, at both.
+    for mine, beside in [(left(12, 20), left(30, 100)), (left(150, 1000), left(10, 1000)),
+                         (left(19, 19), left(0, 100)), (left(20, 20), left(0, 19)),
+                         (left(90, 100), left(80, 90))]:  # fmt: skip
+        assert found(mine, beside) == Hold()
+
+
 @given(st.integers(0, 60), st.integers(0, 5), st.integers(0, 60), st.floats(0, 200), st.floats(0.01, 3))
 def test_no_step_passes_early_or_with_more_errors_than_allowed(
     answered: int, failed: int, live: int, elapsed_s: float, seconds: float
