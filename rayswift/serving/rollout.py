@@ -160,7 +160,9 @@ class Rollout:
             if seen.route.weights != route.weights:
                 raise PromotionError("the traffic was given back, for this process was not heard of in time")
             mine = seen.tallies.get(version, Tally()) - start.get(version, Tally())
-            window = Window(time.monotonic() - began, mine, seen.tallies.get(route.live, Tally()) - live_before)
+            live = seen.tallies.get(route.live, Tally())
+            beside = live - start.get(route.live, Tally())
+            window = Window(time.monotonic() - began, mine, live - live_before, live_before, beside)
             decision = policy.decide(window)
             if isinstance(decision, RollBack):
                 raise PromotionError(decision.reason)
@@ -170,7 +172,8 @@ class Rollout:
                     is_told = True
                 time.sleep(_POLL_S)
                 continue
-            self._say(f"passed: {mine.answered} answered, {mine.failed} failed in {window.elapsed_s:.0f} s")
+            but = f"; could not judge {decision.unjudged}" if decision.unjudged else ""
+            self._say(f"passed: {mine.answered} answered, {mine.failed} failed in {window.elapsed_s:.0f} s{but}")
             return
 
     def _go_back(self, route: Route, version: str, target: Target, reason: str) -> None:
@@ -228,10 +231,7 @@ class Rollout:
             self._say(f"{target.app} ends after the answers that it still gives")
 
     def _settle(self) -> None:
-        """Returns when the fronts route as the board says, or have had the time to tell it how they do.
-
-        One that Ray has started anew has the routes of the endpoint's start until then.
-        """
+        """Returns when the fronts route as the board says, or had the time to tell one that Ray has started anew."""
         deadline = time.monotonic() + _SETTLE_S
         while not self._watch().in_force and time.monotonic() < deadline:
             time.sleep(_POLL_S)
