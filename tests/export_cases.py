@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from rayswift.config.job import AdapterSpec, Job
 from rayswift.export import pipeline
+from rayswift.models.adapters import add_lora, load_base
 from rayswift.models.folder import rendering_sha256
 from rayswift.training import checkpoint
 
@@ -55,3 +56,12 @@ def write_run(
     )  # fmt: skip
     (folder / checkpoint.MANIFEST).write_text(manifest.model_dump_json())
     return job
+
+
+def write_lora_run(run: Path, base: Path, size: float) -> Job:
+    """`write_run` of a LoRA on a base, shaken by `size`."""
+    spec = AdapterSpec(rank=4)
+    model = add_lora(load_base(str(base)), spec, seed=0)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    shake(weights, size)
+    return write_run(run, base, weights, spec)

@@ -80,8 +80,8 @@ class AdapterStore:
         return Adapter(name, folder)
 
     async def _found(self, look: Future[str]) -> str:
-        """What a search finds in the end. Raises ApiError (503) where too many wait already."""
-        if self._num_waiting >= _MAX_WAITING:
+        """What a search finds in the end. Raises ApiError (503) where too many wait for a storage already."""
+        if self._is_remote and self._num_waiting >= _MAX_WAITING:
             raise _silent()
         self._num_waiting += 1
         try:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from decimal import Decimal
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 _LIMITS = {
@@ -126,15 +127,14 @@ def take_all(node: dict[str, Any], room: Room, compiled: set[str]) -> None:
     """
     if num_items := num_items_of(node):
         room.take("items that minItems and maxItems count", num_items)
-    for pattern in {pattern: None for pattern, _ in _patterns(node) if pattern not in compiled}:
+    for pattern in dict.fromkeys(pattern for pattern, _ in _patterns(node) if pattern not in compiled):
         compiled.add(pattern)
         room.take_pattern(pattern)
         if _IGNORES_CASE.search(pattern):
             room.take("character classes in patterns that ignore case", len(_CLASS.findall(pattern)))
-        for smaller, size in zip((0, *_PATTERN_BYTES), _PATTERN_BYTES, strict=False):
-            room.take(
-                "bytes of compiled patterns", size - smaller
-            )  # before it is tried: what does not fit has cost as much
+        for smaller, size in pairwise((0, *_PATTERN_BYTES)):
+            # before it is tried: what does not fit has cost as much
+            room.take("bytes of compiled patterns", size - smaller)
             if _compiles(pattern, size):
                 break
         else:

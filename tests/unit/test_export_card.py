@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from rayswift.config.job import AdapterSpec
 from rayswift.data.stream_json import stream_json
 from rayswift.export.card import CARD, CURVES, card_of
 from rayswift.export.manifest import Evaluation, read_valid
 from rayswift.export.quantize import QuantizeSpec
-from rayswift.models.adapters import add_lora, load_base
 from rayswift.training import checkpoint
 from tests.data_cases import plan_of
-from tests.export_cases import export, shake, write_run
+from tests.export_cases import export, write_lora_run
 
 LEDGER = {"fingerprint": "f" * 64, "chunk": -1, "sequence": 0, "rows_visited": 9, "rows_trained": 8,
           "rows_quarantined": 1, "tokens": 77}  # fmt: skip
@@ -25,12 +23,8 @@ LEDGER = {"fingerprint": "f" * 64, "chunk": -1, "sequence": 0, "rows_visited": 9
 @pytest.fixture
 def run(tmp_path: Path, tiny_model_dir: Path) -> Path:
     """A LoRA run with a ledger, the plan of its stream, a loss curve, and two evaluations, one of another step."""
-    spec = AdapterSpec(rank=4)
-    model = add_lora(load_base(str(tiny_model_dir)), spec, seed=0)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-    shake(weights, 0.1)
     folder = tmp_path / "runs" / "lora"
-    write_run(folder, tiny_model_dir, weights, spec)
+    write_lora_run(folder, tiny_model_dir, 0.1)
     file = folder / checkpoint.folder_name(7) / checkpoint.MANIFEST
     file.write_text(json.dumps(json.loads(file.read_text()) | {"ledger": LEDGER}))
     rows = tmp_path / "rows.jsonl"

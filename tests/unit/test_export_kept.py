@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from rayswift import api, cli
-from rayswift.config.job import AdapterSpec
 from rayswift.errors import ExportError
 from rayswift.evaluation.report import EvalReport, Target, text_of
 from rayswift.export import kept, manifest
@@ -22,9 +21,9 @@ from rayswift.export.adapter import export_adapter
 from rayswift.export.adapter_record import read as read_adapter
 from rayswift.export.manifest import MANIFEST, Evaluation, read, read_valid
 from rayswift.export.pipeline import export
-from rayswift.models.adapters import add_lora, load_base
+from rayswift.models.adapters import load_base
 from rayswift.serving.versions import version_of
-from tests.export_cases import shake, write_run
+from tests.export_cases import shake, write_lora_run, write_run
 
 CHAT = {"messages": [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "It is 2, and no more."}]}
 NUM_WRITERS = 6
@@ -245,11 +244,8 @@ def test_a_file_that_nobody_announced_is_refused_as_before(out: Path) -> None:
 
 
 def test_an_adapter_exported_alone_keeps_its_evaluation(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
-    spec, run, out = AdapterSpec(rank=4), tmp_path / "runs" / "lora", tmp_path / "adapter"
-    model = add_lora(load_base(str(tiny_model_dir)), spec, seed=0)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-    shake(weights, 0.1)
-    write_run(run, tiny_model_dir, weights, spec)
+    run, out = tmp_path / "runs" / "lora", tmp_path / "adapter"
+    write_lora_run(run, tiny_model_dir, 0.1)
     export_adapter(str(run), str(out))
     version = kept.version_evaluated(out)
     report = api.evaluate(str(out), str(rows), max_new_tokens=0)

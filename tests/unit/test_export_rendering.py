@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
-from rayswift.config.job import AdapterSpec
 from rayswift.errors import ExportError
 from rayswift.export import pipeline
 from rayswift.export.adapter import export_adapter
 from rayswift.export.card import CARD
 from rayswift.export.written import _COMPANIONS
-from rayswift.models.adapters import add_lora, load_base
 from rayswift.models.folder import _RENDERING, rendered_otherwise, rendering_sha256
 from rayswift.models.loading import _SMALL_FILES
 from rayswift.training import checkpoint
-from tests.export_cases import export, shake, write_run
+from tests.export_cases import export, write_lora_run
 
 TEMPLATE = "chat_template.jinja"
 
@@ -31,11 +30,7 @@ def base(tmp_path: Path, tiny_model_dir: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, base: Path) -> Path:
-    spec = AdapterSpec(rank=4)
-    model = add_lora(load_base(str(base)), spec, seed=0)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-    shake(weights, 0.2)
-    write_run(tmp_path / "runs/lora", base, weights, spec)
+    write_lora_run(tmp_path / "runs/lora", base, 0.2)
     return tmp_path / "runs/lora"
 
 
@@ -58,14 +53,12 @@ def add_processor(base: Path) -> None:
     [(change_template, TEMPLATE), (change_tokenizer, "tokenizer.json"), (add_processor, "preprocessor_config.json")],
 )
 def test_a_base_that_renders_otherwise_than_in_training_is_refused_before_any_work(
-    tmp_path: Path, base: Path, run: Path, monkeypatch: pytest.MonkeyPatch, change: object, name: str
+    tmp_path: Path, base: Path, run: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], name: str
 ) -> None:
     export_adapter(str(run), str(tmp_path / "adapter"))
     export(str(run), str(tmp_path / "good"), verify=False)
-    export(
-        str(tmp_path / "good"), str(tmp_path / "copy"), verify=False
-    )  # which has the files as they were trained with
-    change(base)  # type: ignore[operator]
+    export(str(tmp_path / "good"), str(tmp_path / "copy"), verify=False)  # which has the files as trained with
+    change(base)
     monkeypatch.setattr(pipeline, "build", lambda *_: pytest.fail("it was built"))
     for source, told in ((run, "step-00000007"), (tmp_path / "adapter", "adapter")):
         rule = rf"model\.path={base} has another {name} than .*{told} was trained with; put the base back as it was"

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayswift import api, cli
-from rayswift.config.job import AdapterSpec
 from rayswift.data.stream_json import stream_json
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export.judge import said_of
@@ -20,11 +19,10 @@ from rayswift.export.manifest import ExportManifest, read_valid
 from rayswift.export.measured import HeldOut
 from rayswift.export.rows import NUM_HELD_OUT, Rows, choose
 from rayswift.export.source import resolve
-from rayswift.models.adapters import add_lora, load_base
 from rayswift.models.loading import load_tokenizer
 from rayswift.training import checkpoint
 from tests.data_cases import plan_of
-from tests.export_cases import export, shake, write_run
+from tests.export_cases import export, write_lora_run
 
 torch.set_num_threads(1)
 
@@ -32,11 +30,8 @@ torch.set_num_threads(1)
 @pytest.fixture
 def run(tmp_path: Path, tiny_model_dir: Path) -> Path:
     """A LoRA run whose job holds 20 rows out."""
-    spec, folder = AdapterSpec(rank=4), tmp_path / "runs" / "lora"
-    model = add_lora(load_base(str(tiny_model_dir)), spec, seed=0)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-    shake(weights, 0.2)
-    write_run(folder, tiny_model_dir, weights, spec)
+    folder = tmp_path / "runs" / "lora"
+    write_lora_run(folder, tiny_model_dir, 0.2)
     rows = write_rows(tmp_path / "held_out.jsonl", 20)
     train = write_rows(tmp_path / "train.jsonl", 30, start=100)
     with_data(folder, eval=[{"path": str(rows)}], train=[{"path": str(train)}])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rayswift.export import pipeline
 from rayswift.models.adapters import load_base
@@ -46,9 +46,9 @@ def test_what_an_export_calibrates_on_says_the_same_far_along_a_row(
             said: torch.Tensor = model.eval()(input_ids=IDS_BT, use_cache=False).logits
         return said
 
-    def watched(model: torch.nn.Module, *rest: Path) -> None:
+    def watched(model: PreTrainedModel, base: Path, stage: Path) -> None:
         found.append(logits(model))
-        write(model, *rest)  # type: ignore[arg-type]
+        write(model, base, stage)
 
     monkeypatch.setattr(pipeline, "write_model", watched)
     export(str(tiny_model_dir), str(tmp_path / "out"), dtype="bfloat16", verify=False)

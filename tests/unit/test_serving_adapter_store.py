@@ -283,3 +283,15 @@ def test_only_so_many_requests_wait_for_what_is_not_copied(
                 await task
 
     asyncio.run(scenario())
+
+
+def test_any_number_may_wait_for_a_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which answers: what bounds them is the model's own queue."""
+    monkeypatch.setattr(adapter_store, "_MAX_WAITING", 2)
+    monkeypatch.setattr(adapter_store, "find_adapter", lambda root, name: root / name)
+
+    async def scenario() -> list[str]:
+        store = AdapterStore(str(tmp_path))
+        return [one.folder for one in await asyncio.gather(*(store.find("a") for _ in range(20)))]
+
+    assert asyncio.run(scenario()) == [str(tmp_path / "a")] * 20
