@@ -108,8 +108,8 @@ class Endpoint:
 
     def _card(self, name: str, parent: str | None) -> dict[str, Any]:
         model = self._models[parent or name]
-        card = {**replies.model_card(name, self._created, parent), "task": "embed" if model.embeds else "generate"}
-        return {**card, "rayswift": None if parent else model.lineage}
+        card = replies.model_card(name, self._created, model.max_model_len, parent)
+        return {**card, "task": "embed" if model.embeds else "generate", "rayswift": None if parent else model.lineage}
 
     async def chat(self, request: HttpRequest) -> Response:
         """A chat completion, whole or streamed."""

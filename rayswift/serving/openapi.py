@@ -193,6 +193,7 @@ _MODEL = _object(
         "object": {"const": "model"},
         "created": _COUNT,
         "owned_by": _TEXT,
+        "max_model_len": {**_COUNT, "description": "Most tokens of prompt and answer together."},
         "task": {"enum": ["generate", "embed"], "description": "Whether it answers, or makes vectors."},
         "rayswift": {
             "anyOf": [_object({"version": _TEXT}), {"type": "null"}],

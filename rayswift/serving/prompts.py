@@ -41,9 +41,12 @@ class PromptBuilder:
         encoder: MediaEncoder | None = None,
         max_media: int = _MAX_MEDIA,
         max_tokens: int | None = None,
+        num_ids: int | None = None,
     ) -> None:
+        """`num_ids` is how many ids the model has vectors for; unless given, those of the tokenizer."""
         self._tokenizer, self._encoder, self._max_media = tokenizer, encoder, max_media
         self._max_tokens = max_tokens
+        self._given_num_ids = num_ids
         self._lock = threading.Lock()
 
     @property
@@ -135,6 +138,7 @@ class PromptBuilder:
                 raise _refusal("messages", str(error)) from None
         if not prompt.ids:
             raise _refusal("messages", "the model's chat template makes no prompt of this conversation")
+        self._check_ids(prompt.ids, "messages")
         return prompt
 
     def _rendered(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
@@ -168,12 +172,28 @@ class PromptBuilder:
             ids = prompt
         if not ids:
             raise _refusal(place, "must not be empty")
-        if max(ids) >= len(self._tokenizer):
-            raise _refusal(place, f"token ids must be below {len(self._tokenizer)}")
-        kept = {} if self._encoder is None else {number: token for token, number in self._encoder.placeholders.items()}
+        kept = self._placeholders
         if found := kept.keys() & set(ids):
             raise _refusal(place, f"has {kept[min(found)]}, which stands for a medium; use /v1/chat/completions")
+        self._check_ids(ids, place)
         return Prompt(tuple(ids))
+
+    @cached_property
+    def _placeholders(self) -> dict[int, str]:
+        """The tokens that stand for media, by id. Their vectors are not read, and some models have none for them."""
+        return {} if self._encoder is None else {number: token for token, number in self._encoder.placeholders.items()}
+
+    def _check_ids(self, ids: Sequence[int], place: str) -> None:
+        """Raises ApiError for an id without a vector: engines die of it, with all that they were answering.
+
+        Tokens that were added to a tokenizer and not to its model have such ids.
+        """
+        known = len(self._tokenizer) if self._given_num_ids is None else self._given_num_ids
+        found = max((one for one in ids if one not in self._placeholders), default=0)
+        if found >= known:
+            told = self._tokenizer.convert_ids_to_tokens(found) if found < len(self._tokenizer) else None
+            what = f"has the token {told}, of which this model knows nothing; " if told else ""
+            raise _refusal(place, f"{what}token ids must be below {known}, and {found} is not")
 
     def pieces(self, text: str) -> list[tuple[int, str]]:
         """The ids of an answer, as they follow a prompt, each with the text that engines report of it."""

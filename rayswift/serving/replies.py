@@ -146,9 +146,9 @@ def event(document: dict[str, Any]) -> bytes:
     return b"data: " + to_json(document) + b"\n\n"
 
 
-def model_card(name: str, created: int, parent: str | None = None) -> dict[str, Any]:
-    """One entry of /v1/models; `parent` is the model that an adapter changes."""
-    card = {"id": name, "object": "model", "created": created, "owned_by": "rayswift"}
+def model_card(name: str, created: int, max_model_len: int, parent: str | None = None) -> dict[str, Any]:
+    """One entry of /v1/models, with the tokens of prompt and answer together; `parent` is what an adapter changes."""
+    card = {"id": name, "object": "model", "created": created, "owned_by": "rayswift", "max_model_len": max_model_len}
     return card if parent is None else {**card, "parent": parent}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rayswift import plugins
-from rayswift.models.loading import load_tokenizer
+from rayswift.models.loading import load_config, load_tokenizer
 from rayswift.serving.admission import Admission
 from rayswift.serving.api_errors import unknown_version
 from rayswift.serving.engine import Engine
@@ -43,6 +43,11 @@ class ServedModel:
         """Whether it makes embeddings instead of answers."""
         return self.engine.embedding is not None
 
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        return self.engine.max_model_len
+
     def pick(self, version: str | None) -> ServedModel:
         """The version that answers a request which asks for this one, or for none. Raises ApiError (404)."""
         if version not in (None, self.version):
@@ -73,6 +78,10 @@ class Served(Protocol):
         """Whether it makes embeddings instead of answers."""
 
     @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+
+    @property
     def lineage(self) -> dict[str, Any] | None:
         """What clients may know of where it comes from; None for a folder that is no export."""
 
@@ -99,6 +108,7 @@ async def started(spec: ServeSpec, folder: str, engine: Engine) -> ServedModel:
     """The model of an engine, which is started first. Raises ConfigError or ServeError when it cannot."""
     await engine.start()
     tokenizer = await asyncio.to_thread(load_tokenizer, folder)  # others are answered meanwhile
-    prompts = PromptBuilder(tokenizer, engine.media_encoder, spec.max_media, engine.max_model_len)
+    num_ids = getattr(load_config(folder).get_text_config(), "vocab_size", None)
+    prompts = PromptBuilder(tokenizer, engine.media_encoder, spec.max_media, engine.max_model_len, num_ids)
     places = Admission(spec.max_concurrency, spec.max_queued)
     return ServedModel(engine, prompts, places, version_of(folder), lineage=lineage_of(folder))

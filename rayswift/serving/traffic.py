@@ -241,6 +241,11 @@ class Versions:
         return all(model.embeds for model in self._models.values())
 
     @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its answer together, by the live version."""
+        return self._models[self._live].max_model_len
+
+    @property
     def lineage(self) -> dict[str, Any] | None:
         """That of the live version, with those of all versions and their shares as `versions`."""
         versions = [

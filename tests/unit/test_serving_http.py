@@ -232,6 +232,24 @@ def test_a_conversation_the_template_refuses(prompts: PromptBuilder, tiny_model_
     assert _Server(PromptBuilder(tokenizer)).chat().json()["error"]["code"] == "no_chat_template"
 
 
+def test_a_token_that_the_model_has_no_vector_for(tiny_model_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[LATER]"})  # as many did without asking the model
+    server = _Server(PromptBuilder(tokenizer, num_ids=known))
+    for error in (
+        server.chat(messages=[{"role": "user", "content": "say [LATER] now"}]).json()["error"],
+        server.ask("POST", "/v1/completions", json={"model": "m", "prompt": "a[LATER]"}).json()["error"],
+    ):
+        assert "has the token [LATER], of which this model knows nothing" in error["message"]
+        assert error["param"] in ("messages", "prompt")
+    told = server.ask("POST", "/v1/completions", json={"model": "m", "prompt": [1, known + 7]}).json()["error"]
+    assert f"token ids must be below {known}" in told["message"]
+    assert server.chat().status_code == 200
+    roomy = _Server(PromptBuilder(tokenizer, num_ids=known + 64))  # rows that no token has yet are vectors, too
+    assert roomy.ask("POST", "/v1/completions", json={"model": "m", "prompt": [1, known + 7]}).status_code == 200
+
+
 def test_a_key_is_asked_for(make: Callable[..., _Server]) -> None:
     server = make(api_key_sha256=(auth.fingerprint("another-key-0123"), auth.fingerprint(_KEY)))
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": _KEY}, {"authorization": f"Basic {_KEY}"}):

@@ -23,7 +23,7 @@ def test_the_package_is_installed_with_what_vllm_is_to_run() -> None:
 def test_an_installation_from_older_code_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     old = [EntryPoint(name="rayswift-end", value="rayswift.serving.vllm.plugin:end_with_parent", group=plugin.GROUP)]
     monkeypatch.setattr(plugin, "entry_points", lambda group: old)
-    assert plugin.missing() == {"rayswift-sleep"}
-    both = [*old, EntryPoint(name="rayswift-sleep", value="x:y", group=plugin.GROUP)]
+    assert plugin.missing() == {"rayswift-reason", "rayswift-sleep"}
+    both = [EntryPoint(name=name, value="x:y", group=plugin.GROUP) for name in plugin.NAMES]
     monkeypatch.setattr(plugin, "entry_points", lambda group: both)
     assert plugin.missing() == frozenset()

@@ -22,7 +22,7 @@ from rayswift.models.pooling import Pooling, read_pooling
 from rayswift.models.processor import has_processor
 from rayswift.serving.engine import Delta, Embedding, EngineOptions, Prompt, Refused, Request, Sampling
 from rayswift.serving.stopping import stop_ids
-from rayswift.serving.vllm import cpu, media, plugin, pooled, sampling
+from rayswift.serving.vllm import cpu, media, plugin, pooled, reasons, sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("rayswift.serving")
 _SHUTDOWN_S = 3.0
-_MAX_MODEL_LEN_ON_CPU = 32_768
-"""Longer ones are asked for: the cache of keys and values on a CPU is bounded by `kv_cache_bytes`."""
+_FITTING = -1
+"""The model's own length, or the longest that vLLM finds room for in the cache of keys and values."""
+_STEP = 256
+"""A length that was fitted is a multiple of this: what memory is free differs by a little from start to start."""
 
 
 class Vllm:
@@ -81,9 +83,6 @@ class Vllm:
         return self._embedding
 
     async def start(self) -> None:
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.async_llm import AsyncLLM
-
         self._check_device()
         self._check_cpu()
         if missing := plugin.missing():
@@ -94,17 +93,7 @@ class Vllm:
         pooling = read_pooling(self._folder)
         if has_processor(self._folder):
             self._media_encoder = media.encoder_of(self._folder, self._options.media)
-        try:
-            # What vLLM assumes of its own server: how many tokens of prompts a step takes on this GPU, among others.
-            self._llm = AsyncLLM.from_engine_args(
-                self._arguments(pooling), usage_context=UsageContext.OPENAI_API_SERVER
-            )
-        except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
-            raise ServeError(
-                f"cannot load this model: {_reason(error)}", path="engine", value="vllm",
-                fix="the log of the replica has more; engine local may take it",
-            ) from error  # fmt: skip
-        self._max_model_len = int(self._llm.model_config.max_model_len)
+        self._load(pooling)
         if pooling is not None:
             self._embedding = pooled.embedding(pooling, self._llm.model_config)
             await self.embed((0,))
@@ -121,6 +110,31 @@ class Vllm:
             async for _ in self.generate(warm_up):
                 pass
         _log.info("engine vllm is ready: %s, %d tokens", self._folder, self._max_model_len)
+
+    def _load(self, pooling: Pooling | None) -> None:
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        # What vLLM assumes of its own server: how many tokens of prompts a step takes on this GPU, among others.
+        usage = UsageContext.OPENAI_API_SERVER
+        with reasons.kept() as first_error:
+            try:
+                config = self._arguments(pooling).create_engine_config(usage)
+                own_len = int(config.model_config.max_model_len)
+                self._llm = AsyncLLM.from_vllm_config(config, usage_context=usage, disable_log_stats=True)
+            except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+                raise ServeError(
+                    f"cannot load this model: {first_error() or reasons.in_a_line(error)}", path="engine", value="vllm",
+                    fix="the replica's log has more; memory for keys and values is kv_cache_bytes on a CPU and"
+                    " gpu_memory_fraction on a GPU; engine local may take the model",
+                ) from error  # fmt: skip
+        fitted = int(self._llm.model_config.max_model_len)
+        self._max_model_len = own_len if fitted >= own_len else max(fitted // _STEP * _STEP, min(fitted, _STEP))
+        if self._max_model_len < own_len:
+            _log.warning(
+                "%s: a context of %d tokens, of the model's %d, fits in the memory for keys and values"
+                " (kv_cache_bytes on a CPU, gpu_memory_fraction on a GPU)", self._folder, self._max_model_len, own_len,
+            )  # fmt: skip
 
     def _check_cpu(self) -> None:
         lacks_packed = cpu.lacks_packed() if cpu.is_packed(self._folder) else None
@@ -148,11 +162,7 @@ class Vllm:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         options, on_cpu = self._options, _on_cpu()
-        given: dict[str, Any] = {"max_model_len": options.max_model_len} if options.max_model_len else {}
-        if on_cpu:
-            given |= {"kv_cache_memory_bytes": options.kv_cache_bytes}
-            if pooling is None:  # else it is what the folder says of texts
-                given.setdefault("max_model_len", _model_len_on_cpu(self._folder))
+        given: dict[str, Any] = {"kv_cache_memory_bytes": options.kv_cache_bytes} if on_cpu else {}
         if pooling is not None:
             given |= pooled.arguments(pooling, options)
         if options.adapters:
@@ -163,6 +173,7 @@ class Vllm:
             model=self._folder,
             dtype=_dtype(self._folder, options.dtype),
             load_format="safetensors",
+            max_model_len=options.max_model_len or _FITTING,
             trust_remote_code=False,
             max_num_seqs=options.max_concurrency,
             max_logprobs=sampling.MAX_LOGPROBS,
@@ -171,7 +182,6 @@ class Vllm:
             enforce_eager=on_cpu,  # compiled graphs cost a CPU minutes at each start
             # llguidance knows the most of JSON Schema; free whitespace lets a model write it until its tokens end.
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
-            disable_log_stats=True,
             seed=0,
             **(media.arguments(self._media_encoder, on_cpu=on_cpu) if has_processor(self._folder) else {}),
             **given,
@@ -255,9 +265,9 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (VLLMClientError, ValueError) as error:
-        raise Refused(_reason(error)) from error
+        raise Refused(reasons.in_a_line(error)) from error
     except (EngineDeadError, EngineGenerateError) as error:
-        raise ServeError(_reason(error), path="engine", value="vllm", fix="restart the replica") from error
+        raise ServeError(reasons.in_a_line(error), path="engine", value="vllm", fix="restart the replica") from error
 
 
 def _on_cpu() -> bool:
@@ -272,12 +282,3 @@ def _dtype(folder: str, wanted: str) -> str:
         return wanted
     named = load_config(folder).get_text_config().dtype or stored_dtype(Path(folder)) or "bfloat16"
     return str(named).removeprefix("torch.")
-
-
-def _model_len_on_cpu(folder: str) -> int:
-    config = load_config(folder).get_text_config()
-    return min(_MAX_MODEL_LEN_ON_CPU, int(getattr(config, "max_position_embeddings", _MAX_MODEL_LEN_ON_CPU)))
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__

@@ -10,7 +10,7 @@ import sys
 import time
 from importlib.metadata import entry_points, version
 
-GROUP, NAMES = "vllm.general_plugins", frozenset({"rayswift-end", "rayswift-sleep"})
+GROUP, NAMES = "vllm.general_plugins", frozenset({"rayswift-end", "rayswift-reason", "rayswift-sleep"})
 """Where vLLM looks for what it is to run, and what is ours of it (see pyproject.toml)."""
 _PR_SET_PDEATHSIG = 1
 _NAP_S = 0.0001
