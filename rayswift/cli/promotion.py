@@ -83,9 +83,9 @@ def versions(exports: Exports = "exports", as_json: Json = False) -> None:
 
     Example: rayswift serve versions exports
     """
-    from rayswift.serving import registry, rollout
+    from rayswift.serving import boards, registry
 
-    known, shares = registry.read(exports), rollout.running_shares(exports)
+    known, shares = registry.read(exports), boards.running_shares(exports)
     lines = [
         f"{name}  {one.id}  {_state(one.state, shares.get(name, {}).get(one.id)):<18}  {one.folder}"
         + (f"  ({one.reason})" if one.reason else "")

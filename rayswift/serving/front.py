@@ -14,8 +14,9 @@ import logging
 import re
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ray.exceptions import RayError
 from rayswift.cluster.session import is_token_asked
 from rayswift.errors import ServeError
 from rayswift.serving import controller, registry
+from rayswift.serving.boards import board, start_board, stop_board
 from rayswift.serving.controller import APP_NAME
 from rayswift.serving.http import build_asgi
 from rayswift.serving.owners import this_process
@@ -38,15 +40,13 @@ from rayswift.serving.placement import (
 )
 from rayswift.serving.registry import EndpointRecord
 from rayswift.serving.remote import RemoteEngine, VersionReplica
-from rayswift.serving.routing import Board, Problem, Report, Route, Routing, Target
+from rayswift.serving.routing import Followed, Report, Route, Routing, Target
 from rayswift.serving.served import ServedModel, started
 from rayswift.serving.spec import ServeSpec
 from rayswift.serving.traffic import CountedEngine, Versions
 from rayswift.serving.versions import version_of
 
-BOARD, NAMESPACE = "rayswift-board", "rayswift"
-_SYNC_S, _PING_EVERY_S, _BOARD_TIMEOUT_S, _OPEN_TIMEOUT_S = 0.5, 5.0, 10.0, 60.0
-_CALL_TIMEOUT_S, _PATIENCE_S = 60.0, 10.0
+_SYNC_S, _PING_EVERY_S, _BOARD_TIMEOUT_S, _OPEN_TIMEOUT_S, _PATIENCE_S = 0.5, 5.0, 10.0, 60.0, 10.0
 _log = logging.getLogger("rayswift.serving")
 
 
@@ -54,19 +54,16 @@ class FrontReplica:
     """One front: the ASGI app over the versions that the board names."""
 
     async def __init__(self, spec: ServeSpec) -> None:  # type: ignore[misc]  # Ray Serve awaits it
-        self._spec, self._name = spec, uuid.uuid4().hex
+        mine = this_process()
+        self._spec, self._name = spec, f"{mine.pid}@{mine.host}/{uuid.uuid4().hex[:8]}"
         self._tasks: list[asyncio.Task[None]] = []
         self._models: dict[str, Versions] = {}
-        self._opened: dict[tuple[str, str], ServedModel] = {}
-        self._routing: Routing | None = None
-        self._problem: Problem | None = None
+        self._opened: dict[str, dict[str, ServedModel]] = {model: {} for model in spec.models}
+        self._routed: dict[str, tuple[Route, frozenset[str]]] = {}
+        self._followed: dict[str, Followed] = {}
         self._board = board()
-        routing = await self._board.sync.remote(Report(self._name))
-        problem = await self._follow(routing)
-        if problem is not None and routing != routing.alone():
-            problem = await self._follow(routing.alone())  # what a promotion may have left keeps none from starting
-        if problem is not None:
-            raise ServeError(problem.text)
+        for model, routing in (await self._board.sync.remote(Report(self._name))).items():
+            await self._begin(model, routing)
         self._tasks = [asyncio.create_task(self._keep_following()), asyncio.create_task(self._keep_pinging())]
         gc.freeze()
 
@@ -83,58 +80,81 @@ class FrontReplica:
         for task in self._tasks:
             task.cancel()
 
-    async def _keep_following(self) -> None:
-        """Ask the board for ever, also while a version is being opened: who is silent is not waited for.
+    async def _begin(self, model: str, routing: Routing) -> None:
+        """Route a model for the first time. What a promotion may have left keeps no front from starting.
 
-        While the board does not answer, the routing stays as it is.
+        Raises ServeError where the live version cannot be opened.
         """
-        following: asyncio.Task[Any] = asyncio.create_task(asyncio.sleep(0))
+        await self._follow(model, routing)
+        if model not in self._models and routing.route != (alone := routing.route.alone()):
+            await self._follow(model, replace(routing, route=alone))
+        if model not in self._models:
+            live = routing.route.live
+            raise ServeError(f"version {live} of {model} cannot be opened: {self._followed[model].problems[live]}")
+
+    async def _keep_following(self) -> None:
+        """Ask the board for ever, also while versions are being opened: who is silent is not waited for.
+
+        While the board does not answer, the routings stay as they are. No model waits for another one's versions, nor
+        for those of a routing that is not its last.
+        """
+        following: dict[str, tuple[Routing, asyncio.Task[None]]] = {}
         try:
             while True:
                 await asyncio.sleep(_SYNC_S)
-                report = Report(self._name, self._routing, self._problem, self._tallies())
+                report = Report(self._name, dict(self._followed), self._tallies())
                 with suppress(RayError, TimeoutError):
-                    routing = await asyncio.wait_for(self._board.sync.remote(report), _BOARD_TIMEOUT_S)
-                    if following.done():
-                        following = asyncio.create_task(self._follow(routing))
+                    told = await asyncio.wait_for(self._board.sync.remote(report), _BOARD_TIMEOUT_S)
+                    for model, routing in told.items():
+                        if model in following and not following[model][1].done():
+                            if following[model][0] == routing:
+                                continue
+                            following[model][1].cancel()
+                        following[model] = routing, asyncio.create_task(self._follow(model, routing))
         finally:
-            following.cancel()
+            for _, task in following.values():
+                task.cancel()
 
-    async def _follow(self, routing: Routing) -> Problem | None:
-        """Route by this from now on; where a version cannot be opened, go on as before and say why."""
-        if routing == self._routing:
-            return None
-        models = {}
-        for model, route in routing.routes.items():
+    async def _follow(self, model: str, routing: Routing) -> None:
+        """Route a model by this from now on; where a version that it needs cannot be opened, go on as before.
+
+        A version that nobody is sent to is left out until it can be opened. What cannot be is told to the board.
+        """
+        before, route = self._followed.get(model), routing.route
+        if before == Followed(routing):
+            return
+        problems = await self._open_missing(model, route, route.needed)
+        if not problems:
+            self._route(model, route)
+            problems = await self._open_missing(model, route, route.targets.keys() - route.needed)
+            self._route(model, route)
+        followed = self._followed[model] = Followed(routing, problems)
+        if problems and followed != before:
+            _log.warning("revision %d of %s cannot be followed in whole: %s", routing.revision, model, problems)
+
+    async def _open_missing(self, model: str, route: Route, versions: Set[str]) -> dict[str, str]:
+        """Open what is not open yet; why it cannot be, by version."""
+        opened, problems = self._opened[model], {}
+        for version in versions - opened.keys():
             try:
-                models[model] = await self._versions(model, route)
+                opened[version] = await self._open(route.targets[version])
             except Exception as error:  # whatever an export makes a tokenizer raise, clients are answered as before
-                problem = Problem(routing.revision, model, f"{type(error).__name__}: {error}")
-                if problem != self._problem:
-                    _log.warning("revision %d cannot be followed: %s", routing.revision, problem.text)
-                self._problem = problem
-                return problem
-        self._models.update(models)
-        if self._routing is not None:
-            self._give_up(self._routing, routing)
-        self._routing, self._problem = routing, None
-        wanted = {(model, version) for model, route in routing.routes.items() for version in route.targets}
-        self._opened = {key: model for key, model in self._opened.items() if key in wanted}
-        return None
+                problems[version] = f"{type(error).__name__}: {error}"
+        return problems
 
-    def _give_up(self, before: Routing, now: Routing) -> None:
-        """What a version that was taken back has not begun to answer, the live one answers where that one hangs."""
-        for model, route in before.routes.items():
-            for version in route.taken_back(now.routes[model]):
-                engine = self._opened[model, version].engine
-                assert isinstance(engine, CountedEngine)
-                engine.give_up(_PATIENCE_S)
-
-    async def _versions(self, model: str, route: Route) -> Versions:
-        for version, target in route.targets.items():
-            if (model, version) not in self._opened:
-                self._opened[model, version] = await self._open(target)
-        return Versions({one: self._opened[model, one] for one in route.targets}, route.weights, route.live)
+    def _route(self, model: str, route: Route) -> None:
+        """Send requests by this to what is open of it. What a version that was taken back has not begun to answer, the
+        live one answers where that one hangs."""
+        opened, (before, known) = self._opened[model], self._routed.get(model, (route, frozenset[str]()))
+        for version in before.taken_back(route):
+            engine = opened[version].engine
+            assert isinstance(engine, CountedEngine)
+            engine.give_up(_PATIENCE_S)
+        for version in opened.keys() - route.targets.keys():
+            del opened[version]
+        if (before, known) != (route, frozenset(opened)):  # else whose turn it is would be forgotten
+            self._models[model] = Versions(opened, route.weights, route.live)
+            self._routed[model] = route, frozenset(opened)
 
     async def _open(self, target: Target) -> ServedModel:
         try:
@@ -147,72 +167,21 @@ class FrontReplica:
             raise ServeError(f"{target.folder} could not be opened within {_OPEN_TIMEOUT_S:g} s") from None
 
     def _tallies(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        for (model, version), served in self._opened.items():
-            assert isinstance(served.engine, CountedEngine)
-            found.setdefault(model, {})[version] = served.engine.tally
-        return found
+        return {model: {version: served.engine.tally for version, served in opened.items()
+                        if isinstance(served.engine, CountedEngine)}
+                for model, opened in self._opened.items()}  # fmt: skip
 
     async def _keep_pinging(self) -> None:
         while True:
             await asyncio.sleep(_PING_EVERY_S)
-            engines = [served.engine for served in self._opened.values()]
+            engines = [served.engine for opened in self._opened.values() for served in opened.values()]
             inner = [engine.inner for engine in engines if isinstance(engine, CountedEngine)]
             await asyncio.gather(*(engine.ping() for engine in inner if isinstance(engine, RemoteEngine)))
-
-
-def board() -> Any:
-    """The handle of the cluster's board. Raises ServeError where there is none."""
-    try:
-        return ray.get_actor(BOARD, namespace=NAMESPACE)
-    except ValueError:
-        raise ServeError(
-            "no endpoint whose versions can be promoted runs on this Ray cluster",
-            fix="start one with `rayswift serve --promotable EXPORT`",
-        ) from None
-
-
-def board_of(record: EndpointRecord) -> Any:
-    """The board of the endpoint that wrote this, on the connected cluster. Raises ServeError where it has ended."""
-    found = board()
-    if asked(found.endpoint) != record.id:
-        raise ended(record)
-    return found
-
-
-def ended(record: EndpointRecord) -> ServeError:
-    """What is told of an endpoint that its record outlived."""
-    return ServeError(f"the endpoint at {record.url} (process {record.pid}) does not run any more",
-                      fix="start it again with `rayswift serve --promotable`")  # fmt: skip
-
-
-def asked(method: Any, *arguments: Any, **named: Any) -> Any:
-    """What the board says. Raises ServeError where it does not answer."""
-    try:
-        return ray.get(method.remote(*arguments, **named), timeout=_CALL_TIMEOUT_S)
-    except RayError as error:
-        raise ServeError(f"the endpoint's board does not answer: {type(error).__name__}") from error
-
-
-def start_board(spec: ServeSpec, endpoint: str) -> None:
-    """Start the board of an endpoint, in the place of one that a killed endpoint may have left."""
-    stop_board()
-    routes = {model: _first_route(model, folder) for model, folder in spec.models.items()}
-    actor: Any = ray.remote(Board)
-    actor.options(
-        name=BOARD, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_restarts=-1, max_task_retries=3
-    ).remote(routes, _without_keys(spec), endpoint)
 
 
 def _without_keys(spec: ServeSpec) -> ServeSpec:
     """Only fronts are asked by clients."""
     return spec.model_copy(update={"api_key_sha256": (), "api_keys": ()})
-
-
-def stop_board() -> None:
-    """End the board, if there is one."""
-    with suppress(ServeError):
-        ray.kill(board())
 
 
 def _first_route(model: str, folder: str) -> Route:
@@ -273,9 +242,9 @@ def serving_versions(spec: ServeSpec) -> Iterator[None]:
     """Boards, versions and fronts of a spec run for the duration, and their registry knows where. Raises ServeError."""
     endpoint = _record(spec)
     _check_homes(spec.models, endpoint)
-    start_board(spec, endpoint.id)
+    routes = {model: _first_route(model, folder) for model, folder in spec.models.items()}
+    start_board(routes, _without_keys(spec), endpoint.id)
     try:
-        routes = {model: _first_route(model, folder) for model, folder in spec.models.items()}
         for model, route in routes.items():
             target = route.targets[route.live]
             controller.deploy(target.app, version_application(spec, model, target.folder))

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 from rayswift.cluster.session import session
 from rayswift.errors import ConfigError, ExportError, PlanError, PromotionError, RaySwiftError, ServeError
 from rayswift.export.manifest import read_valid
-from rayswift.serving import controller, front, process, registry
+from rayswift.serving import boards, controller, front, process, registry
 from rayswift.serving.promotion import Hold, Policy, RollBack, Window
 from rayswift.serving.questions import Question
 from rayswift.serving.registry import ModelVersions, State
@@ -32,6 +32,7 @@ from rayswift.serving.tallies import Tally
 from rayswift.serving.versions import version_of
 
 _POLL_S, _SETTLE_S, _FOLLOW_TIMEOUT_S = 0.25, 10.0, 120.0
+_GIVEN_BACK = "the traffic was given back, for this process was not heard of in time"
 _LOST = (RayError, RayServeException, RaySwiftError)
 
 
@@ -51,9 +52,9 @@ def opened(home: str, model: str | None, say: Say) -> Iterator[Rollout]:
             # In this order: Ray takes the signals when it is joined, and a promotion has to go back.
             with session(record.address, token=record.token), process.told_to_stop():
                 logging.getLogger("ray.serve").setLevel(logging.WARNING)
-                yield Rollout(home, model, say, front.board_of(record))
+                yield Rollout(home, model, say, boards.board_of(record))
         except PlanError as error:
-            raise front.ended(record) from error
+            raise boards.ended(record) from error
 
 
 class Rollout:
@@ -61,8 +62,8 @@ class Rollout:
 
     def __init__(self, home: str, model: str | None, say: Say, board: Any) -> None:
         self._home, self._say, self._board = home, say, board
-        self._model = _chosen(model, list(front.asked(self._board.routes)))
-        self._spec: ServeSpec = front.asked(self._board.spec)
+        self._model = _chosen(model, list(boards.asked(self._board.routes)))
+        self._spec: ServeSpec = boards.asked(self._board.spec)
         if (own := registry.home_of(self._spec.models[self._model])) != os.path.realpath(home):
             raise ConfigError(f"is not where the exports of {self._model} lie", path="exports", value=home,
                               fix=f"name {own}, or an export in it")  # fmt: skip
@@ -96,7 +97,7 @@ class Rollout:
             replay.hear(route.targets[route.live])
             replay.judge(target, policy)
             both = route.beside(version, target)
-            self._put(both)
+            self._put(both, version)
             live_before = self._watch().tallies.get(route.live, Tally())
             for share in policy.steps:
                 self._step(both.shared(version, share), version, policy, live_before)
@@ -158,7 +159,7 @@ class Rollout:
         while True:
             seen = self._watch()
             if seen.route.weights != route.weights:
-                raise PromotionError("the traffic was given back, for this process was not heard of in time")
+                raise PromotionError(_GIVEN_BACK)
             mine = seen.tallies.get(version, Tally()) - start.get(version, Tally())
             live = seen.tallies.get(route.live, Tally())
             beside = live - start.get(route.live, Tally())
@@ -204,21 +205,24 @@ class Rollout:
         except _LOST as error:
             self._say(f"{version} could not be ended: {error}; it is tried again after the next promotion")
 
-    def _put(self, route: Route) -> None:
-        """Change the route. Returns when every front follows it; raises PromotionError when one cannot."""
-        front.asked(self._board.put, self._model, route)
-        deadline = time.monotonic() + _FOLLOW_TIMEOUT_S
-        while not ((seen := self._watch()).in_force and seen.route == route):
-            if seen.route != route:  # the board was started anew before it had told anybody
-                front.asked(self._board.put, self._model, route)
-            if seen.problem is not None:
-                raise PromotionError(f"a front cannot open it: {seen.problem}")
+    def _put(self, route: Route, *more: str) -> None:
+        """Returns when every front follows. Raises PromotionError where one cannot open what this needs, or `more`."""
+        boards.asked(self._board.put, self._model, route)
+        deadline, needed = time.monotonic() + _FOLLOW_TIMEOUT_S, route.needed.union(more)
+        while True:
+            seen = self._watch()
+            if seen.route != route:
+                raise PromotionError(_GIVEN_BACK)
+            for version in needed & seen.problems.keys():
+                raise PromotionError(seen.problems[version])
+            if seen.in_force:
+                return
             if time.monotonic() > deadline:
                 raise PromotionError(f"the fronts did not follow within {_FOLLOW_TIMEOUT_S:g} s")
             time.sleep(_POLL_S)
 
     def _watch(self) -> Watched:
-        seen: Watched = front.asked(self._board.watch, self._model, renew=True)
+        seen: Watched = boards.asked(self._board.watch, self._model, renew=True)
         return seen
 
     def _delete(self, target: Target) -> None:
@@ -238,6 +242,7 @@ class Rollout:
 
     def _sweep(self) -> None:
         """End what a killed promotion has left: a candidate beside the live version, and applications of no route."""
+        self._drop_what_cannot_be_opened()
         route = self._watch().route
         for version in self._known().versions:
             if version.state == "candidate" and version.id != route.live:
@@ -250,6 +255,14 @@ class Rollout:
             if name.startswith(front.app_of(self._model, "")) and name not in kept:
                 self._say(f"ending {name}, which a promotion has left behind")
                 self._delete(Target(name, ""))
+
+    def _drop_what_cannot_be_opened(self) -> None:
+        """A version that nobody is sent to, and without which every front routes already, is not kept any longer."""
+        seen, running = self._watch(), serve.status().applications
+        for version, target in seen.route.targets.items():
+            if version not in seen.route.needed and (version in seen.problems or target.app not in running):
+                self._say(f"ending {version}: {seen.problems.get(version, f'{target.app} does not run any more')}")
+                self._end(version)
 
     def _record_live(self, route: Route) -> None:
         """Have the registry say which version answers, where somebody was killed before he wrote it down."""
@@ -284,15 +297,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return str(error) if isinstance(error, RaySwiftError) else f"{type(error).__name__}: {error}"
-
-
-def running_shares(home: str) -> dict[str, dict[str, float]]:
-    """The share of each version of each model as its endpoint routes now; empty where none runs."""
-    record = registry.read_endpoint(home)
-    if record is None:
-        return {}
-    with suppress(PlanError, ServeError), session(record.address, token=record.token):
-        routes: dict[str, Route] = front.asked(front.board_of(record).routes)
-        return {name: {version: route.weights.get(version, 0.0) for version in route.targets}
-                for name, route in routes.items()}  # fmt: skip
-    return {}

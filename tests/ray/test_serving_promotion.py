@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,22 @@ class Sleepy(Local):
         finally:
             await deltas.aclose()
 '''
+
+
+_KILL = """
+import sys
+import ray
+from rayswift.cluster.session import session
+with session(sys.argv[1], token=sys.argv[2] == "True"):
+    named = [one for one in ray.util.list_named_actors(all_namespaces=True)
+             if one["name"].startswith("SERVE_REPLICA::rayswift")]
+    killed = [ray.get_actor(one["name"], namespace=one["namespace"]) for one in named]
+    board = ray.get_actor("rayswift-board", namespace="rayswift")
+    for replica in killed:
+        ray.kill(replica)
+    ray.kill(board, no_restart=False)
+    print("killed", *sorted(one["name"].split("#")[0] for one in named))
+"""
 
 
 def _plugin(folder: Path) -> Path:
@@ -210,3 +227,22 @@ def test_the_traffic_comes_back_when_the_promotion_is_killed(endpoint: Endpoint,
     code, said = run(tmp_path, "promote", str(endpoint.exports / "two"), *_QUICK[:4], "--min-requests", "0")
     assert code == 0, said  # what was left behind is ended first, and time alone lets the steps pass
     assert endpoint.served() == {new: 1.0}
+
+
+def test_who_was_promoted_answers_after_the_board_and_all_fronts_have_died(endpoint: Endpoint, tmp_path: Path) -> None:
+    (live,) = endpoint.served()
+    name = "one" if live == endpoint.version("two") else "two"
+    code, said = run(tmp_path, "promote", str(endpoint.exports / name), *_QUICK[:4], "--min-requests", "0")
+    assert code == 0, said
+    record = registry.read_endpoint(endpoint.exports)
+    assert record is not None
+    command = [sys.executable, "-c", _KILL, record.address, str(record.token)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "SERVE_REPLICA::rayswift SERVE_REPLICA::rayswift-m-" in done.stdout  # a front, and the live version's engine
+    until(lambda: endpoint.ask().status_code == 200, "somebody answers again", 240)
+    assert endpoint.ask().headers[VERSION_HEADER] == endpoint.version(name)
+    assert endpoint.served() == {endpoint.version(name): 1.0}
+    code, said = run(tmp_path, "rollback", str(endpoint.exports))
+    assert code == 0, said
+    assert endpoint.served() == {live: 1.0}

@@ -25,7 +25,7 @@ LAYERS = {
     "rayswift.planning": 2,
     "rayswift.data.pipeline": 6, "rayswift.serving.app": 6, "rayswift.serving.controller": 6,
     "rayswift.serving.front": 6, "rayswift.serving.remote": 6, "rayswift.serving.replay": 6,
-    "rayswift.serving.rollout": 6, "rayswift.serving.prefix_router": 6,
+    "rayswift.serving.rollout": 6, "rayswift.serving.prefix_router": 6, "rayswift.serving.boards": 6,
     "rayswift.data": 3, "rayswift.models": 3, "rayswift.methods": 3,
     "rayswift.parallel": 4,
     "rayswift.training": 5, "rayswift.rollout": 5, "rayswift.export": 5, "rayswift.serving": 5,

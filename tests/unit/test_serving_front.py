@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +42,7 @@ class _World:
     heard: list[Report] = field(default_factory=list)
 
     def sync(self, report: Report) -> Any:
-        async def answered() -> Routing:
+        async def answered() -> Mapping[str, Routing]:
             self.heard.append(report)
             return self.board.sync(report)
 
@@ -68,7 +68,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> _World:
 def _run(world: _World, scenario: Callable[[_Front], Awaitable[None]]) -> None:
     async def whole() -> None:
         made: Any = _Front.__new__(_Front)
-        await made.__init__(ServeSpec(models={"m": "exports/a"}))
+        await made.__init__(ServeSpec(models=dict.fromkeys(world.board.routes(), "exports/a")))
         try:
             await scenario(made)
         finally:
@@ -93,16 +93,58 @@ def test_a_front_goes_on_as_before_and_says_what_it_cannot_open(world: _World) -
     async def scenario(made: _Front) -> None:
         world.open = _broken
         world.board.put("m", _BOTH.shared(_NEW, 0.5))
-        await _until(lambda: world.board.watch("m").problem is not None)
+        await _until(lambda: bool(world.board.watch("m").problems))
         seen = world.board.watch("m")
         assert not seen.in_force
-        assert seen.problem == "RayServeException: Application 'b' does not exist."
+        assert seen.problems[_NEW].endswith(f"version {_NEW}: RayServeException: Application 'b' does not exist.")
+        assert seen.problems[_NEW].startswith(f"front {os.getpid()}@")
         assert {made._models["m"].pick(None).version for _ in range(4)} == {"exports/a"}
         await made.check_health()  # a version of no use is no reason to replace it
         world.open = None
         await _until(lambda: world.board.watch("m").in_force)
         assert {made._models["m"].pick(None).version for _ in range(4)} == {"exports/a", "exports/b"}
 
+    _run(world, scenario)
+
+
+def test_a_version_that_nobody_is_sent_to_and_that_cannot_be_opened_is_left_out(world: _World) -> None:
+    async def scenario(made: _Front) -> None:
+        world.open = _broken
+        third = "2" * 12
+        world.board.put("m", _BOTH.beside(third, Target("c", "exports/c")).shared(third, 0.5))
+        await _until(lambda: world.board.watch("m").in_force)
+        assert world.board.watch("m").problems.keys() == {_NEW}
+        routed = made._models["m"]
+        assert {routed.pick(None).version for _ in range(4)} == {"exports/a", "exports/c"}
+        num_heard = len(world.heard)
+        await _until(lambda: len(world.heard) > num_heard + 3)
+        assert made._models["m"] is routed  # while it is tried again, everybody has his turn
+        world.open = None
+        await _until(lambda: not world.board.watch("m").problems)
+        assert made._models["m"].pick(_NEW).version == "exports/b"
+
+    _run(world, scenario)
+
+
+def test_a_model_that_cannot_be_followed_keeps_no_other_one_from_it(world: _World) -> None:
+    async def scenario(made: _Front) -> None:
+        async def hangs(folder: str) -> None:
+            if folder == "exports/b":
+                await asyncio.Event().wait()
+
+        for world.open in (_broken, hangs):
+            world.board.put("n", _BOTH.shared(_NEW, 0.5))
+            world.board.put("m", _ROUTE.beside("2" * 12, Target("c", "exports/c")).promoted("2" * 12))
+            await _until(lambda: world.board.watch("m").in_force)
+            assert made._models["m"].pick(None).version == "exports/c"
+            assert not world.board.watch("n").in_force
+            assert made._models["n"].pick(None).version == "exports/a"
+            world.board.put("m", _ROUTE)
+            await _until(lambda: world.board.watch("m").in_force)
+        world.board.put("n", _ROUTE)  # while the other version is still being opened
+        await _until(lambda: world.board.watch("n").in_force)
+
+    world.board = Board({"m": _ROUTE, "n": _ROUTE})
     _run(world, scenario)
 
 
@@ -130,7 +172,7 @@ def test_what_hangs_in_a_version_that_is_taken_back_is_given_up(world: _World, m
     async def scenario(made: _Front) -> None:
         world.board.put("m", _BOTH.shared(_NEW, 0.5))
         await _until(lambda: world.board.watch("m").in_force)
-        engine = made._opened["m", _NEW].engine
+        engine = made._opened["m"][_NEW].engine
         assert isinstance(engine, CountedEngine)
         assert isinstance(engine.inner, FakeEngine)
         engine.inner.gate, engine.inner.embedding = asyncio.Event(), Embedding(2)
@@ -150,7 +192,7 @@ def test_a_front_that_starts_answers_without_what_a_promotion_has_left(
     world: _World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(front, "_OPEN_TIMEOUT_S", 0.05)
-    world.board.put("m", _BOTH)
+    world.board.put("m", _BOTH.shared(_NEW, 0.5))
 
     async def without_replicas(folder: str) -> None:
         if folder == "exports/b":
@@ -160,9 +202,10 @@ def test_a_front_that_starts_answers_without_what_a_promotion_has_left(
 
     async def scenario(made: _Front) -> None:
         assert made._models["m"].pick(None).version == "exports/a"
-        await _until(lambda: world.board.watch("m").problem is not None)
-        assert "exports/b could not be opened within 0.05 s" in str(world.board.watch("m").problem)
-        assert world.board.routes() == {"m": _BOTH}  # the board does not learn from it
+        await _until(lambda: bool(world.board.watch("m").problems))
+        assert "exports/b could not be opened within 0.05 s" in world.board.watch("m").problems[_NEW]
+        assert not world.board.watch("m").in_force
+        assert world.board.routes() == {"m": _BOTH.shared(_NEW, 0.5)}  # the board does not learn from it
         world.open = None
         await _until(lambda: world.board.watch("m").in_force)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rayswift import cli
-from rayswift.serving import questions, registry, rollout
+from rayswift.serving import boards, questions, registry, rollout
 from rayswift.serving.promotion import Policy
 from rayswift.serving.questions import Question
 from rayswift.serving.registry import EndpointRecord, ModelVersions
@@ -41,7 +41,7 @@ def test_versions_are_listed(
         ["m", _A, "live", "v1"],
         ["m", _B, "rolled-back", "v2", "(1", "of", "its", "4", "answers", "failed)"],
     ]
-    monkeypatch.setattr(rollout, "running_shares", lambda home: {"m": {_A: 0.75}})
+    monkeypatch.setattr(boards, "running_shares", lambda home: {"m": {_A: 0.75}})
     assert "live 75%" in _call(capsys, "versions", str(exports))[1]
     code, out, _ = _call(capsys, "versions", str(exports), "--json")
     assert code == 0

@@ -18,14 +18,14 @@ import pytest
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from rayswift.errors import ConfigError, PromotionError, ServeError
-from rayswift.serving import controller, front, registry, replay, rollout
+from rayswift.serving import boards, controller, front, registry, replay, rollout
 from rayswift.serving.engine import Embedding
 from rayswift.serving.facts import Facts
 from rayswift.serving.promotion import Policy
 from rayswift.serving.questions import Question
 from rayswift.serving.registry import EndpointRecord, ModelVersions
 from rayswift.serving.rollout import Rollout
-from rayswift.serving.routing import LEASE_S, Board, Problem, Report, Route, Routing, Target, Watched
+from rayswift.serving.routing import LEASE_S, Board, Followed, Report, Route, Target, Watched
 from rayswift.serving.spec import ServeSpec
 from rayswift.serving.tallies import Tally, counted
 from rayswift.serving.versions import version_of
@@ -41,7 +41,7 @@ class _FollowedBoard(Board):
     def __init__(self, world: _World, routes: dict[str, Route]) -> None:
         spec = ServeSpec(models={"m": str(world.home / "a")})
         super().__init__(routes, spec, "e", now_s=world.monotonic)
-        self._world, self._followed, self.num_unheard = world, Routing(0, {}), 0
+        self._world, self._followed, self.num_unheard = world, dict[str, Followed](), 0
         self.tallies: dict[str, Tally] = {}
 
     def put(self, model: str, route: Route) -> None:
@@ -59,18 +59,17 @@ class _FollowedBoard(Board):
         if self.num_unheard:
             self.num_unheard -= 1
             return super().watch(model, renew=renew)
-        told = self.sync(self._report())
-        unknown = [one for one in told.routes[model].targets if self._world.name(one) in self._world.cannot_open]
-        problem = Problem(told.revision, "m", "no such file") if unknown else None
-        if not unknown:
-            self._followed = told
-            for version in (one for one, share in told.routes[model].weights.items() if share > 0):
+        told = self.sync(self._report())[model]
+        unknown = [one for one in told.route.targets if self._world.name(one) in self._world.cannot_open]
+        followed = self._followed[model] = Followed(told, dict.fromkeys(unknown, "no such file"))
+        if followed.is_in_force:
+            for version in (one for one, share in told.route.weights.items() if share > 0):
                 self.tallies[version] = self.tallies.get(version, Tally()) + self._world.answer(version)
-        self.sync(replace(self._report(), problem=problem))
+        self.sync(self._report())
         return super().watch(model, renew=renew)
 
     def _report(self) -> Report:
-        return Report("front", self._followed, None, {"m": dict(self.tallies)})
+        return Report("front", dict(self._followed), {"m": dict(self.tallies)})
 
 
 @dataclass
@@ -195,7 +194,7 @@ class _World:
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _World:
     made = _World(tmp_path)
     monkeypatch.setattr(rollout, "time", made)
-    monkeypatch.setattr(front, "asked", lambda method, *arguments, **named: method(*arguments, **named))
+    monkeypatch.setattr(boards, "asked", lambda method, *arguments, **named: method(*arguments, **named))
     monkeypatch.setattr(front, "version_application", lambda *_: None)
     monkeypatch.setattr(controller, "deploy", made.deploy)
     monkeypatch.setattr(controller, "wait_until_running", made.wait_until_running)
@@ -270,7 +269,7 @@ _ENDINGS = {
         lambda world: world.says.update(a=lambda: "", b=lambda: "hi"),
         "the live version's answers are empty, so that nothing can be compared",
     ),
-    "cannot be opened": _Ending(lambda world: world.cannot_open.add("b"), "a front cannot open it: no such file"),
+    "cannot be opened": _Ending(lambda world: world.cannot_open.add("b"), "front front cannot open version"),
     "fails": _Ending(lambda world: world.fails.add("b"), "answers failed"),
     "hangs": _Ending(lambda world: world.hangs.add("b"), "by waiting more than 30 s for a token"),
     "is slow": _Ending(lambda world: world.seconds.update(b=2.0), "p50 to the first token"),
@@ -469,29 +468,60 @@ def test_killed_before_the_last_step_was_written_down_the_next_one_writes_it(wor
     assert world.opened().roll_back().live == world.version("a")
 
 
-def test_a_route_that_a_board_has_forgotten_is_told_to_it_again(world: _World) -> None:
-    lost, put = [], world.board.put
+def test_a_route_that_the_board_has_taken_back_before_it_was_followed_is_not_promoted(world: _World) -> None:
+    put = world.board.put
 
-    def forgets_once(model: str, route: Route) -> None:
-        if len(route.targets) == 2 and not lost:
-            lost.append(route)
-        else:
-            put(model, route)
+    def for_too_long(model: str, route: Route) -> None:
+        put(model, route)
+        if len(route.weights) > 1:
+            world.now += LEASE_S + 1
 
-    world.board.put = forgets_once  # type: ignore[method-assign]
-    assert world.promote("b").live == world.version("b")
-    assert lost
+    world.board.put = for_too_long  # type: ignore[method-assign]
+    with pytest.raises(PromotionError, match="the traffic was given back"):
+        world.promote("b")
+    assert world.route() == ({"a": 1.0}, "a")
+    assert world.states() == {"a": "live", "b": "rolled-back"}
+
+
+def test_a_candidate_that_a_front_cannot_open_is_given_no_traffic(world: _World) -> None:
+    world.cannot_open.add("b")
+    with pytest.raises(PromotionError, match=f"front front cannot open version {world.version('b')}: no such file"):
+        world.promote("b")
+    assert world.done == ["start b", "a=100% of ab", "a=100% of a", "end b"]
+
+
+def test_a_kept_version_that_cannot_be_opened_any_more_stops_nothing_and_is_dropped(world: _World) -> None:
+    world.promote("b", keep_old=True)
+    under_way = world.opened()
+    world.cannot_open.add("a")
+    assert under_way.promote(str(world.home / "c"), _POLICY, _QUESTIONS, keep_old=True).live == world.version("c")
+    assert world.route() == ({"c": 1.0}, "bc")  # the one before the last has ended
+    world.cannot_open.add("b")
+    world.opened()
+    assert world.route() == ({"c": 1.0}, "c")
+    assert world.target("b").app not in world.apps
+    told = f"ending {world.version('b')}: front front cannot open version {world.version('b')}: no such file"
+    assert told in world.said
+    world.cannot_open.clear()
+    assert world.opened().roll_back().live == world.version("b")  # which is started for it
+
+
+def test_a_kept_version_whose_application_is_gone_is_dropped(world: _World) -> None:
+    world.promote("b", keep_old=True)
+    world.apps.discard(world.target("a").app)
+    world.opened()
     assert world.route() == ({"b": 1.0}, "b")
+    assert f"ending {world.version('a')}: {world.target('a').app} does not run any more" in world.said
 
 
 def test_the_board_of_another_endpoint_is_not_taken_for_the_own_one(
     world: _World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = EndpointRecord(id="e", address="127.0.0.1:1", url="http://127.0.0.1:8000/v1", pid=1)
-    monkeypatch.setattr(front, "board", lambda: world.board)
-    assert front.board_of(record) is world.board
+    monkeypatch.setattr(boards, "board", lambda: world.board)
+    assert boards.board_of(record) is world.board
     with pytest.raises(ServeError, match=r"127\.0\.0\.1:8000/v1 \(process 1\) does not run any more"):
-        front.board_of(record.model_copy(update={"id": "another"}))
+        boards.board_of(record.model_copy(update={"id": "another"}))
 
 
 def test_the_traffic_stays_shared_while_prompts_are_answered_slowly(world: _World) -> None:
