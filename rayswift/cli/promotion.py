@@ -23,7 +23,9 @@ def promote(
     step_seconds: Annotated[float, typer.Option(help="Shortest time of a step.")] = 60.0,
     min_requests: Annotated[int, typer.Option(help="Answers of its own that a step takes; 0: time is enough.")] = 20,
     max_wait: Annotated[float, typer.Option(help="Seconds to wait for those before it goes back.")] = 900.0,
-    max_error_rate: Annotated[float, typer.Option(help="Most failed answers, as a fraction.")] = 0.01,
+    max_error_rate: Annotated[
+        float, typer.Option(help="Most failed answers, where the live version fails no more.")
+    ] = 0.01,
     max_latency_ratio: Annotated[float, typer.Option(help="Most p50 and p95, beside the live version's.")] = 1.5,
     max_token_wait: Annotated[float, typer.Option(help="Seconds without a token after which an answer failed.")] = 30.0,
     prompts: Annotated[str | None, typer.Option(help="Verification prompts: rows with the right answers.")] = None,

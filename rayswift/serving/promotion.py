@@ -21,7 +21,7 @@ _WAIT_RATIO = 2.0
 _ANSWER_RATIO, _LEAST_ANSWER_S = 4.0, 60.0
 """The same of whole answers, which differ in length too, and what any may take: a first one may warm its engine up."""
 
-_LEFT_MARGIN, _LEFT_ERRORS = 0.2, 4.0
+_LEFT_MARGIN, _NOISE = 0.2, 4.0
 """How many more answers may be abandoned, as a fraction and in standard errors, for it is looked at all the time."""
 
 
@@ -71,6 +71,10 @@ class Policy:
     max_wait_s: float = 900.0
     """How long a step waits for those answers before the candidate goes back."""
     max_error_rate: float = 0.01
+    """Fraction of its answers that may fail; where more of the live version's do, as many of its own, and the noise.
+
+    Beside a live version that fails 5%, an equal one goes back once in a hundred steps; one that fails 15%, in a third
+    of those with 40 answers of its own, and in all with 1000."""
     max_latency_ratio: float = 1.5
     """Of its 50th and 95th percentiles, to the first token and to the last, to those of the live version."""
     max_answer_loss: float = 0.02
@@ -116,7 +120,7 @@ class Policy:
     def decide(self, window: Window) -> Hold | Advance | RollBack:
         """What to do now. Errors are acted on at once, latencies as soon as there are enough of both versions."""
         candidate, live = window.candidate, window.live
-        failing = self._failing(candidate, live) or self._left(candidate, window.beside)
+        failing = self._failing(window) or self._left(candidate, window.beside)
         if failing is not None:
             return failing
         enough, known = candidate.ended >= self.min_requests, live
@@ -145,16 +149,27 @@ class Policy:
         """How long to wait for a whole verification answer, where the live version took `live_s` at most."""
         return max(self.max_token_wait_s, _LEAST_ANSWER_S, _ANSWER_RATIO * live_s)
 
-    def _failing(self, candidate: Tally, live: Tally) -> RollBack | None:
+    def _failing(self, window: Window) -> RollBack | None:
         """Too many answers that failed, or that hang: of those nothing is heard before their time is out."""
-        bound_s = self.patience_s(quantile_s(live.first, 1) or 0)
+        candidate, bound_s = window.candidate, self.patience_s(quantile_s(window.live.first, 1) or 0)
         hanging = longer_than(candidate.waits, bound_s)
         failed, ended = candidate.failed + hanging, candidate.ended + hanging
-        if failed <= self.max_error_rate * max(ended, self.min_requests):
+        judged, live = max(1, ended, self.min_requests), self._of_live(window)
+        rate = min(1.0, max(0, live.failed) / max(1, live.ended))
+        noise = (rate * (1 - rate) * (1 / judged + 1 / max(1, live.ended))) ** 0.5
+        if failed <= max(self.max_error_rate, rate + _NOISE * noise) * judged:
             return None
         late = f", {candidate.late} of them by taking longer than request_timeout_s" if candidate.late else ""
         how = f", {hanging} of them by waiting more than {bound_s:.0f} s for a token" if hanging else ""
-        return RollBack(f"{failed} of its {ended} answers failed{late}{how}")
+        beside = f", beside {rate:.1%} of the live version's" if rate else ""
+        return RollBack(f"{failed} of its {ended} answers failed{late}{how}{beside}")
+
+    def _of_live(self, window: Window) -> Tally:
+        """What tells how often the live version fails: of this step or, where that is too little, of before it too."""
+        enough = max(self.min_requests, 3 / (self.max_error_rate or 0.01))  # at the bound it has failed, 19 times of 20
+        known = (window.beside, window.live, window.live + window.live_before)
+        live = next((one for one in known if one.ended >= enough), known[-1])
+        return live if live.ended >= self.min_requests else Tally()
 
     def _left(self, candidate: Tally, beside: Tally) -> RollBack | None:
         """Far more answers that their clients gave up than the live version has in the same time."""
@@ -164,7 +179,7 @@ class Policy:
         both = min(1.0, (candidate.abandoned + beside.abandoned) / (mine + theirs))
         noise = (both * (1 - both) * (1 / mine + 1 / theirs)) ** 0.5
         new, old = candidate.abandoned / mine, beside.abandoned / theirs
-        if new - old <= max(_LEFT_MARGIN, _LEFT_ERRORS * noise):
+        if new - old <= max(_LEFT_MARGIN, _NOISE * noise):
             return None
         return RollBack(
             f"{new:.0%} of its answers were abandoned before their end, beside {old:.0%} of the live version's"
