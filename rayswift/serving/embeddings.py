@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from base64 import b64encode
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from rayswift.serving import flow
 from rayswift.serving.api_errors import ApiError, too_long
 from rayswift.serving.engine import Embedding, Engine, Prompt
 from rayswift.serving.openai import ChatRequest, EmbeddingRequest, TextRequest
+from rayswift.serving.traffic import CountedEngine
 from rayswift.serving.versions import VERSION_HEADER
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ async def reply(http: HttpRequest, request: EmbeddingRequest, model: ServedModel
 async def vectors_of(
     engine: Engine, texts: Sequence[Sequence[int]], num_dims: int | None, num_at_once: int
 ) -> list[np.ndarray]:
-    """The vector of each text. What one of them raises ends all."""
+    """The vector of each text. What one of them raises ends all, which is one answer where answers are counted."""
     found: list[np.ndarray] = [np.empty(0)] * len(texts)
     waiting = iter(enumerate(texts))
 
@@ -68,13 +70,14 @@ async def vectors_of(
         for index, ids in waiting:
             found[index] = await engine.embed(ids, num_dims)
 
-    tasks = [asyncio.create_task(work()) for _ in range(num_at_once)]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    with engine.as_one() if isinstance(engine, CountedEngine) else nullcontext():
+        tasks = [asyncio.create_task(work()) for _ in range(num_at_once)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     return found
 
 

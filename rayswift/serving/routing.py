@@ -88,6 +88,25 @@ class Route:
         ]  # fmt: skip
 
 
+class WeightedPick:
+    """Names in turn, each as often as its weight says: over any number of picks at most one too few or too many.
+
+    Smooth weighted round robin, as in nginx. Weights are not negative and not all zero.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self._weights = {name: weight for name, weight in weights.items() if weight > 0}
+        assert self._weights, "one version has to answer"
+        self._total, self._credit = sum(self._weights.values()), dict.fromkeys(self._weights, 0.0)
+
+    def __call__(self) -> str:
+        for name, weight in self._weights.items():
+            self._credit[name] += weight
+        chosen = max(self._credit, key=self._credit.__getitem__)
+        self._credit[chosen] -= self._total
+        return chosen
+
+
 @dataclass(frozen=True)
 class Routing:
     """The route of one model. A higher revision is a later one."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -18,6 +20,7 @@ from rayswift.errors import ServeError
 from rayswift.serving.api_errors import ApiError, unknown_version
 from rayswift.serving.engine import Delta, Embedding, Engine, Refused, Request
 from rayswift.serving.flow import DEADLINE
+from rayswift.serving.routing import WeightedPick
 from rayswift.serving.served import ServedModel
 from rayswift.serving.tallies import Tally, counted
 
@@ -45,6 +48,10 @@ class _Answer:
     outcome: Literal["answered", "failed", "abandoned"] = "abandoned"
     patience: asyncio.Timeout | None = None
     """What ends the wait for its first token."""
+
+
+_WHOLE: ContextVar[_Answer | None] = ContextVar("whole", default=None)
+"""What the vectors are parts of which a task makes."""
 
 
 @dataclass
@@ -89,34 +96,50 @@ class CountedEngine:
         await self.inner.start()
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        answer, deltas = self._begin(), self.inner.generate(request)
-        asked_at = answer.began
+        deltas = self.inner.generate(request)
         try:
-            delta = await self._first(answer, anext(deltas, None))
-            while delta is not None:
-                if asked_at < answer.deadline <= self._heard_at:
-                    answer.is_late = True
-                if delta.finish_reason is not None:
-                    answer.outcome = "answered"  # before it is taken: who has the end of an answer asks for no more
-                answer.waits_since = None
-                yield delta
-                answer.waits_since = asked_at = time.monotonic()
-                delta = await anext(deltas, None)
-                self._heard_at = time.monotonic()
-            answer.outcome = "answered"
-        except Exception as error:
-            answer.outcome = _outcome_of(error)
-            raise
+            with self._counted() as answer:
+                asked_at = answer.began
+                delta = await self._first(answer, anext(deltas, None))
+                while delta is not None:
+                    if asked_at < answer.deadline <= self._heard_at:
+                        answer.is_late = True
+                    if delta.finish_reason is not None:
+                        answer.outcome = "answered"  # before it is taken: who has the end of an answer asks for no more
+                    answer.waits_since = None
+                    yield delta
+                    answer.waits_since = asked_at = time.monotonic()
+                    delta = await anext(deltas, None)
+                    self._heard_at = time.monotonic()
         finally:
-            self._end(answer)
             await deltas.aclose()
 
     async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
+        whole = _WHOLE.get()
+        with self._counted() if whole is None else nullcontext(whole) as answer:
+            vector = self.inner.embed(ids, num_dims)
+            if answer.patience is None and answer.first_s is None:
+                return await self._first(answer, vector)
+            found = await vector
+            self._heard_at = answer.waits_since = time.monotonic()
+            return found
+
+    @contextmanager
+    def as_one(self) -> Iterator[None]:
+        """The vectors that are made within are one answer: those of the texts of one request."""
+        with self._counted() as answer:
+            token = _WHOLE.set(answer)
+            try:
+                yield
+            finally:
+                _WHOLE.reset(token)
+
+    @contextmanager
+    def _counted(self) -> Iterator[_Answer]:
         answer = self._begin()
         try:
-            vector = await self._first(answer, self.inner.embed(ids, num_dims))
+            yield answer
             answer.outcome = "answered"
-            return vector
         except Exception as error:
             answer.outcome = _outcome_of(error)
             raise
@@ -137,7 +160,7 @@ class CountedEngine:
             raise ServeError("was given up: its version has lost its traffic and had not begun to answer") from None
         finally:
             answer.patience = None
-        self._heard_at = time.monotonic()
+        self._heard_at = answer.waits_since = time.monotonic()
         answer.first_s = self._heard_at - answer.began
         return found
 
@@ -199,25 +222,6 @@ def _outcome_of(error: Exception) -> Literal["answered", "failed", "abandoned"]:
     if isinstance(error, ApiError) and error.status == 429:
         return "abandoned"
     return "answered" if isinstance(error, Refused) else "failed"
-
-
-class WeightedPick:
-    """Names in turn, each as often as its weight says: over any number of picks at most one too few or too many.
-
-    Smooth weighted round robin, as in nginx. Weights are not negative and not all zero.
-    """
-
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        self._weights = {name: weight for name, weight in weights.items() if weight > 0}
-        assert self._weights, "one version has to answer"
-        self._total, self._credit = sum(self._weights.values()), dict.fromkeys(self._weights, 0.0)
-
-    def __call__(self) -> str:
-        for name, weight in self._weights.items():
-            self._credit[name] += weight
-        chosen = max(self._credit, key=self._credit.__getitem__)
-        self._credit[chosen] -= self._total
-        return chosen
 
 
 class Versions:

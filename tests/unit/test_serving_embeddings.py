@@ -298,7 +298,7 @@ def test_a_keys_limits_and_models_hold_here_too(make: Callable[..., _Server]) ->
     assert server.ask(headers=headers).status_code == 429
 
 
-def test_versions_count_vectors_and_fall_back_to_the_live_one(make: Callable[..., _Server]) -> None:
+def test_versions_count_requests_and_fall_back_to_the_live_one(make: Callable[..., _Server]) -> None:
     server = make()
     broken = FakeEngine(embedding=Embedding(8), failure="broken")
     broken.check = lambda: None  # type: ignore[method-assign]  # what is known to be down is not tried
@@ -308,7 +308,7 @@ def test_versions_count_vectors_and_fall_back_to_the_live_one(make: Callable[...
     served = Versions(models, {"1" * 12: 1}, _VERSION)
     assert served.embeds
     server.app = build_asgi(server.spec, {"e": served})
-    reply = server.ask()
+    reply = server.ask(input=["x"] * 4)
     assert (reply.status_code, reply.headers[VERSION_HEADER]) == (200, _VERSION)
     assert [(one.tally.answered, one.tally.failed) for one in counted.values()] == [(1, 0), (0, 1)]
     assert server.ask(headers={VERSION_HEADER: "1" * 12}).status_code == 503

@@ -19,14 +19,16 @@ from rayswift.models.loading import load_tokenizer
 from rayswift.serving import traffic
 from rayswift.serving.admission import Admission
 from rayswift.serving.api_errors import overloaded
+from rayswift.serving.embeddings import vectors_of
 from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Request, Sampling
 from rayswift.serving.flow import DEADLINE, choice_deltas, deadline_in
 from rayswift.serving.http import build_asgi
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.routing import WeightedPick
 from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 from rayswift.serving.tallies import EDGES_S, Tally, counted, longer_than, quantile_s
-from rayswift.serving.traffic import CountedEngine, Versions, WeightedPick
+from rayswift.serving.traffic import CountedEngine, Versions
 
 _OLD, _NEW = "0" * 12, "1" * 12
 _REQUEST = Request("r", Prompt((1,)), Sampling(4))
@@ -246,6 +248,41 @@ def test_what_had_chosen_a_version_before_it_was_given_up_is_given_up_too(clock:
     asyncio.run(scenario())
 
 
+def test_the_vectors_of_a_request_are_one_answer(clock: _Clock) -> None:
+    class Slow(FakeEngine):
+        async def embed(self, ids: Sequence[int], num_dims: int | None = None) -> np.ndarray:
+            clock.now += 1
+            return await super().embed(ids, num_dims)
+
+    async def scenario() -> None:
+        engine = CountedEngine(fake := Slow(embedding=Embedding(2)))
+        texts = [[number] for number in range(5)]
+        assert [list(one) for one in await vectors_of(engine, texts, None, 1)] == [[n, 1] for n in range(5)]
+        tally = engine.tally
+        assert (tally.started, tally.answered, quantile_s(tally.first, 1), quantile_s(tally.whole, 1)) == (
+            1, 1, *(quantile_s(counted(Tally().first, seconds), 1) for seconds in (1, 5)),
+        )  # fmt: skip
+        fake.failure = "broken"
+        with pytest.raises(ServeError):
+            await vectors_of(engine, texts, None, 2)
+        assert (engine.tally.started, engine.tally.failed, engine.tally.running) == (2, 1, 0)
+        fake.failure, fake.gate = None, asyncio.Event()
+        hangs = asyncio.create_task(vectors_of(engine, texts, None, 2))
+        while fake.running < 2:
+            await asyncio.sleep(0)
+        clock.now += 100
+        assert longer_than(engine.tally.waits, 50) == 1
+        engine.give_up(10)
+        with pytest.raises(ServeError, match="was given up"):
+            await hangs
+        assert (engine.tally.started, engine.tally.failed, engine.tally.running) == (3, 2, 0)
+        fake.gate = None
+        await engine.embed([1])  # by itself as before
+        assert engine.tally.answered == 2
+
+    asyncio.run(scenario())
+
+
 def test_what_begins_in_time_is_not_given_up() -> None:
     async def scenario() -> None:
         engine = CountedEngine(fake := FakeEngine(gate=asyncio.Event(), embedding=Embedding(2)))
@@ -412,9 +449,10 @@ def test_an_answer_that_our_own_deadline_ends_is_a_failure_of_its_version(
     assert (engine.tally.abandoned, engine.tally.running, model.admission.in_flight) == (0, 0, 0)
 
 
-def test_a_vector_that_our_own_deadline_ends_is_a_failure_of_its_version(tiny_model_dir: Path) -> None:
+@pytest.mark.parametrize("num_places", [1, 2])
+def test_a_vector_that_our_own_deadline_ends_is_a_failure_of_its_version(tiny_model_dir: Path, num_places: int) -> None:
     engine = CountedEngine(_Hanging(embedding=Embedding(2)))
-    model = ServedModel(engine, PromptBuilder(load_tokenizer(str(tiny_model_dir))), Admission(1, 4), _NEW)
+    model = ServedModel(engine, PromptBuilder(load_tokenizer(str(tiny_model_dir))), Admission(num_places, 4), _NEW)
     versions = Versions({_NEW: model}, {_NEW: 1}, _NEW)
     app = build_asgi(ServeSpec(models={"m": "unused"}, request_timeout_s=0.1), {"m": versions})
 
