@@ -23,14 +23,28 @@ def bounded_schema(schema: dict[str, Any], info: ValidationInfo) -> dict[str, An
 
     The context of the validation is the room of the request, which its schemas share; without one, each has it all.
     """
+    return _checked(schema, _room(info))
+
+
+def _held_schema(schema: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    return _checked(schema, _room(info).for_grammar())
+
+
+def _room(info: ValidationInfo) -> Room:
+    return info.context if isinstance(info.context, Room) else Room()
+
+
+def _checked(schema: dict[str, Any], room: Room) -> dict[str, Any]:
     try:
-        ReadSchema(schema).check(info.context if isinstance(info.context, Room) else Room())
+        ReadSchema(schema).check(room)
     except ValueError as error:
         raise PydanticCustomError("schema", "{reason}", {"reason": str(error)[:_SHOWN_CHARS]}) from None
     return schema
 
 
 Schema = Annotated[dict[str, Any], AfterValidator(bounded_schema)]
+HeldSchema = Annotated[dict[str, Any], AfterValidator(_held_schema)]
+"""One that answers are held to by a grammar, which is made of all of it."""
 
 
 class Strict(BaseModel):
@@ -44,7 +58,7 @@ class JsonSchema(Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: Annotated[str, Field(max_length=1024)] | None = None
-    schema_: Schema = Field(alias="schema")
+    schema_: HeldSchema = Field(alias="schema")
     strict: bool | None = None
 
 

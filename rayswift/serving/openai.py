@@ -230,8 +230,8 @@ def parse(kind: type[AnyRequest], body: bytes) -> AnyRequest:
         raise ApiError("the body must be a JSON object", code="invalid_json")
     try:
         known = _known_fields(kind, raw)
-        holds = known.get("tool_choice", "auto") not in ("auto", "none") or "response_format" in known
-        return kind.model_validate(known, context=Room(holds=holds))
+        # A response_format takes what a grammar needs whatever the tools do.
+        return kind.model_validate(known, context=Room(holds=known.get("tool_choice", "auto") not in ("auto", "none")))
     except ValidationError as error:
         raise _first_problem(error) from None
 

@@ -33,8 +33,9 @@ _ESCAPE = r"\\(?:[dDwWsSnrtfv\W]|[pP](?:[A-Z]|\{\w+\})|x[0-9a-fA-F]{2}|u[0-9a-fA
 _ATOM = rf"(?:[^\\\[\](){{}}|*+?^$]|{_ESCAPE}|\[\^?(?:[^\\\[\]&~-]|{_ESCAPE}|-(?!-))+\])"
 _PLAIN = re.compile(rf"\^?{_ATOM}*(?:{_ATOM}[*+?]{_ATOM}*)?\$?|\^{_ATOM}*(?:{_ATOM}\{{\d+(?:,\d*)?\}}{_ATOM}*)?\$?")
 """Patterns of one repetition at most, and counted only from the begin: however large, few of its states are alive."""
-_UNREAD = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\(?:[1-9]|k<)")
-"""What a pattern may have elsewhere and not here, where it takes time in proportion to the text."""
+_UNREAD = re.compile(r"(\(\?<?[=!]|\\(?:[1-9]|k<))|\\.|\[\^?\]?(?:[^\]\\]|\\.)*\]?", re.DOTALL)
+"""What a pattern may have elsewhere and not here, where it takes time in proportion to the text: the group, which is
+neither escaped nor in a class of characters."""
 _IGNORES_CASE, _CLASS = re.compile(r"\(\?[a-zA-Z-]*i"), re.compile(r"\[|\\[pP]")
 SHOWN_CHARS = 80
 
@@ -42,11 +43,18 @@ SHOWN_CHARS = 80
 class Room:
     """What is left of what the schemas of one request may have together.
 
-    `holds`: whether a grammar is made of them, which holds the answer to them; some of them cost nothing without one.
+    `holds`: whether a grammar is made of them, which holds the answer to them; some of them cost nothing without one,
+    and what cannot be read of them is left out of what answers are checked by.
     """
 
     def __init__(self, *, holds: bool = True) -> None:
         self.holds, self._left, self._patterns = holds, dict(_LIMITS), set[str]()
+
+    def for_grammar(self) -> Room:
+        """The same room, for a schema that a grammar is made of whatever becomes of the others."""
+        other = Room()
+        other._left, other._patterns = self._left, self._patterns
+        return other
 
     def take(self, what: str, amount: int) -> None:
         """Raises ValueError where less is left."""
@@ -101,7 +109,7 @@ def weight(node: dict[str, Any]) -> int:
     return 1 + num_items_of(node) // 16
 
 
-def _patterns(node: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+def patterns(node: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     """(pattern, whether it is for the names of properties)."""
     if isinstance(pattern := node.get("pattern"), str):
         yield pattern, False
@@ -112,7 +120,7 @@ def _patterns(node: dict[str, Any]) -> Iterator[tuple[str, bool]]:
 def num_read(node: dict[str, Any], value: Any) -> int:
     """Characters of a value that patterns read, times the bytes of each pattern that may be alive at one of them."""
     num = 0
-    for pattern, is_for_names in _patterns(node):
+    for pattern, is_for_names in patterns(node):
         names = value if is_for_names and isinstance(value, dict) else ()
         texts = names if is_for_names else (value,) if isinstance(value, str) else ()
         if chars := sum(len(text) for text in texts):
@@ -123,13 +131,16 @@ def num_read(node: dict[str, Any], value: Any) -> int:
 def take_all(node: dict[str, Any], room: Room, compiled: set[str]) -> None:
     """Raises ValueError for counts and patterns for which there is no room.
 
-    `compiled` are the patterns of the same root so far: what validates by it compiles each once.
+    Where a grammar is made of them, for patterns that cannot be read, too. `compiled` are the patterns of the same root
+    so far: what validates by it compiles each once.
     """
     if num_items := num_items_of(node):
         room.take("items that minItems and maxItems count", num_items)
-    for pattern in dict.fromkeys(pattern for pattern, _ in _patterns(node) if pattern not in compiled):
+    for pattern in dict.fromkeys(pattern for pattern, _ in patterns(node) if pattern not in compiled):
         compiled.add(pattern)
         room.take_pattern(pattern)
+        if is_unread(pattern) and not room.holds:
+            continue
         if _IGNORES_CASE.search(pattern):
             room.take("character classes in patterns that ignore case", len(_CLASS.findall(pattern)))
         for smaller, size in pairwise((0, *_PATTERN_BYTES)):
@@ -138,15 +149,26 @@ def take_all(node: dict[str, Any], room: Room, compiled: set[str]) -> None:
             if _compiles(pattern, size):
                 break
         else:
-            if _UNREAD.search(pattern):
-                raise ValueError(
-                    "has a pattern with lookaround or a backreference, which are not supported; leave it out: "
-                    + pattern[:SHOWN_CHARS]
-                )
-            most = _PATTERN_BYTES[-1]
-            raise ValueError(
-                f"is no JSON Schema: has no pattern, or one of over {most} bytes, in {pattern[:SHOWN_CHARS]}"
-            )
+            if room.holds:
+                raise ValueError(_refusal(pattern))
+
+
+def _refusal(pattern: str) -> str:
+    if is_unread(pattern):
+        what = "has a pattern with lookaround or a backreference, which are not supported; leave it out: "
+        return what + pattern[:SHOWN_CHARS]
+    return f"is no JSON Schema: has no pattern, or one of over {_PATTERN_BYTES[-1]} bytes, in {pattern[:SHOWN_CHARS]}"
+
+
+@lru_cache(maxsize=4096)
+def is_unread(pattern: str) -> bool:
+    """Whether a pattern has lookaround or a backreference."""
+    return any(found[1] is not None for found in _UNREAD.finditer(pattern))
+
+
+def can_read(pattern: str) -> bool:
+    """Whether texts can be held to a pattern, in time that is proportional to their length."""
+    return not is_unread(pattern) and _compiles(pattern, _PATTERN_BYTES[-1])
 
 
 @lru_cache(maxsize=4096)

@@ -22,6 +22,7 @@ from rayswift.serving.schema_costs import (
     take_all,
     weight,
 )
+from rayswift.serving.schema_readable import has_unread, leave_out_unread
 
 MAX_SCHEMA_BYTES, MAX_SCHEMA_DEPTH = 32 * 1024, 32
 MAX_AT_ONCE = 4096
@@ -77,13 +78,30 @@ class ReadSchema:
             if found.bits:
                 room.take("remainders of multipleOf", int(2**found.bits))
         try:
-            _ = self.validator
+            _ = (self if room.holds else self.readable).validator
         except ValueError as error:
             raise ValueError(f"is no JSON Schema: {' '.join(str(error).split())}") from None
 
     def admits(self, value: Any, *, if_unknown: bool = False) -> bool:
         """Whether a value keeps to the schema; `if_unknown` where that would take more than MAX_STEPS or MAX_READ."""
         return bool(self.validator.is_valid(value)) if self._is_affordable(value) else if_unknown
+
+    @cached_property
+    def readable(self) -> ReadSchema:
+        """This one without the patterns that cannot be read; itself where there are none. Its nodes were checked.
+
+        Of a schema that refers to a place which is not there any more, nothing is left.
+        """
+        if not has_unread(self._nodes(Room(holds=False))):
+            return self
+        copied = ReadSchema(json.loads(json.dumps(self._root)))
+        leave_out_unread(copied._nodes(Room(holds=False)), copied._parts)
+        left = ReadSchema(copied._root)
+        try:
+            left._nodes(Room(holds=False))
+        except ValueError:
+            return ReadSchema({})
+        return left
 
     @cached_property
     def validator(self) -> Any:

@@ -29,7 +29,11 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class Function(Strict):
-    """A function that the model may call. Its arguments are held to `parameters`, `strict` or not."""
+    """A function that the model may call. Its arguments are held to `parameters`, `strict` or not.
+
+    Where no call is demanded, `parameters` may have patterns that cannot be read here, such as those with lookaround:
+    the model is shown them, and arguments are held to everything else.
+    """
 
     name: Name
     description: Annotated[str, Field(max_length=4096)] | None = None
@@ -42,7 +46,7 @@ class Function(Strict):
 
     @cached_property
     def _schema(self) -> ReadSchema:
-        return ReadSchema(self.parameters)  # once for all calls of an answer: patterns take time to compile
+        return ReadSchema(self.parameters).readable  # once for all calls of an answer: patterns take time to compile
 
 
 class Tool(Strict):
