@@ -54,6 +54,8 @@ class Prompt:
     ids: tuple[int, ...]
     media: tuple[Features, ...] = field(default=(), compare=False)
     rope_AT: np.ndarray | None = field(default=None, compare=False)
+    thought_end: str | None = field(default=None, compare=False)
+    """The mark that ends a thought which was begun for the answer, where the answer's text will have it."""
 
 
 @dataclass(frozen=True)

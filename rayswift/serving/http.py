@@ -181,7 +181,9 @@ class Endpoint:
         headers = {VERSION_HEADER: model.version} if model.version else {}
         deltas = flow.choice_deltas(model.engine, work.requests, work.deadline)
         calling = model.prompts.calling(request.calling)
-        answers = [Answer(index, calling=calling) for index in range(len(work.requests))]
+        answers = [
+            Answer(index, calling, thought_end=one.prompt.thought_end) for index, one in enumerate(work.requests)
+        ]
         if not request.stream:
             with places:
                 await flow.unless_gone(http, streams.collect(deltas, answers))

@@ -15,6 +15,7 @@ from rayswift.data.formats import RowError, one_row
 from rayswift.data.templates import chat_text
 from rayswift.data.types import Medium
 from rayswift.serving.api_errors import ApiError, too_long
+from rayswift.serving.calls import thought_end
 from rayswift.serving.engine import Prompt
 from rayswift.serving.messages import Message
 from rayswift.serving.tools import OPEN, Calling, is_readable
@@ -59,15 +60,14 @@ class PromptBuilder:
         """Which of `messages`, `tools` and a free `tool_choice` the chat template lets a request have."""
         template = str(self._tokenizer.chat_template or "")
         tools = "tools" in template
-        reads = tools and is_readable(template) and not self._hides_marks
+        reads = tools and is_readable(template) and OPEN not in self._hidden
         known = {"messages": bool(template), "tools": tools, "tool_choice": reads}
         return frozenset(name for name, is_known in known.items() if is_known)
 
     @cached_property
-    def _hides_marks(self) -> bool:
-        """Whether the marks of a call are special tokens, which engines leave out of an answer's text."""
-        added = self._tokenizer.added_tokens_decoder.values()
-        return any(token.content == OPEN and token.special for token in added)
+    def _hidden(self) -> frozenset[str]:
+        """The special tokens, which engines leave out of an answer's text, and with them marks that are such tokens."""
+        return frozenset(token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special)
 
     def calling(self, calling: Calling | None) -> Calling | None:
         """The same tools, with calls that are demanded written as this model was trained to, where that can be read."""
@@ -139,7 +139,8 @@ class PromptBuilder:
         if not prompt.ids:
             raise _refusal("messages", "the model's chat template makes no prompt of this conversation")
         self._check_ids(prompt.ids, "messages")
-        return prompt
+        end = thought_end(text)
+        return prompt if end is None or end in self._hidden else replace(prompt, thought_end=end)
 
     def _rendered(self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
         """The conversation as the template writes it. Raises ApiError for whatever the template raises."""

@@ -14,8 +14,9 @@ from typing import Any
 
 from pydantic_core import to_json
 
+from rayswift.serving.calls import CallReader
 from rayswift.serving.engine import Delta, FinishReason, TokenLogprob
-from rayswift.serving.tools import Call, Calling, CallReader
+from rayswift.serving.tools import Call, Calling
 
 DONE = b"data: [DONE]\n\n"
 
@@ -26,6 +27,8 @@ class Answer:
 
     index: int
     calling: Calling | None = None
+    thought_end: str | None = None
+    """What ends the thought that its prompt has begun."""
     num_chars: int = 0
     """Of the text so far."""
     num_tokens: int = 0
@@ -36,7 +39,7 @@ class Answer:
     """What the last delta added to `said` and to `calls`."""
 
     def __post_init__(self) -> None:
-        self._reader = None if self.calling is None else CallReader(self.calling)
+        self._reader = None if self.calling is None else CallReader(self.calling, self.thought_end)
         self._deltas = list[Delta]()
 
     def add(self, delta: Delta) -> None:

@@ -1,4 +1,4 @@
-"""Tools that a model may call: how a client names them, what an answer is held to, and calls read out of its text.
+"""Tools that a model may call: how a client names them, what an answer is held to, and what is a call of one.
 
 A model writes a call as its chat template was trained to: `<tool_call>` around JSON (Hermes, Qwen2.5 and later). Where
 a call is demanded, the answer is held to that form; of a model that writes calls in another one, to a JSON Schema.
@@ -206,65 +206,6 @@ class Call:
     def body(self) -> dict[str, Any]:
         """As it stands in a message."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
-
-
-@dataclass
-class CallReader:
-    """Takes an answer's text as it comes and tells apart what is said and what is called.
-
-    Text that may be the beginning of a call is held back until it is known; what turns out to be no call is said.
-    """
-
-    calling: Calling
-    _held: str = ""
-    _is_behind_call: bool = False
-    calls: list[Call] = field(default_factory=list)
-
-    def feed(self, text: str, *, is_last: bool) -> tuple[str, list[Call]]:
-        """What can be said and the calls that are whole now."""
-        self._held += text
-        if self.calling.demanded is not None and not self.calling.is_written:
-            return self._demanded(is_last)
-        said, made = "", list[Call]()
-        while (start := self._held.find(OPEN)) >= 0:
-            end = self._held.find(CLOSE, start)
-            if end < 0 and not is_last:
-                break
-            # No mark at the end of the answer: a stop string has taken its place, or the model left it out.
-            whole = self._held[start:] if end < 0 else self._held[start : end + len(CLOSE)]
-            call = self.calling.written_call(whole.removeprefix(OPEN).removesuffix(CLOSE))
-            is_call = call is not None and len(self.calls) < MAX_CALLS
-            said += self._say(self._held[:start]) + ("" if is_call else self._say(whole))
-            if call is not None and is_call:
-                made.append(call)
-                self.calls.append(call)
-                self._is_behind_call = True
-            self._held = self._held[start + len(whole) :]
-        free = len(self._held) if is_last else self._free(self._held.find(OPEN))
-        said, self._held = said + self._say(self._held[:free]), self._held[free:]
-        return said, made
-
-    def _say(self, text: str) -> str:
-        """The text without the line ends that templates write behind a call, which nobody says."""
-        if self._is_behind_call:
-            text = text.lstrip()
-            self._is_behind_call = not text
-        return text
-
-    def _free(self, start: int) -> int:
-        """How much of what is held can be no part of a call."""
-        if start >= 0:
-            return start
-        longest = next((n for n in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:n])), 0)
-        return len(self._held) - longest
-
-    def _demanded(self, is_last: bool) -> tuple[str, list[Call]]:
-        if not is_last:
-            return "", []
-        made = list(self.calling.demanded_calls(self._held))
-        said, self._held = ("" if made else self._held), ""
-        self.calls += made
-        return said, made
 
 
 def calling_of(tools: Sequence[Tool], choice: str | NamedChoice | None) -> Calling | None:

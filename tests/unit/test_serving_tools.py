@@ -16,12 +16,13 @@ from tokenizers import AddedToken
 
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving.admission import Admission
+from rayswift.serving.calls import CallReader
 from rayswift.serving.engine import FakeEngine
 from rayswift.serving.http import build_asgi
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
-from rayswift.serving.tools import Calling, CallReader, Tool
+from rayswift.serving.tools import Calling, Tool
 
 _WEATHER = {
     "type": "function",
