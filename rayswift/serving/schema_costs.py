@@ -33,7 +33,7 @@ _ESCAPE = r"\\(?:[dDwWsSnrtfv\W]|[pP](?:[A-Z]|\{\w+\})|x[0-9a-fA-F]{2}|u[0-9a-fA
 _ATOM = rf"(?:[^\\\[\](){{}}|*+?^$]|{_ESCAPE}|\[\^?(?:[^\\\[\]&~-]|{_ESCAPE}|-(?!-))+\])"
 _PLAIN = re.compile(rf"\^?{_ATOM}*(?:{_ATOM}[*+?]{_ATOM}*)?\$?|\^{_ATOM}*(?:{_ATOM}\{{\d+(?:,\d*)?\}}{_ATOM}*)?\$?")
 """Patterns of one repetition at most, and counted only from the begin: however large, few of its states are alive."""
-_UNREAD = re.compile(r"(\(\?<?[=!]|\\(?:[1-9]|k<))|\\.|\[\^?\]?(?:[^\]\\]|\\.)*\]?", re.DOTALL)
+_UNREAD = re.compile(r"(\(\?<?[=!]|\\(?:[1-9]|k<))|\\.|\[(?:[^\]\\]|\\.)*\]?", re.DOTALL)
 """What a pattern may have elsewhere and not here, where it takes time in proportion to the text: the group, which is
 neither escaped nor in a class of characters."""
 _IGNORES_CASE, _CLASS = re.compile(r"\(\?[a-zA-Z-]*i"), re.compile(r"\[|\\[pP]")
@@ -131,8 +131,8 @@ def num_read(node: dict[str, Any], value: Any) -> int:
 def take_all(node: dict[str, Any], room: Room, compiled: set[str]) -> None:
     """Raises ValueError for counts and patterns for which there is no room.
 
-    Where a grammar is made of them, for patterns that cannot be read, too. `compiled` are the patterns of the same root
-    so far: what validates by it compiles each once.
+    Lookaround counts as a pattern, and is refused where a grammar is made of it. `compiled` are the patterns of the
+    same root so far: what validates by it compiles each once.
     """
     if num_items := num_items_of(node):
         room.take("items that minItems and maxItems count", num_items)
@@ -149,8 +149,7 @@ def take_all(node: dict[str, Any], room: Room, compiled: set[str]) -> None:
             if _compiles(pattern, size):
                 break
         else:
-            if room.holds:
-                raise ValueError(_refusal(pattern))
+            raise ValueError(_refusal(pattern))
 
 
 def _refusal(pattern: str) -> str:
@@ -162,13 +161,8 @@ def _refusal(pattern: str) -> str:
 
 @lru_cache(maxsize=4096)
 def is_unread(pattern: str) -> bool:
-    """Whether a pattern has lookaround or a backreference."""
+    """Whether a pattern has lookaround or a backreference, by the rules of ECMA 262."""
     return any(found[1] is not None for found in _UNREAD.finditer(pattern))
-
-
-def can_read(pattern: str) -> bool:
-    """Whether texts can be held to a pattern, in time that is proportional to their length."""
-    return not is_unread(pattern) and _compiles(pattern, _PATTERN_BYTES[-1])
 
 
 @lru_cache(maxsize=4096)

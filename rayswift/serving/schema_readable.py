@@ -1,4 +1,4 @@
-"""A schema without what cannot be read here: patterns with lookaround, and others that do not compile in bounds.
+"""A schema without what cannot be read here: patterns with lookaround or a backreference.
 
 Where no grammar is made of a schema, such a pattern is no reason to refuse a request: the model is shown the schema as
 it was sent, and its arguments are held to all of it but these patterns. What is left admits whatever the whole schema
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rayswift.serving.schema_costs import can_read, patterns
+from rayswift.serving.schema_costs import is_unread, patterns
 
 _ANY_NAME = ""
 """The pattern of every name."""
@@ -18,7 +18,7 @@ _ANY_NAME = ""
 
 def has_unread(nodes: Iterable[dict[str, Any]]) -> bool:
     """Whether any of these schemas has a pattern that cannot be read."""
-    return any(not can_read(pattern) for node in nodes for pattern, _ in patterns(node))
+    return any(is_unread(pattern) for node in nodes for pattern, _ in patterns(node))
 
 
 def leave_out_unread(nodes: Sequence[dict[str, Any]], inside: Callable[[dict[str, Any]], Sequence[Any]]) -> None:
@@ -29,7 +29,7 @@ def leave_out_unread(nodes: Sequence[dict[str, Any]], inside: Callable[[dict[str
     reaching = _reaching(nodes, inside)
     conditions = [node for node in nodes if id(node.get("if")) in reaching]
     for node in nodes:
-        if isinstance(pattern := node.get("pattern"), str) and not can_read(pattern):
+        if isinstance(pattern := node.get("pattern"), str) and is_unread(pattern):
             del node["pattern"]
         if isinstance(named := node.get("patternProperties"), dict):
             node["patternProperties"] = _named(named)
@@ -51,7 +51,7 @@ def leave_out_unread(nodes: Sequence[dict[str, Any]], inside: Callable[[dict[str
 
 def _named(named: Mapping[str, Any]) -> dict[str, Any]:
     """Schemas by the pattern of their names. Those of a pattern that cannot be read may be of any name."""
-    kept = {pattern: schema for pattern, schema in named.items() if can_read(pattern)}
+    kept = {pattern: schema for pattern, schema in named.items() if not is_unread(pattern)}
     return kept if len(kept) == len(named) else {**kept, _ANY_NAME: True}
 
 
