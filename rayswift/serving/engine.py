@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rayswift.data.media.encoder import MediaEncoder
 
 FinishReason = Literal["stop", "length"]
+INCOMPLETE = "\ufffd"
+"""What decoders write for bytes that are not a character (yet)."""
 
 
 class Refused(ServeError):
@@ -79,11 +81,23 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A chosen token with its log-probability before temperature, and the likeliest (text, log-probability) pairs."""
+    """A chosen token with its log-probability before temperature, and the likeliest (text, log-probability) pairs.
+
+    Texts are what a token adds to the answer, the space before a word included; INCOMPLETE is that of a part of a
+    character, whose last part has all of it. A special token's is its name.
+    """
 
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...] = ()
+    id: int = -1
+    is_special: bool = False
+    """Whether it is left out of the answer's text."""
+
+    @property
+    def num_chars(self) -> int:
+        """Characters that it adds to the answer's text."""
+        return 0 if self.is_special or self.token == INCOMPLETE else len(self.token)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _MAX_MEDIA = 8
 _LONG_CHARS, _PIECE_CHARS = 8, 2**14
 """Characters per token from which on a text is counted in pieces first, and how long a piece is."""
+_BEFORE = "a\n"
+"""What an answer follows where its ids are looked for: some tokenizers put a space before the first word of a text."""
 _SETTINGS = {"data.media.max_bytes": "max_media_bytes", "data.media.max_pixels": "max_media_pixels",
              "data.media.max_audio_seconds": "max_media_seconds"}  # fmt: skip
 """What a bound is called in a serve spec, by its name in a job."""
@@ -196,13 +198,18 @@ class PromptBuilder:
             what = f"has the token {told}, of which this model knows nothing; " if told else ""
             raise _refusal(place, f"{what}token ids must be below {known}, and {found} is not")
 
-    def pieces(self, text: str) -> list[tuple[int, str]]:
-        """The ids of an answer, as they follow a prompt, each with the text that engines report of it."""
+    def answer_ids(self, text: str) -> list[int]:
+        """The ids of an answer, as they follow a prompt: behind another text they say this one, if any such ids do."""
         with self._lock:
-            ids = self._tokens(text, add_special_tokens=False)
-            told = [self._tokenizer.decode([one], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                    for one in ids]  # fmt: skip
-        return [(one, str(piece)) for one, piece in zip(ids, told, strict=True)]
+            before = self._tokens(_BEFORE, add_special_tokens=False)
+            behind = self._tokens(_BEFORE + text, add_special_tokens=False)
+            alone = self._tokens(text, add_special_tokens=False)
+            ways = [alone, behind[len(before) :]] if behind[: len(before)] == before else [alone]
+            said = self._decode(before) + text
+            return next((ids for ids in ways if self._decode(before + ids) == said), alone)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _check_length(self, text: str, place: str) -> None:
         """Raises ApiError for a text that is far too long, after about as much work as the longest that fits takes.

@@ -35,14 +35,14 @@ async def follows(model: ServedModel, asked: Asked, said: str) -> float:
 
     Of up to _MAX_PLACES tokens, spread evenly over those that there is room for. Raises ServeError.
     """
-    prompt, pieces = await _prompt(model, asked), await asyncio.to_thread(model.prompts.pieces, said)
-    pieces = pieces[: model.engine.max_model_len - len(prompt.ids)]
-    if not pieces:
+    prompt, ids = await _prompt(model, asked), await asyncio.to_thread(model.prompts.answer_ids, said)
+    ids = ids[: model.engine.max_model_len - len(prompt.ids)]
+    if not ids:
         raise ServeError(f"a prompt of {len(prompt.ids)} tokens leaves no room for an answer")
-    num_places = min(_MAX_PLACES, len(pieces))
-    places = [number * len(pieces) // num_places for number in range(num_places)]
-    chosen = [await _next(model, prompt, [token for token, _ in pieces[:place]]) for place in places]
-    return sum(text == pieces[place][1] for text, place in zip(chosen, places, strict=True)) / num_places
+    num_places = min(_MAX_PLACES, len(ids))
+    places = [number * len(ids) // num_places for number in range(num_places)]
+    chosen = [await _next(model, prompt, ids[:place]) for place in places]
+    return sum(token == ids[place] for token, place in zip(chosen, places, strict=True)) / num_places
 
 
 async def vector(model: ServedModel, text: str) -> np.ndarray:
@@ -59,13 +59,13 @@ async def _prompt(model: ServedModel, asked: Asked) -> Prompt:
     return await asyncio.to_thread(model.prompts.conversation, asked)
 
 
-async def _next(model: ServedModel, prompt: Prompt, begun: list[int]) -> str | None:
+async def _next(model: ServedModel, prompt: Prompt, begun: list[int]) -> int | None:
     """The likeliest token behind a prompt and the beginning of its answer; None for the end of the answer.
 
-    Its text alone may be empty, as of a part of a character, and so it is taken from what is said of its likelihood.
+    It is taken from what is said of its likelihood: an answer's text does not tell which tokens it is made of.
     """
     behind = Prompt((*prompt.ids, *begun))
     sampling = Sampling(max_new_tokens=1, temperature=0, logprobs=1)
     deltas = [delta async for delta in model.engine.generate(Request(f"follow-{id(behind)}", behind, sampling))]
-    scored = [one.token for delta in deltas for one in delta.logprobs]
+    scored = [one.id for delta in deltas for one in delta.logprobs]
     return scored[0] if scored else None

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from rayswift.serving.calls import CallReader
-from rayswift.serving.engine import Delta, FinishReason, TokenLogprob
+from rayswift.serving.engine import INCOMPLETE, Delta, FinishReason, TokenLogprob
 from rayswift.serving.tools import Call, Calling
 
 DONE = b"data: [DONE]\n\n"
@@ -30,7 +30,7 @@ class Answer:
     thought_end: str | None = None
     """What ends the thought that its prompt has begun."""
     num_chars: int = 0
-    """Of the text so far."""
+    """Of the tokens whose log-probabilities are told so far: their text may be held back."""
     num_tokens: int = 0
     said: str = ""
     """The text without the calls in it."""
@@ -45,7 +45,7 @@ class Answer:
     def add(self, delta: Delta) -> None:
         """Take in what was generated next."""
         self._deltas.append(delta)
-        self.num_chars += len(delta.text)
+        self.num_chars += _num_chars(delta)
         self.num_tokens += delta.num_tokens
         self.news = (delta.text, [])
         if self._reader is not None:
@@ -101,7 +101,7 @@ class Reply:
     def chunk(self, answer: Answer, delta: Delta) -> dict[str, Any] | None:
         """The chunk for what `answer` has just got, `delta` being counted in already; None while it is held back."""
         if not self.chat:
-            return self._chunk([_text_choice(answer.index, delta, answer.num_chars - len(delta.text))])
+            return self._chunk([_text_choice(answer.index, delta, answer.num_chars - _num_chars(delta))])
         said, made = answer.news
         if not (said or made or delta.finish_reason or delta.logprobs):
             return None
@@ -178,15 +178,16 @@ def _chat_logprobs(delta: Delta) -> dict[str, Any] | None:
 
 def _scored(token: str, logprob: float) -> dict[str, Any]:
     # A token that is part of a character has no text of its own, so its bytes are not known here.
-    known = None if "\ufffd" in token else list(token.encode())
+    known = None if INCOMPLETE in token else list(token.encode())
     return {"token": token, "logprob": logprob, "bytes": known}
 
 
+def _num_chars(delta: Delta) -> int:
+    return sum(item.num_chars for item in delta.logprobs)
+
+
 def _text_logprobs(items: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    offsets = []
-    for item in items:
-        offsets.append(offset)
-        offset += len(item.token)
+    offsets = list(itertools.accumulate((item.num_chars for item in items[:-1]), initial=offset))
     return {
         "tokens": [item.token for item in items],
         "token_logprobs": [item.logprob for item in items],

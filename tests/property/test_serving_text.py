@@ -2,45 +2,130 @@
 
 from __future__ import annotations
 
-from functools import cache
-
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers.decoders import DecodeStream
 
 from rayswift.serving.local.sampling import GREEDY_BELOW, probabilities
-from rayswift.serving.local.text import Detokenizer, StopMatcher, TextStream
+from rayswift.serving.local.text import Decode, Detokenizer, StopMatcher, TextStream
+from tests.tokenizer_cases import KINDS, tokenizer_of
+
+_UNFINISHED = 3
+_WORDS = st.text(max_size=4) | st.sampled_from([
+    " the", " sun", "sun", "  ", "\n", "é", "ö", "日本語", "🙂", "👩\u200d🚀", " größe", "<s>", "</s>", "x", " ",
+])  # fmt: skip
 
 
-@cache
-def _byte_tokenizer():
-    """A byte-level tokenizer in which a character such as an emoji takes several tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["hello wörld, grüße ", "über größe"], trainer)
-    return tokenizer
+def _streamed(decode: Decode, prompt: list[int], answer: list[int]) -> list[str]:
+    stream = Detokenizer(decode, prompt)
+    return [*(stream.push(token) for token in answer), stream.finish()]
 
 
-@given(st.text(max_size=40))
-def test_streamed_text_is_the_text(text: str) -> None:
-    tokenizer = _byte_tokenizer()
-    stream = Detokenizer(tokenizer.decode)
-    pieces = [stream.push(token) for token in tokenizer.encode(text).ids]
-    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
-    assert "".join(pieces) + stream.finish() == text.rstrip("\ufffd")
+def _by_definition(decode: Decode, prompt: list[int], answer: list[int]) -> str:
+    """What a prompt and its answer say behind what the prompt says, a last character that it does not end left out."""
+    least = max(0, len(prompt) - _UNFINISHED)
+    sizes = range(len(prompt), least, -1)
+    finished = next((size for size in sizes if not decode(prompt[:size]).endswith("\ufffd")), least)
+    before, whole = decode(prompt[:finished]), decode(prompt + answer)
+    assert whole.startswith(before)
+    new, said = whole.removeprefix(before), decode(prompt[finished:])
+    while new and said and new[0] == said[0]:
+        new, said = new[1:], said[1:]
+    return new.rstrip("\ufffd")
 
 
-@given(st.lists(st.integers(0, 279), max_size=60))
-def test_streamed_text_of_any_ids_is_the_whole_decoding_without_its_unfinished_end(ids: list[int]) -> None:
-    tokenizer = _byte_tokenizer()
-    stream = Detokenizer(tokenizer.decode)
-    streamed = "".join([stream.push(token) for token in ids]) + stream.finish()
-    assert streamed == tokenizer.decode(ids).rstrip("\ufffd")
+@pytest.mark.parametrize("kind", KINDS)
+@given(words=st.lists(_WORDS, max_size=14), where=st.floats(0, 1))
+def test_streamed_text_is_what_the_whole_has_behind_the_prompt(kind: str, words: list[str], where: float) -> None:
+    tokenizer = tokenizer_of(kind)
+    ids = tokenizer.encode("".join(words)).ids
+    prompt, answer = ids[: int(where * len(ids))], ids[int(where * len(ids)) :]
+    pieces = _streamed(tokenizer.decode, prompt, answer)
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in "".join(words)
+    assert "".join(pieces) == _by_definition(tokenizer.decode, prompt, answer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(words=st.lists(_WORDS, min_size=1, max_size=14), where=st.floats(0, 1))
+def test_streamed_text_is_that_of_the_stream_that_vllm_decodes_with(kind: str, words: list[str], where: float) -> None:
+    tokenizer = tokenizer_of(kind)
+    ids = tokenizer.encode("".join(words)).ids
+    prompt, answer = ids[: int(where * len(ids))], ids[int(where * len(ids)) :]
+    assume("\ufffd" not in tokenizer.decode(prompt) + "".join(words))  # where it says the prompt again, or fails
+    stream = DecodeStream(ids=prompt, skip_special_tokens=True)
+    theirs = [stream.step(tokenizer, token) or "" for token in answer]
+    assert _streamed(tokenizer.decode, prompt, answer)[:-1] == theirs
+
+
+@given(st.lists(st.integers(2, 299), max_size=60), st.lists(st.integers(2, 299), max_size=60))
+def test_streamed_text_of_any_ids_is_the_whole_decoding_without_its_unfinished_end(
+    prompt: list[int], ids: list[int]
+) -> None:
+    decode = tokenizer_of("byte_level").decode
+    streamed = "".join(_streamed(decode, prompt, ids))
+    assert streamed == _by_definition(decode, prompt, ids)
+    if not prompt:
+        assert streamed == decode(ids).rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(prompt=st.lists(st.integers(0, 325), max_size=12), ids=st.lists(st.integers(0, 325), max_size=30))
+def test_texts_of_tokens_joined_are_the_text(kind: str, prompt: list[int], ids: list[int]) -> None:
+    stream = Detokenizer(tokenizer_of(kind).decode, prompt)
+    for token in ids:
+        told = stream.text_of(token)
+        assert stream.push(token) == ("" if told == "\ufffd" else told)
+
+
+@pytest.mark.parametrize("kind", ["llama", "unigram"])
+def test_the_space_before_the_first_word_is_kept(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    ids = tokenizer.encode("the sea is wide").ids
+    at = len(tokenizer.encode("the sea").ids)
+    assert "".join(_streamed(tokenizer.decode, ids[:at], ids[at:])) == " is wide"
+    for hidden in ([], [0], [0] * 40):  # nothing is said before: it is the begin of a text
+        assert "".join(_streamed(tokenizer.decode, hidden, ids)) == "the sea is wide"
+        assert "".join(_streamed(tokenizer.decode, ids[:at] + hidden, ids[at:])) == " is wide"
+    stream = Detokenizer(tokenizer.decode, ids[:at])
+    space, none = (tokenizer.token_to_id(piece) for piece in ("▁s", "s"))
+    assert [stream.text_of(token) for token in (space, none)] == [" s", "s"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_character_that_the_prompt_begins_is_the_answers(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    for before in ("the sea", "", "日本" * 30):
+        ids = tokenizer.encode(before + "🙂").ids
+        for num in (1, 2, 3):
+            assert "".join(_streamed(tokenizer.decode, ids[:-num], ids[-num:])) == "🙂"
+            assert "".join(_streamed(tokenizer.decode, ids[:-num], tokenizer.encode("n").ids[-1:])) == "n"
+
+
+def test_what_stands_in_a_token_before_a_character_that_it_begins_is_the_prompts() -> None:
+    def decode(ids: list[int]) -> str:
+        return b"".join([b"a", b" x\xe2", b"\x82", b"\xac", b"b"][i] for i in ids).decode(errors="replace")
+
+    assert "".join(_streamed(decode, [0, 1], [2, 3, 4])) == "€b"
+    assert "".join(_streamed(decode, [0, 1], [4])) == "b"
+    assert "".join(_streamed(decode, [1, 2], [3])) == "€"
+
+
+def test_a_prompt_is_decoded_as_far_as_it_takes_and_no_further() -> None:
+    lengths, tokenizer = list[int](), tokenizer_of("llama")
+
+    def decode(ids: list[int]) -> str:
+        lengths.append(len(ids))
+        return str(tokenizer.decode(ids))
+
+    Detokenizer(decode, tokenizer.encode("the sea is wide " * 1000).ids)
+    assert max(lengths) <= 8
+    Detokenizer(decode, tokenizer.encode("日本語" * 1000).ids)  # three bytes each, no other token
+    assert max(lengths) <= 16
+    lengths.clear()
+    Detokenizer(decode, [0] * 10_000)
+    assert sum(lengths) < 20 * 10_000
 
 
 def _cut_by_definition(text: str, stops: list[str]) -> str:

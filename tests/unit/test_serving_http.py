@@ -160,6 +160,20 @@ def test_the_chosen_token_is_always_among_the_likeliest() -> None:
     assert choice["logprobs"]["top_logprobs"] == [{"Hello": -0.5, "other": -1.5, "rare": -9.0}]
 
 
+def test_offsets_count_the_texts_of_tokens_whole_and_streamed() -> None:
+    """Not the text that is out: some is held back, which a stop string or a character might end."""
+    tokens = (TokenLogprob("St", -1.0), TokenLogprob("\ufffd", -1.0), TokenLogprob("é", -1.0),
+              TokenLogprob("<s>", -1.0, is_special=True), TokenLogprob("op", -1.0))  # fmt: skip
+    texts, answer, streamed = ("", "", "", "", "Stéop"), Answer(0), []
+    for text, token in zip(texts, tokens, strict=True):
+        answer.add(delta := Delta(text, 1, "length" if text else None, (token,)))
+        chunk = Reply("m", chat=False).chunk(answer, delta)
+        assert chunk is not None
+        streamed += chunk["choices"][0]["logprobs"]["text_offset"]
+    [choice] = Reply("m", chat=False).body([answer], {})["choices"]
+    assert choice["logprobs"]["text_offset"] == streamed == [0, 2, 2, 3, 3]
+
+
 def test_a_conversation_of_several_turns_with_the_official_client(make: Callable[..., _Server]) -> None:
     import openai
 

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import shutil
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from rayswift.config.job import ModelSpec
 from rayswift.errors import ConfigError, ServeError
 from rayswift.models.init import random_model
-from rayswift.models.loading import load_model
+from rayswift.models.loading import load_model, load_tokenizer
+from rayswift.serving.admission import Admission
 from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampling
 from rayswift.serving.engines.local import Local
+from rayswift.serving.http import build_asgi
 from rayswift.serving.local import proof
 from rayswift.serving.local.batch import Prefill, SlotBatch, SoloBatch, open_batch
+from rayswift.serving.local.loop import DecodeLoop, Ticket, Vocabulary
 from rayswift.serving.local.proof import differences, prove
+from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.served import ServedModel
+from rayswift.serving.spec import ServeSpec
+from tests.tokenizer_cases import KINDS, tokenizer_of
 
 torch.set_num_threads(1)
 _GREEDY = Sampling(max_new_tokens=24, temperature=0)
@@ -340,3 +352,73 @@ def test_a_length_beyond_the_model_is_refused(tiny_model_dir: Path) -> None:
     engine = Local(str(tiny_model_dir), EngineOptions(max_model_len=10**6))
     with pytest.raises(ConfigError, match="max_model_len=1000000 is more than the model was built for, 2048"):
         asyncio.run(engine.start())
+
+
+@dataclass
+class _Scripted:
+    """Chooses the tokens of a script, whatever the model would."""
+
+    ids: list[int]
+    num: int = 0
+
+    def __call__(self, _: torch.Tensor) -> int:
+        self.num += 1
+        return self.ids[self.num - 1]
+
+
+_SAID = " is wide, größe\n 日本 🙂 and the sun is up"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_is_told_as_what_follows_its_prompt(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its text and that of its tokens, whole and streamed: no space is lost, and the offsets are those of the text."""
+    shutil.copytree(tiny_model_dir, folder := tmp_path / "model")
+    tokenizer = tokenizer_of(kind)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    prompt, ids = tokenizer.encode("the sea").ids, tokenizer.encode("the sea" + _SAID).ids
+    assert ids[: len(prompt)] == prompt
+    script = ids[len(prompt) :]
+    runner = _Runner(str(folder), EngineOptions(device="cpu"))
+    monkeypatch.setattr("rayswift.serving.local.loop.Sampler", lambda _: _Scripted(script))
+    prompts = PromptBuilder(load_tokenizer(str(folder)))
+    app = build_asgi(ServeSpec(models={"m": "x"}), {"m": ServedModel(runner.engine, prompts, Admission(4, 4))})
+
+    async def completed(**fields: Any) -> list[dict[str, Any]]:
+        body = {"model": "m", "prompt": "the sea", "max_tokens": len(script), "logprobs": 3, **fields}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            reply = await client.post("/v1/completions", json=body)
+        lines = [line[6:] for line in reply.text.split("\n") if line.startswith("data: {")] or [reply.text]
+        return [json.loads(line)["choices"][0] for line in lines]
+
+    try:
+        for fields in ({}, {"stream": True}, {"stream": True, "stop": ["sun is down"]}):  # which holds text back
+            parts = runner.run(completed(**fields))
+            assert "".join(part["text"] for part in parts) == _SAID
+            assert all("\ufffd" not in part["text"] for part in parts)
+            told = [part["logprobs"] for part in parts if part["logprobs"]]
+            tokens, at = ([one for part in told for one in part[key]] for key in ("tokens", "text_offset"))
+            assert len(tokens) == len(script)
+            assert "".join(token for token in tokens if token != "\ufffd") == _SAID
+            assert all(
+                _SAID[start:].startswith(token.rstrip("\ufffd")) for token, start in zip(tokens, at, strict=True)
+            )
+        assert prompts.answer_ids(_SAID) == script
+        assert tokenizer.decode(prompt + prompts.answer_ids("sea")) == "the seasea"
+    finally:
+        runner.close()
+
+
+def test_special_tokens_are_told_by_name_and_add_nothing(tiny_model_dir: Path) -> None:
+    vocabulary = Vocabulary(lambda ids: "".join("ab"[i - 1] for i in ids if i), frozenset([9]), {0: "<s>", 9: "</s>"})
+    loop = DecodeLoop(load_model(ModelSpec(path=str(tiny_model_dir))), vocabulary, 1)
+    ticket = Ticket(Request("r", Prompt((1,)), Sampling(4, logprobs=2)), lambda _: None, vocabulary.decode)
+    logits_V = torch.full((10,), -9.0)
+    logits_V[[0, 9, 1]] = torch.tensor([3.0, 2.0, 1.0])
+    (special,) = loop._logprobs(ticket, 0, logits_V)
+    assert (special.token, special.is_special, special.num_chars) == ("<s>", True, 0)
+    assert [text for text, _ in special.top] == ["<s>", "</s>"]
+    (plain,) = loop._logprobs(ticket, 1, logits_V)
+    assert (plain.token, plain.id, plain.num_chars) == ("a", 1, 1)
+    assert loop._logprobs(ticket, 9, logits_V) == ()  # the end of the answer

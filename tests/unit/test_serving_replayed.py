@@ -38,12 +38,12 @@ class _Scripted:
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         assert (request.sampling.temperature, request.sampling.max_new_tokens) == (0, 1)
-        prompt, script = self.prompts.conversation(_ASKED).ids, self.prompts.pieces(self.says)
+        prompt, script = self.prompts.conversation(_ASKED).ids, self.prompts.answer_ids(self.says)
         begun = request.prompt.ids[len(prompt) :]
-        assert request.prompt.ids == (*prompt, *(token for token, _ in script[: len(begun)]))
+        assert request.prompt.ids == (*prompt, *script[: len(begun)])
         self.places.append(len(begun))
-        text = "?" if len(begun) in self.wrong else script[len(begun)][1]
-        scored = () if len(begun) in self.ends else (TokenLogprob(text, -0.1),)
+        token = -1 if len(begun) in self.wrong else script[len(begun)]
+        scored = () if len(begun) in self.ends else (TokenLogprob("?", -0.1, id=token),)
         yield Delta("", 1, "length", scored)
 
 
@@ -55,7 +55,7 @@ def _model(folder: Path, **script: Any) -> tuple[Any, _Scripted]:
 
 def test_tokens_of_an_answer_are_chosen_anew_behind_those_before_them(tiny_model_dir: Path) -> None:
     model, engine = _model(tiny_model_dir)
-    num_tokens = len(model.prompts.pieces(_SAID))
+    num_tokens = len(model.prompts.answer_ids(_SAID))
     assert asyncio.run(replayed.follows(model, _ASKED, _SAID)) == 1
     assert engine.places == [number * num_tokens // 8 for number in range(8)]  # spread over all of it
     wrong, ends = frozenset(engine.places[2:4]), frozenset(engine.places[5:6])
@@ -67,7 +67,7 @@ def test_an_answer_of_few_tokens_is_followed_at_each(tiny_model_dir: Path) -> No
     model, engine = _model(tiny_model_dir)
     short = "It"
     assert asyncio.run(replayed.follows(model, _ASKED, short)) == 1
-    assert engine.places == list(range(len(model.prompts.pieces(short))))
+    assert engine.places == list(range(len(model.prompts.answer_ids(short))))
 
 
 def test_an_answer_is_followed_as_far_as_there_is_room(tiny_model_dir: Path) -> None:

@@ -264,4 +264,5 @@ def _vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> V
         return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     generation = getattr(model.generation_config, "eos_token_id", None)
-    return Vocabulary(decode, frozenset(stop_ids(model.config, tokenizer, generation)))
+    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return Vocabulary(decode, frozenset(stop_ids(model.config, tokenizer, generation)), special)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ class Ticket:
     def __init__(self, request: Request, emit: Callable[[Delta | RaySwiftError], None], decode: Decode) -> None:
         self.request, self.emit = request, emit
         self.sampler = Sampler(request.sampling)
-        self.text = TextStream(decode, request.sampling.stop)
+        self.text = TextStream(decode, request.sampling.stop, request.prompt.ids)
         self.num_tokens, self.last_token = 0, -1
         self.aborted = False  # written by the asking side, read by the loop; a step late is early enough
 
@@ -43,6 +43,8 @@ class Vocabulary:
 
     decode: Decode
     eos_ids: frozenset[int]
+    special: Mapping[int, str] = field(default_factory=dict)
+    """Names of the tokens that `decode` leaves out."""
 
 
 class DecodeLoop:
@@ -184,8 +186,8 @@ class DecodeLoop:
     def _chosen(self, ticket: Ticket, logits_V: torch.Tensor) -> bool:
         token = ticket.sampler(logits_V)
         ticket.num_tokens, ticket.last_token = ticket.num_tokens + 1, token
+        logprobs = self._logprobs(ticket, token, logits_V)  # before the text goes on: they are of this place
         text, reason = self._text_of(ticket, token)
-        logprobs = self._logprobs(ticket, token, logits_V)
         ticket.emit(Delta(text, 1, reason, logprobs))
         if reason is not None:
             self.num_failures = 0
@@ -207,8 +209,10 @@ class DecodeLoop:
         if wanted is None or token in self._vocabulary.eos_ids:
             return ()
         logprob, top = likeliest(logits_V, token, wanted)
-        decode = self._vocabulary.decode
-        return (TokenLogprob(decode([token]), logprob, tuple((decode([i]), value) for i, value in top)),)
+        special = self._vocabulary.special
+        texts = {i: special[i] if i in special else ticket.text.text_of(i) for i in {token, *(i for i, _ in top)}}
+        likely = tuple((texts[i], value) for i, value in top)
+        return (TokenLogprob(texts[token], logprob, likely, token, token in special),)
 
     def _fail_running(self, error: ServeError) -> None:
         """End what runs and begin with an empty batch: after a failed forward pass its cache cannot be trusted."""

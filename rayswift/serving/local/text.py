@@ -6,41 +6,85 @@ Knows a tokenizer's `decode`. Knows no model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
-_INCOMPLETE = "\ufffd"
-"""What decoders write for bytes that are not a character (yet)."""
+from rayswift.serving.engine import INCOMPLETE
+
 Decode = Callable[[list[int]], str]
+_CONTEXT_TOKENS = 4
+"""Of a prompt that are decoded with its answer, and more where these say nothing."""
+_MOST_UNFINISHED_TOKENS = 3
+"""At the end of a text: the begin of a character has three bytes at most."""
 
 
 class Detokenizer:
-    """Decodes ids one by one. What it returns, joined, is `decode(all ids)` without an unfinished last character.
+    """Decodes the ids of an answer one by one, as what follows its prompt.
 
-    Only the ids since the last safe place are decoded again: those whose text was just returned, because some
-    decoders treat the first token of a text differently, and those that are held back.
+    What it returns, joined, is what `decode(prompt and answer)` has behind `decode(prompt)`, without an unfinished last
+    character. Alone, an answer would lose the space before its first word, which many decoders take for the begin of a
+    text. A character that the prompt begins and the answer ends is the answer's.
+
+    Only the ids since the last safe place are decoded again: those whose text was just returned, and those that are
+    held back.
     """
 
-    def __init__(self, decode: Decode) -> None:
-        self._decode, self._ids = decode, list[int]()
-        self._shown_from, self._held_from = 0, 0
+    def __init__(self, decode: Decode, prompt: Sequence[int] = ()) -> None:
+        self._decode, self._ids = decode, _context(decode, prompt)
+        self._num_shown = _num_finished(decode, self._ids)
+        self._shown, self._of_prompt = decode(self._ids[: self._num_shown]), ""
+        self._of_prompt = self._new_text(self._ids)  # that may be read otherwise once the answer goes on
 
     def push(self, token_id: int) -> str:
         """The text that this id completes; empty while a character is unfinished."""
         self._ids.append(token_id)
-        new = self._new_text()
-        if not new or new.endswith(_INCOMPLETE):
+        new = self._new_text(self._ids)
+        if not new or new.endswith(INCOMPLETE):
             return ""
-        self._shown_from, self._held_from = self._held_from, len(self._ids)
+        del self._ids[: self._num_shown]
+        self._all_are_shown()
         return new
+
+    def text_of(self, token_id: int) -> str:
+        """What `push` would return for an id, but INCOMPLETE for a part of a character that is still unfinished."""
+        new = self._new_text([*self._ids, token_id])
+        return INCOMPLETE if new.endswith(INCOMPLETE) else new
 
     def finish(self) -> str:
         """What was held back, without the unfinished character at its end."""
-        new = self._new_text().rstrip(_INCOMPLETE)
-        self._held_from = len(self._ids)
+        new = self._new_text(self._ids).rstrip(INCOMPLETE)
+        self._all_are_shown()
         return new
 
-    def _new_text(self) -> str:
-        shown = self._decode(self._ids[self._shown_from : self._held_from])
-        return self._decode(self._ids[self._shown_from :])[len(shown) :]
+    def _all_are_shown(self) -> None:
+        self._num_shown, self._shown, self._of_prompt = len(self._ids), self._decode(self._ids), ""
+
+    def _new_text(self, ids: list[int]) -> str:
+        """What ids say that begin with those that are shown."""
+        text = self._decode(ids)
+        # Bytes that are no characters can change how those before them are read, whose text is out already.
+        goes_on = text.startswith(self._shown)
+        new = text[len(self._shown) :] if goes_on else self._decode(ids[self._num_shown :])
+        num_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(new, self._of_prompt, strict=False)))
+        return new[num_same:]
+
+
+def _context(decode: Decode, prompt: Sequence[int]) -> list[int]:
+    """The last ids of a prompt that have a text which begins with a whole character; all of them where none do."""
+    num = _CONTEXT_TOKENS
+    while num < len(prompt):
+        for longer in range(_MOST_UNFINISHED_TOKENS + 1):  # one of them begins where a character does
+            text = decode(ids := list(prompt[-num - longer :]))
+            if text.rstrip(INCOMPLETE) and not text.startswith(INCOMPLETE):
+                return ids
+        num *= 2
+    return list(prompt)
+
+
+def _num_finished(decode: Decode, ids: Sequence[int]) -> int:
+    """How many of the ids there are before a character that the last ones begin."""
+    least = max(0, len(ids) - _MOST_UNFINISHED_TOKENS)
+    whole = (num for num in range(len(ids), least, -1) if not decode(list(ids[:num])).endswith(INCOMPLETE))
+    return next(whole, least)
 
 
 class StopMatcher:
@@ -82,8 +126,12 @@ class StopMatcher:
 class TextStream:
     """The visible text of one answer: Detokenizer, then StopMatcher."""
 
-    def __init__(self, decode: Decode, stops: Sequence[str]) -> None:
-        self._detokenizer, self._matcher = Detokenizer(decode), StopMatcher(stops)
+    def __init__(self, decode: Decode, stops: Sequence[str], prompt: Sequence[int] = ()) -> None:
+        self._detokenizer, self._matcher = Detokenizer(decode, prompt), StopMatcher(stops)
+
+    def text_of(self, token_id: int) -> str:
+        """What a token would add to the answer here, INCOMPLETE for a part of a character."""
+        return self._detokenizer.text_of(token_id)
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """(text that may be shown now, whether a stop string ended the answer)."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayswift.errors import ServeError
-from rayswift.serving.engine import Delta, Sampling, TokenLogprob
+from rayswift.serving.engine import INCOMPLETE, Delta, Sampling, TokenLogprob
 
 MAX_LOGPROBS = 20
 """Most alternatives beside a chosen token that the engine is started for."""
@@ -46,9 +46,9 @@ def delta(output: Any, num_logprobs: int | None) -> Delta:
 def _scored(token: int, alternatives: Mapping[int, Any], wanted: int) -> TokenLogprob:
     ranked = sorted(alternatives.values(), key=lambda one: one.rank)[:wanted]
     chosen = alternatives[token]
-    return TokenLogprob(_text(chosen), chosen.logprob, tuple((_text(one), one.logprob) for one in ranked))
+    return TokenLogprob(_text(chosen), chosen.logprob, tuple((_text(one), one.logprob) for one in ranked), token)
 
 
 def _text(scored: Any) -> str:
     """A token's text; of a part of a character, for which vLLM has none, the mark that decoders write."""
-    return scored.decoded_token or "\ufffd"
+    return scored.decoded_token or INCOMPLETE
