@@ -100,6 +100,11 @@ def test_a_character_that_the_prompt_begins_is_the_answers(kind: str) -> None:
         ids = tokenizer.encode(before + "🙂").ids
         for num in (1, 2, 3):
             assert "".join(_streamed(tokenizer.decode, ids[:-num], ids[-num:])) == "🙂"
+            stream, told = Detokenizer(tokenizer.decode, ids[:-num]), list[str]()
+            for token in ids[-num:]:
+                told.append(stream.text_of(token))
+                stream.push(token)
+            assert told == ["\ufffd"] * (num - 1) + ["🙂"]
             assert "".join(_streamed(tokenizer.decode, ids[:-num], tokenizer.encode("n").ids[-1:])) == "n"
 
 

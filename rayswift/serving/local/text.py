@@ -47,7 +47,8 @@ class Detokenizer:
     def text_of(self, token_id: int) -> str:
         """What `push` would return for an id, but INCOMPLETE for a part of a character that is still unfinished."""
         new = self._new_text([*self._ids, token_id])
-        return INCOMPLETE if new.endswith(INCOMPLETE) else new
+        is_part = new.endswith(INCOMPLETE) or (not new and self._of_prompt)
+        return INCOMPLETE if is_part else new
 
     def finish(self) -> str:
         """What was held back, without the unfinished character at its end."""
