@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rayswift.evaluation.report import EvalReport
     from rayswift.export.adapter_record import AdapterManifest
     from rayswift.export.manifest import ExportManifest
-    from rayswift.export.quantize import QuantizeSpec
+    from rayswift.export.terms import QuantizeSpec
     from rayswift.planning.planner import Plan
     from rayswift.training.audit_report import AuditReport
     from rayswift.training.report import RunReport

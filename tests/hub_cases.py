@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from rayswift.data import hub_sources, paths
+from rayswift.data import hub_copies, paths
 
 
 @dataclass
@@ -177,5 +177,5 @@ def point_at(monkeypatch: pytest.MonkeyPatch, url: str, folder: Path, *, offline
     monkeypatch.setenv("RAYSWIFT_CACHE", str(folder / "ours"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "theirs"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
-    hub_sources._tree.cache_clear()
+    hub_copies.tree_of.cache_clear()
     paths._filesystem.cache_clear()

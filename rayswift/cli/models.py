@@ -108,7 +108,8 @@ def export(
     Example: rayswift export runs/sft-demo exports/sft-demo-4bit --quantizer gptq --group-size 64
     """
     from rayswift import api
-    from rayswift.export.quantize import NUM_HELD_OUT, asked
+    from rayswift.export.quantize import asked
+    from rayswift.export.terms import NUM_HELD_OUT_QUANTIZED
 
     output = _one_of(output, output_option)
     if adapter_only:
@@ -125,7 +126,7 @@ def export(
         {"bits": bits, "group_size": group_size},
         {"calibration": calibration, "max_length": max_length, "min_agreement": min_agreement},
         num_calibration=calibration_rows,
-        num_held_out=held_out_rows or NUM_HELD_OUT,
+        num_held_out=held_out_rows or NUM_HELD_OUT_QUANTIZED,
     )
     manifest = api.export(source, output, dtype=dtype, force=force, quantize=quantize, engine=engine,
                           max_difference=max_difference, engine_bound=max_engine_difference,

@@ -16,21 +16,18 @@ epoch depend on it. What a split has is known by `splits`; how a hub is spoken t
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import cast
 from urllib.parse import quote, unquote
 
-from rayswift import plugins
 from rayswift.config.job import DataSource, is_hub_dataset
 from rayswift.data.dataset_info import expand
-from rayswift.data.hubs import COMMIT, Hub, HubError, HubFile, Pin, check
+from rayswift.data.hub_copies import hub_named, tree_of, url_of
+from rayswift.data.hubs import COMMIT, HubError, HubFile, Pin
 from rayswift.data.splits import choose
-from rayswift.errors import ConfigError, DataError
+from rayswift.errors import ConfigError
 
 _SPELLING = re.compile(
     r"(?P<hub>hf|ms)::(?P<repo>[\w.-]+(/[\w.-]+)?)"
@@ -38,7 +35,6 @@ _SPELLING = re.compile(
     r"(:(?P<subset>[^:/#]*)(/(?P<split>[\w.-]+))?)?(#(?P<limit>[0-9]+))?",
     re.IGNORECASE,
 )
-_URL = re.compile(r"(?P<hub>hf|ms)://datasets/(?P<repo>[^@]+)@(?P<name>[^~/]*)~(?P<commit>[0-9a-f]{40})/(?P<path>.+)")
 
 
 @dataclass(frozen=True)
@@ -81,9 +77,8 @@ def settled(source: DataSource, *, place: str, kept: Mapping[str, str] | None = 
     if spelled.commit is None:
         known = (kept or {}).get(unpinned(source.path))
         with _refused(source.path, f"{place}.path"):
-            commit = known or (
-                spelled.name if COMMIT.fullmatch(spelled.name) else _hub(spelled.hub).commit(spelled.repo, spelled.name)
-            )
+            commit = known or (spelled.name if COMMIT.fullmatch(spelled.name) else None)
+            commit = commit or hub_named(spelled.hub).commit(spelled.repo, spelled.name)
         spelled = replace(spelled, commit=commit)
     return source.model_copy(update={"path": spelled.text()})
 
@@ -107,39 +102,10 @@ def hub_files(source: DataSource, kinds: Mapping[str, str], *, place: str) -> li
     """The URLs of the files of a hub's source, sorted; `kinds` as in `splits.choose`. Raises ConfigError."""
     spelled = _parse(settled(source, place=place.removesuffix(".path")).path, place)
     with _refused(source.path, place):
-        files = _tree(spelled.hub, spelled.repo, spelled.pin)
+        files = tree_of(spelled.hub, spelled.repo, spelled.pin)
         readme = _readme(spelled, files)
         chosen = choose(sorted(files), readme, spelled.subset, spelled.split, kinds)
-    at = f"{spelled.hub}://datasets/{spelled.repo}@{quote(spelled.name, safe='')}~{spelled.commit}"
-    return [f"{at}/{path}" for path in chosen]
-
-
-def is_pinned_file(path: str) -> bool:
-    """Whether a path is the URL of a file of a commit on a hub."""
-    return _URL.fullmatch(path) is not None
-
-
-def local_copy(url: str) -> str:
-    """The path of this machine's copy of a pinned file. Raises FileNotFoundError for one that the commit does not have,
-    DataError where the hub cannot give it, or gives other bytes."""
-    hub, repo, pin, path = _parts(url)
-    try:
-        files = _tree(hub, repo, pin)
-        if path not in files:
-            raise FileNotFoundError(url)
-        return _hub(hub).download(repo, pin, files[path])
-    except HubError as error:
-        raise DataError(f"{url} {error.rule}; {error.fix}") from error
-
-
-def check_copy(url: str, sha256: str) -> None:
-    """Raises DataError when the bytes that were read of a pinned file are not those of the commit."""
-    hub, repo, pin, path = _parts(url)
-    local, file = local_copy(url), _tree(hub, repo, pin)[path]
-    if file.sha256 is None and file.git_sha1 is None:  # listed without network: huggingface_hub's cache names blobs so
-        name = os.path.basename(os.path.realpath(local))
-        file = HubFile(path, file.size, name if len(name) == 64 else None, name if len(name) == 40 else None)
-    check(file, local, url, sha256)
+    return [url_of(spelled.hub, spelled.repo, spelled.pin, path) for path in chosen]
 
 
 def _parse(path: str, place: str) -> _Source:
@@ -158,16 +124,10 @@ def _parse(path: str, place: str) -> _Source:
     )  # fmt: skip
 
 
-def _parts(url: str) -> tuple[str, str, Pin, str]:
-    found = _URL.fullmatch(url)
-    assert found is not None, "the URL of a pinned file"
-    return found["hub"], found["repo"], Pin(unquote(found["name"]), found["commit"]), found["path"]
-
-
 def _readme(source: _Source, files: Mapping[str, HubFile]) -> str:
     if "README.md" not in files:
         return ""
-    with open(_hub(source.hub).download(source.repo, source.pin, files["README.md"]), encoding="utf-8") as stream:
+    with open(hub_named(source.hub).download(source.repo, source.pin, files["README.md"]), encoding="utf-8") as stream:
         return stream.read()
 
 
@@ -177,14 +137,3 @@ def _refused(path: str, place: str) -> Iterator[None]:
         yield
     except HubError as error:
         raise ConfigError(error.rule, path=place, value=path, fix=error.fix) from error
-
-
-@cache
-def _hub(name: str) -> Hub:
-    return cast(Hub, plugins.load("data.hubs", name)())
-
-
-@cache
-def _tree(hub: str, repo: str, pin: Pin) -> dict[str, HubFile]:
-    """The files of a commit by their paths, asked for once per process."""
-    return {file.path: file for file in _hub(hub).files(repo, pin)}

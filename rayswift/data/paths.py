@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import IO, Any, cast
 
+from rayswift.data.hub_copies import is_pinned_file, local_copy
 from rayswift.errors import DataError
 
 _CACHES = ("simplecache", "filecache", "blockcache")
@@ -110,8 +111,6 @@ def read_range(path: str, start: int, stop: int) -> bytes:
 @lru_cache(maxsize=4096)  # rows may name millions of files
 def _filesystem(path: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
-
-    from rayswift.data.hub_sources import is_pinned_file, local_copy
 
     filesystem, name = url_to_fs(local_copy(path) if is_pinned_file(path) else path)
     return filesystem, name

@@ -25,13 +25,13 @@ from rayswift.data.row_keys import key_of, taken_places
 from rayswift.data.sources import RawRow, bad_row, read_rows
 from rayswift.data.stream import ChunkSpec, StreamPlan
 from rayswift.data.tokenize import encode
-from rayswift.data.types import BadRow, Example, Sample
+from rayswift.data.types import BadRow, Encoded, Example, Sample
 from rayswift.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rayswift.data.media.encoder import Encoded, MediaEncoder
+    from rayswift.data.media.encoder import MediaEncoder
 
 SCHEMA = pa.schema(
     [

@@ -17,13 +17,11 @@ from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.loss_rule import LossRule
 from rayswift.data.media import MARKS
 from rayswift.data.templates import apply, check_reasoning, check_tools, special_tokens
-from rayswift.data.types import Message, Sample
+from rayswift.data.types import Encoded, Message, Sample
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
-
-    from rayswift.data.media.encoder import Encoded
 
 Rendering = Literal["text", "chat"]
 

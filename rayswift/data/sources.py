@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal, Protocol, cast
 from rayswift import plugins
 from rayswift.config.job import DataSource, is_hub_dataset
 from rayswift.data.folders import is_metadata, media_files, with_media
-from rayswift.data.hub_sources import check_copy, hub_files, is_pinned_file, limit_of
+from rayswift.data.hub_copies import check_copy, is_pinned_file
+from rayswift.data.hub_sources import hub_files, limit_of
 from rayswift.data.paths import closest, file_name, find, folder_named
 from rayswift.data.types import BadRow
 from rayswift.errors import ConfigError

@@ -12,12 +12,12 @@ from rayswift.data.formats import RowError, one_row
 from rayswift.data.loss_rule import LossRule
 from rayswift.data.rendering import Rendered, Rendering, Segment, render
 from rayswift.data.segments import Tokens, segment_tokens
-from rayswift.data.types import Example, Sample
+from rayswift.data.types import Encoded, Example, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rayswift.data.media.encoder import Encoded, MediaEncoder
+    from rayswift.data.media.encoder import MediaEncoder
 
 Truncation = Literal["right", "left", "delete", "split"]
 _Tokenized = tuple[Rendered, list[Tokens]]

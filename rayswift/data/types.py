@@ -34,6 +34,14 @@ Features = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A medium as the model reads it: the text in place of its placeholder, and its features."""
+
+    text: str
+    features: Features
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn. `loss` is what each of its tokens counts in the loss, 0 for nothing; None leaves it to the role.
 

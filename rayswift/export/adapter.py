@@ -13,7 +13,8 @@ from rayswift.export.adapter_record import RECORD, AdapterManifest, read
 from rayswift.export.merge import adapt
 from rayswift.export.pipeline import check_base, check_output
 from rayswift.export.source import resolve
-from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, difference, encode, logprobs_of
+from rayswift.export.terms import DEFAULT_BOUNDS
+from rayswift.export.verify import PROMPTS, difference, encode, logprobs_of
 from rayswift.export.written import disk_errors
 from rayswift.models.adapters import attach_adapter, load_base, write_adapter
 from rayswift.models.loading import check_folder, load_tokenizer, local_folder

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rayswift.export.rows import Rows
-    from rayswift.export.verify import Bounds
+    from rayswift.export.terms import Bounds
 
 
 @dataclass(frozen=True)

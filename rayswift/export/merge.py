@@ -15,7 +15,8 @@ from rayswift.data.types import Example
 from rayswift.errors import ExportError
 from rayswift.export.measured import Difference
 from rayswift.export.source import Source
-from rayswift.export.verify import MERGE_BOUNDS, difference, load_in_float32, logprobs_of
+from rayswift.export.terms import MERGE_BOUNDS
+from rayswift.export.verify import difference, load_in_float32, logprobs_of
 from rayswift.models.adapters import add_lora, attach_adapter, load_adapter_state, load_base
 from rayswift.models.loading import load_model
 from rayswift.models.quantized import compute_in_float32, unpack

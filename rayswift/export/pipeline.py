@@ -21,13 +21,14 @@ from rayswift.export.evaluations import evaluations_of
 from rayswift.export.manifest import ExportManifest
 from rayswift.export.measured import Quantization, VerifyResult
 from rayswift.export.merge import build
-from rayswift.export.quantize import QuantizeSpec, load_quantizer, write_ignored
+from rayswift.export.quantize import load_quantizer, write_ignored
 from rayswift.export.quantize import quantize as quantize_model
 from rayswift.export.rows import Chosen, choose
 from rayswift.export.served import ENGINE_BOUNDS, Prover, check_engine, prover
 from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source, resolve
-from rayswift.export.verify import DEFAULT_BOUNDS, PROMPTS, Bounds, Probe, compare, encode, probe
+from rayswift.export.terms import DEFAULT_BOUNDS, Bounds, QuantizeSpec
+from rayswift.export.verify import PROMPTS, Probe, compare, encode, probe
 from rayswift.export.written import disk_errors, write_model
 from rayswift.models.adapters import weights_sha256
 from rayswift.models.folder import rendered_otherwise, stored_dtype
@@ -98,7 +99,7 @@ def export(
     merged = build(what, [*(encode(tokenizer, text) for text in prompts), *shown(encoder).values()])
     asks = by is not None or quantizer is not None
     reference = probe(merged.model, tokenizer, prompts, encoder, rows.held_out, greedy=asks) if verify else None
-    bounds = bounds or (quantize.bounds(quantizer) if quantize and quantizer else DEFAULT_BOUNDS[dtype])
+    bounds = bounds or (quantize.bounds(quantizer.bounds) if quantize and quantizer else DEFAULT_BOUNDS[dtype])
     bounds = bounds.with_mean(max_difference).with_perplexity(max_perplexity)
     job = _Job(base, dtype, tokenizer, quantize, quantizer, by, bounds)
     with disk_errors(output), staged_folder(output, replace=force) as stage:

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,38 +26,14 @@ from rayswift.errors import ConfigError, ExportError
 from rayswift.export.measured import Quantization
 from rayswift.export.quantizers import FAMILY, Layers, Quantizer
 from rayswift.export.rows import Rows
-from rayswift.export.verify import Bounds
+from rayswift.export.terms import QuantizeSpec
 from rayswift.planning.parts import module_of, part_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NUM_HELD_OUT = 64
 _OPTION = "--quantizer"
-
-
-@dataclass(frozen=True)
-class QuantizeSpec:
-    """What is asked of a quantized export: which quantizer, on which rows, and how far the result may be off."""
-
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of the quantizer's Config: `bits`, `group_size`, ..."""
-    calibration: str | None = None
-    """A file of rows; None takes the job's own data."""
-    num_calibration: int = 256
-    num_held_out: int = NUM_HELD_OUT
-    max_length: int | None = None
-    """Longest row in tokens; None takes the job's."""
-    max_perplexity: float | None = None
-    """As a ratio; None takes the quantizer's bound. So with `min_agreement`, a fraction of positions."""
-    min_agreement: float | None = None
-
-    def bounds(self, quantizer: Quantizer) -> Bounds:
-        """Those of the quantizer, with what the user says of them."""
-        given = {"perplexity": self.max_perplexity, "top1": self.min_agreement}
-        return replace(quantizer.bounds, **{name: value for name, value in given.items() if value is not None})
 
 
 _ROUTERS = (".gate", ".router", ".shared_expert_gate")

@@ -24,12 +24,11 @@ from rayswift.data.types import Example
 from rayswift.errors import ConfigError, RaySwiftError
 from rayswift.export.measured import RowsUsed
 from rayswift.export.source import Source
+from rayswift.export.terms import QuantizeSpec
 from rayswift.training.media import media_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from rayswift.export.quantize import QuantizeSpec
 
 OPTION = "--calibration"
 NUM_HELD_OUT = 16

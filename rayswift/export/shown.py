@@ -14,9 +14,9 @@ import numpy as np
 from rayswift.config.job import MediaSpec
 from rayswift.data.formats import RowError
 from rayswift.data.media import MARKS
-from rayswift.data.media.encoder import Encoded, MediaEncoder
+from rayswift.data.media.encoder import MediaEncoder
 from rayswift.data.templates import chat_text
-from rayswift.data.types import Example, MediaKind
+from rayswift.data.types import Encoded, Example, MediaKind
 from rayswift.errors import ConfigError, ExportError
 from rayswift.models.processor import has_processor
 from rayswift.training.media import load_encoder

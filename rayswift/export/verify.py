@@ -22,16 +22,16 @@ from rayswift.export import served
 from rayswift.export.greedy import agreement, greedy_of, regret
 from rayswift.export.judge import Said, demands, judged, said_of
 from rayswift.export.measured import Difference, VerifyResult
+from rayswift.export.rows import Rows
 from rayswift.export.served import Prover, Questions, prove
 from rayswift.export.shown import encoder_of, same_shown, shown
+from rayswift.export.terms import Bounds
 from rayswift.models.adapters import load_base
 from rayswift.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from rayswift.export.rows import Rows
 
 PROMPTS = (
     "What does str.upper do?",
@@ -41,44 +41,6 @@ PROMPTS = (
 )
 CONVERSATION = ({"role": "user", "content": "Hello, who are you?"}, {"role": "assistant", "content": "A model. 42!"})
 _MAX_PROMPT_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How far log-probabilities may lie apart, at most and on average.
-
-    `top1` is the least fraction of positions whose most likely token is the same, `perplexity` the most that it may
-    grow on held-out rows, as a ratio. `engine` is how far a serving engine may be off transformers on average, from the
-    same files; None takes the dtype's bound.
-    """
-
-    max_abs: float | None
-    mean_abs: float
-    top1: float = 0.0
-    perplexity: float = 1.0
-    engine: float | None = None
-
-    def with_mean(self, mean_abs: float | None) -> Bounds:
-        """With another bound on average, and ten times that at most where there is one; None changes nothing."""
-        if mean_abs is None:
-            return self
-        return replace(self, mean_abs=mean_abs, max_abs=None if self.max_abs is None else 10 * mean_abs)
-
-    def with_perplexity(self, ratio: float | None) -> Bounds:
-        """With another bound on the ratio of perplexities; None changes nothing."""
-        return self if ratio is None else replace(self, perplexity=ratio)
-
-
-DEFAULT_BOUNDS = {
-    "float32": Bounds(1e-3, 1e-4, perplexity=1.001),
-    "float16": Bounds(0.1, 0.005, perplexity=1.005),
-    "bfloat16": Bounds(0.5, 0.05, perplexity=1.02),
-}
-"""Per dtype written. Float32 loses nothing but the order of sums; the others lose what rounding the
-weights costs: a trained model of 1.3M parameters moves by 0.008 at most and 0.0004 on average in float16, by 0.054 and
-0.004 in bfloat16, and larger models by more."""
-MERGE_BOUNDS = Bounds(5e-3, 5e-4)
-"""For merging an adapter in float32: rounding only, but of another product of matrices."""
 
 
 @dataclass(frozen=True)

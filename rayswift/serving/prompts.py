@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.data.formats import RowError, one_row
 from rayswift.data.templates import chat_text
-from rayswift.data.types import Medium
+from rayswift.data.types import Encoded, Medium
 from rayswift.serving.api_errors import ApiError, too_long
 from rayswift.serving.calls import thought_end
 from rayswift.serving.engine import Prompt
@@ -23,7 +23,7 @@ from rayswift.serving.tools import OPEN, Calling, is_readable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rayswift.data.media.encoder import Encoded, MediaEncoder
+    from rayswift.data.media.encoder import MediaEncoder
 
 _MAX_MEDIA = 8
 _LONG_CHARS, _PIECE_CHARS = 8, 2**14

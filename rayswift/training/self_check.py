@@ -24,7 +24,7 @@ from rayswift.data.rendering import prompts_before_answers
 from rayswift.data.sources import read_rows
 from rayswift.data.stream import StreamPlan
 from rayswift.data.tokenize import encode
-from rayswift.data.types import BadRow, Example, PackedBatch, Sample
+from rayswift.data.types import BadRow, Encoded, Example, PackedBatch, Sample
 from rayswift.errors import ConfigError, DataError, RaySwiftError
 from rayswift.parallel.engine import Engine
 from rayswift.training.build import broadcast
@@ -34,7 +34,7 @@ from rayswift.training.order import WorkOrder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rayswift.data.media.encoder import Encoded, MediaEncoder
+    from rayswift.data.media.encoder import MediaEncoder
 
 _LEAK_TOLERANCE = 1e-5  # nats; a fresh random model, the least sensitive there is, leaks 0.02 and more
 _TOLERANCE = {"float32": 1e-6, "float16": 2.5e-4, "bfloat16": 2e-3, "float8": 1e-2}

@@ -19,7 +19,7 @@ import pytest
 from rayswift.errors import ConfigError
 from rayswift.export.manifest import read_valid
 from rayswift.export.pipeline import export
-from rayswift.export.quantize import QuantizeSpec
+from rayswift.export.terms import QuantizeSpec
 from rayswift.models.init import init_model
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving.app import RunningEndpoint, serve_in_background

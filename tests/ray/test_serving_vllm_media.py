@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from rayswift.config.job import ModelSpec
 from rayswift.data.types import NUM_PLACEHOLDERS
 from rayswift.export.pipeline import export
-from rayswift.export.quantize import QuantizeSpec
+from rayswift.export.terms import QuantizeSpec
 from rayswift.models.adapters import load_base
 from rayswift.models.loading import load_model, load_tokenizer
 from rayswift.planning.parts import part_of

@@ -18,7 +18,8 @@ from rayswift.config.job import DataSource, MediaSpec
 from rayswift.data import paths
 from rayswift.data.dataset_info import expand
 from rayswift.data.formats import RowError
-from rayswift.data.hub_sources import local_copy, settled, unpinned
+from rayswift.data.hub_copies import local_copy
+from rayswift.data.hub_sources import settled, unpinned
 from rayswift.data.media.reading import read
 from rayswift.data.sources import index_sources, read_rows, resolve
 from rayswift.data.types import Medium

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from statistics import median
 
@@ -74,16 +75,20 @@ def layer_of(module: str) -> int:
     raise AssertionError(f"{module} has no layer; add it to LAYERS and to the design")
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Every absolute module name imported anywhere in a file, those for type checkers only left out."""
+def imports(path: Path, *, for_types: bool = False) -> Iterator[str]:
+    """Every absolute module name imported anywhere in a file; those for type checkers only with `for_types`."""
     tree = ast.parse(path.read_text())
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-        for child in node.body
-        for inner in ast.walk(child)
-    }
+    typing_only = (
+        set()
+        if for_types
+        else {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+            for child in node.body
+            for inner in ast.walk(child)
+        }
+    )
     for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
@@ -97,6 +102,16 @@ def imports(path: Path) -> Iterator[str]:
                 deeper = f"{node.module}.{alias.name}"
                 is_module = (ROOT / (deeper.replace(".", "/") + ".py")).exists()
                 yield deeper if is_module else str(node.module)
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of some circle of imports, the first again at the end; none if there is no circle."""
+    sorter = TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        return [str(module) for module in error.args[1]]
+    return []
 
 
 def top_level_imports(path: Path) -> set[str]:
@@ -131,6 +146,18 @@ def test_a_module_imports_only_its_own_layer_and_below(path: Path) -> None:
             assert layer_of(imported) <= mine, f"{module} (layer {mine}) imports {imported} ({layer_of(imported)})"
         elif first not in ("jobs", "serve"):
             assert first in allowed, f"{module} (layer {mine}) imports {first}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports for type checkers count: what two files must both know of each other is one thing, or a third file's."""
+    names = {name_of(path) for path in MODULES}
+    graph = {name_of(path): names.intersection(imports(path, for_types=True)) - {name_of(path)} for path in MODULES}
+    assert "rayswift.export.rows" in graph["rayswift.export.verify"]
+    assert not circle_in(graph)
+    assert set(circle_in(graph | {"rayswift.units": {"rayswift.api"}, "rayswift.api": {"rayswift.units"}})) == {
+        "rayswift.api",
+        "rayswift.units",
+    }
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if layer_of(name_of(p)) == 3], ids=name_of)

@@ -11,7 +11,7 @@ import pytest
 from rayswift.data.stream_json import stream_json
 from rayswift.export.card import CARD, CURVES, card_of
 from rayswift.export.manifest import Evaluation, read_valid
-from rayswift.export.quantize import QuantizeSpec
+from rayswift.export.terms import QuantizeSpec
 from rayswift.training import checkpoint
 from tests.data_cases import plan_of
 from tests.export_cases import export, write_lora_run

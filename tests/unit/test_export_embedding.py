@@ -10,7 +10,7 @@ import pytest
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import embedding
 from rayswift.export.manifest import MANIFEST, read_valid
-from rayswift.export.quantize import QuantizeSpec
+from rayswift.export.terms import QuantizeSpec
 from tests.embedding_cases import TEXTS, expected, make_bert, make_qwen3
 from tests.export_cases import export
 

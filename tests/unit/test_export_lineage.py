@@ -18,7 +18,7 @@ from rayswift.export.adapter import export_adapter
 from rayswift.export.adapter_record import RECORD, AdapterManifest
 from rayswift.export.card import CARD
 from rayswift.export.manifest import MANIFEST, ExportManifest, read, read_valid
-from rayswift.export.quantize import QuantizeSpec
+from rayswift.export.terms import QuantizeSpec
 from rayswift.models.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

@@ -15,7 +15,7 @@ from rayswift.export import served, speed
 from rayswift.export.manifest import read_valid
 from rayswift.export.measured import Served
 from rayswift.export.pipeline import export
-from rayswift.export.quantize import QuantizeSpec
+from rayswift.export.terms import QuantizeSpec
 from rayswift.models.adapters import load_base
 from rayswift.serving import environment
 from rayswift.serving.environment import Interpreter, resolved

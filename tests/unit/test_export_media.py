@@ -16,10 +16,10 @@ from rayswift.data.media.features import model_inputs
 from rayswift.errors import ExportError
 from rayswift.evaluation.target import load, opened
 from rayswift.export import pipeline
-from rayswift.export.quantize import QuantizeSpec
 from rayswift.export.rows import read_rows_of
 from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source
+from rayswift.export.terms import QuantizeSpec
 from rayswift.models.adapters import add_lora, load_base
 from rayswift.models.loading import load_tokenizer
 from tests.data_cases import write_jsonl

@@ -18,7 +18,7 @@ from rayswift.config.job import AdapterSpec, Job
 from rayswift.errors import CheckpointError, ConfigError, ExportError
 from rayswift.export import pipeline
 from rayswift.export.manifest import MANIFEST, read_valid
-from rayswift.export.verify import Bounds
+from rayswift.export.terms import Bounds
 from rayswift.models.adapters import adapter_state, add_lora, load_base, save_adapter, weights_sha256
 from rayswift.models.init import init_model
 from rayswift.training import checkpoint

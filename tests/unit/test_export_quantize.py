@@ -27,9 +27,10 @@ from rayswift.export import quantize as module
 from rayswift.export.judge import said_of
 from rayswift.export.manifest import ExportManifest, read_valid
 from rayswift.export.measured import RowsUsed
-from rayswift.export.quantize import FAMILY, QuantizeSpec, asked
+from rayswift.export.quantize import FAMILY, asked
 from rayswift.export.rows import Rows, read_rows_of
 from rayswift.export.source import Source, resolve
+from rayswift.export.terms import QuantizeSpec
 from rayswift.models.adapters import load_base
 from rayswift.models.loading import load_tokenizer
 from tests.architecture_cases import tiny_architecture

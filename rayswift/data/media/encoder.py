@@ -21,20 +21,12 @@ from rayswift.data.media.decoding import Clip, decode_audio, decode_image, decod
 from rayswift.data.media.features import laid_together
 from rayswift.data.media.reading import read
 from rayswift.data.rendering import Rendered, Segment
-from rayswift.data.types import NUM_PLACEHOLDERS, Example, Features, MediaKind, Medium, Message, Sample
+from rayswift.data.types import NUM_PLACEHOLDERS, Encoded, Example, Features, MediaKind, Medium, Message, Sample
 
 Positions = Callable[[np.ndarray, Sequence[Features]], np.ndarray]
 """(ids [T], features of the document's media in order) -> rope positions [A, T], A axes."""
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets",
               "video_metadata", "num_patches"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A medium as the model reads it: the text in place of its placeholder, and its features."""
-
-    text: str
-    features: Features
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from rayswift.export.verify import Bounds
+from rayswift.export.terms import Bounds
 
 FAMILY = "export.quantizers"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from rayswift.export.quantizers import Layers, Quantizer, Settings, weight_groups
-from rayswift.export.verify import Bounds
+from rayswift.export.terms import Bounds
 
 _SMOOTHED = {
     "input_layernorm": ("q_proj", "k_proj", "v_proj"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from rayswift.export.quantizers import Layers, Quantizer, Settings
-from rayswift.export.verify import Bounds
+from rayswift.export.terms import Bounds
 
 
 class Fp8(Quantizer):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from rayswift.export.quantizers import Layers, Quantizer, Settings
-from rayswift.export.verify import Bounds
+from rayswift.export.terms import Bounds
 
 _SMOOTHED = {
     "input_layernorm": ("q_proj", "k_proj", "v_proj"),
