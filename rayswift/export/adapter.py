@@ -10,13 +10,15 @@ import sys
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import manifest as manifests
 from rayswift.export.adapter_record import RECORD, AdapterManifest, read
+from rayswift.export.base import check_base
 from rayswift.export.merge import adapt
-from rayswift.export.pipeline import check_base, check_output
+from rayswift.export.pipeline import check_output
 from rayswift.export.source import resolve
 from rayswift.export.terms import DEFAULT_BOUNDS
 from rayswift.export.verify import PROMPTS, difference, encode, logprobs_of
 from rayswift.export.written import disk_errors
-from rayswift.models.adapters import attach_adapter, load_base, write_adapter
+from rayswift.models.adapter_folder import attach_adapter
+from rayswift.models.adapters import load_base, write_adapter
 from rayswift.models.loading import check_folder, load_tokenizer, local_folder
 from rayswift.models.staging import staged_folder
 

@@ -17,7 +17,8 @@ from rayswift.export.measured import Difference
 from rayswift.export.source import Source
 from rayswift.export.terms import MERGE_BOUNDS
 from rayswift.export.verify import difference, load_in_float32, logprobs_of
-from rayswift.models.adapters import add_lora, attach_adapter, load_adapter_state, load_base
+from rayswift.models.adapter_folder import attach_adapter
+from rayswift.models.adapters import add_lora, load_adapter_state, load_base
 from rayswift.models.loading import load_model
 from rayswift.models.quantized import compute_in_float32, unpack
 from rayswift.parallel.precision import compute_dtype

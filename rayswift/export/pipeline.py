@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import embedding, speed
 from rayswift.export import manifest as manifests
+from rayswift.export.base import check_base
 from rayswift.export.card import write_card
 from rayswift.export.evaluations import evaluations_of
 from rayswift.export.manifest import ExportManifest
@@ -30,8 +31,7 @@ from rayswift.export.source import Source, resolve
 from rayswift.export.terms import DEFAULT_BOUNDS, Bounds, QuantizeSpec
 from rayswift.export.verify import PROMPTS, Probe, compare, encode, probe
 from rayswift.export.written import disk_errors, write_model
-from rayswift.models.adapters import weights_sha256
-from rayswift.models.folder import rendered_otherwise, stored_dtype
+from rayswift.models.folder import stored_dtype
 from rayswift.models.loading import check_folder, load_config, load_tokenizer, local_folder
 from rayswift.models.pooling import read_pooling
 from rayswift.models.rounding import round_weights
@@ -248,25 +248,6 @@ def check_output(
 def _contains(folder: str, path: str) -> bool:
     """Whether the local `path` is `folder` or lies below it. False for URLs and hub ids."""
     return os.path.exists(path) and Path(os.path.realpath(path)).is_relative_to(folder)
-
-
-def check_base(what: Source, base: Path) -> str:
-    """The identity of the base's weights. Raises ExportError when they are not those it was trained on, or when rows
-    would be rendered otherwise than they were."""
-    if others := rendered_otherwise(what.lineage.rendered_with if what.lineage else None, base):
-        raise ExportError(
-            f"has another {', '.join(others)} than {what.checkpoint or what.adapter_dir or 'what it holds'} was "
-            "trained with", path="model.path", value=what.base, fix="put the base back as it was",
-        )  # fmt: skip
-    found = weights_sha256(base)
-    if what.base_sha256 is not None and what.base_sha256 != found:
-        raise ExportError(
-            f"has changed since {what.checkpoint or what.adapter_dir} was trained on it",
-            path="model.path",
-            value=what.base,
-            fix="put the base back as it was",
-        )
-    return found
 
 
 def _dtype(asked: str | None, base: Path, *, is_quantized: bool = False) -> str:

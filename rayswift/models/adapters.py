@@ -1,13 +1,13 @@
-"""Low-rank adapters: added to a model, named in its state, saved, bound to their base, and merged into it.
+"""Low-rank adapters: added to a model, named in its state, saved, and bound to their base.
 
-Knows peft and the hash that binds an adapter to the weights it was trained on. Does not know how it is trained.
+Knows peft and the hash that binds an adapter to the weights it was trained on. Does not know how it is trained. A
+folder of one is put on a model by `adapter_folder`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,57 +118,11 @@ def write_adapter(
     (folder / BINDING).write_text(json.dumps(binding, indent=2) + "\n", encoding="utf-8")
 
 
-def merge_adapter(base_dir: str, adapter_dir: str) -> PreTrainedModel:
-    """The base with the adapter folder merged into its weights, in the base's dtype.
-
-    Raises ConfigError when the adapter was trained on other weights, or does not say on which.
-    """
-    check_binding(base_dir, adapter_dir)
-    merged: PreTrainedModel = attach_adapter(load_base(base_dir), adapter_dir).merge_and_unload(safe_merge=True)
-    return merged
-
-
-def attach_adapter(model: PreTrainedModel, adapter_dir: str) -> PeftModel:
-    """`model` with the adapter of a folder on it, not merged.
-
-    Raises ConfigError when its tensors are not those that its settings ask for: peft would fill in fresh ones.
-    """
-    from peft import PeftModel
-
-    given: dict[str, Any] = {"is_trainable": False, "local_files_only": True}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
-        adapted: PeftModel = PeftModel.from_pretrained(model, adapter_dir, **given)
-    # Loaded once more, as only this call says what of it fits; its names may be those of an older transformers.
-    report = adapted.load_adapter(adapter_dir, "default", **given)
-    for names, rule in ((report.missing_keys, "lacks"), (report.unexpected_keys, "has no layers for")):
-        if names:
-            raise ConfigError(
-                f"{rule} {len(names)} tensors, among them {min(names)}: {ADAPTER_WEIGHTS} is not that of its "
-                f"{ADAPTER_CONFIG}",
-                path="adapter", value=adapter_dir, fix="copy the whole folder again",
-            )  # fmt: skip
-    return adapted
-
-
 def load_base(path: str, *, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
     """The model of a folder or hub id, as `load_model` gives it, with the settings a job would have by default."""
     from rayswift.config.job import ModelSpec
 
     return load_model(ModelSpec(path=path), dtype=dtype)
-
-
-def check_binding(base_dir: str, adapter_dir: str) -> None:
-    """Raises ConfigError unless the adapter's recorded hash is that of the base's weights."""
-    binding = read_binding(adapter_dir)
-    found = weights_sha256(local_folder(base_dir))
-    if binding["base_sha256"] != found:
-        raise ConfigError(
-            f"was trained on other weights than those of {base_dir}",
-            path="adapter",
-            value=adapter_dir,
-            fix=f"merge it into {binding['base']} as it was then",
-        )
 
 
 def read_binding(adapter_dir: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def check_weights(folder: Path, *, field: str = "model.path") -> None:
         file = folder / name
         if not file.is_file():
             raise ConfigError(f"lacks {name}, which {INDEX} names", path=field, value=str(folder), fix="copy it again")
-        if (reason := _broken(file)) is not None:
+        if (reason := broken(file)) is not None:
             raise ConfigError(f"has a broken {name}: {reason}", path=field, value=str(folder), fix="copy it again")
 
 
@@ -154,7 +154,7 @@ def _safe(name: str, folder: Path, field: str) -> str:
     raise ConfigError(rule, path=field, value=str(folder), fix=fix)
 
 
-def _broken(file: Path) -> str | None:
+def broken(file: Path) -> str | None:
     """Why a safetensors file cannot be whole, judged by its header and its length; None when it can."""
     size = file.stat().st_size
     with open(file, "rb") as stream:

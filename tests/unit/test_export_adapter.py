@@ -12,7 +12,8 @@ from rayswift.config.job import AdapterSpec
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export.adapter import export_adapter
 from rayswift.export.adapter_record import RECORD, AdapterManifest
-from rayswift.models.adapters import BINDING, add_lora, attach_adapter, load_base, weights_sha256
+from rayswift.models.adapter_folder import attach_adapter
+from rayswift.models.adapters import BINDING, add_lora, load_base, weights_sha256
 from rayswift.serving.adapters import find_adapter
 from tests.export_cases import export, shake, write_run
 

@@ -10,6 +10,7 @@ import torch
 
 from rayswift.config.job import AdapterSpec
 from rayswift.errors import ConfigError
+from rayswift.models.adapter_folder import merge_adapter
 from rayswift.models.adapters import (
     BINDING,
     adapter_state,
@@ -17,7 +18,6 @@ from rayswift.models.adapters import (
     linear_layers,
     load_adapter_state,
     load_base,
-    merge_adapter,
     save_adapter,
     weights_sha256,
 )

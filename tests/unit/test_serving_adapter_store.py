@@ -17,7 +17,8 @@ import fsspec
 import httpx
 import pytest
 
-from rayswift.models.adapters import weights_sha256
+from rayswift.config.job import AdapterSpec
+from rayswift.models.adapters import add_lora, load_base, save_adapter, weights_sha256
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving import adapter_store, app
 from rayswift.serving.adapter_store import AdapterStore, packed_in_training
@@ -79,13 +80,29 @@ def test_a_replica_says_so_of_an_adapter_that_it_loads(
     tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapters = Adapters(str(tiny_model_dir), pad_base=False)
+    trained = add_lora(load_base(str(tiny_model_dir)), AdapterSpec(rank=2), seed=0)
     for name, packed in (("plain", {}), ("packed", {"quantization": "nf4"})):
-        _write(tmp_path / name)
+        save_adapter(trained, tmp_path / name, base=str(tiny_model_dir))
         binding = {"base": "b", "base_sha256": weights_sha256(tiny_model_dir), **packed}
         (tmp_path / name / "rayswift_base.json").write_text(json.dumps(binding))
         adapters._check(Adapter(name, str(tmp_path / name)))
     (record,) = caplog.records
     assert record.getMessage().startswith("the adapter packed was trained on a base in nf4 and served on its stored")
+
+
+def test_an_adapter_of_other_sizes_is_refused_before_vllm_sees_it_and_only_the_log_says_why(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapters = Adapters(str(tiny_model_dir), pad_base=False)
+    save_adapter(
+        add_lora(load_base(str(tiny_model_dir)), AdapterSpec(rank=4), seed=0), tmp_path / "a", base=str(tiny_model_dir)
+    )
+    config = tmp_path / "a/adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 8'))
+    with pytest.raises(Refused, match=r"^the adapter a does not fit this model$"):
+        adapters._check(Adapter("a", str(tmp_path / "a")))
+    (record,) = caplog.records
+    assert "of shape [4, 128] in adapter_model.safetensors" in record.getMessage()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 
 from rayswift.config.job import ModelSpec
 from rayswift.errors import ConfigError
+from rayswift.models.adapter_folder import check_sizes_fit
 from rayswift.models.adapters import ADAPTER_WEIGHTS, linear_modules, read_binding, weights_sha256
 from rayswift.models.loading import local_folder, shape_model
 from rayswift.serving.adapter_store import own_folder, told_of_packed
@@ -31,7 +32,7 @@ class Adapters:
     """
 
     def __init__(self, folder: str, *, pad_base: bool) -> None:
-        self._bases = _bases(folder)
+        self._folder, self._bases = folder, _bases(folder)
         self._numbers, self._loading = itertools.count(1), asyncio.Lock()
         self._known: dict[tuple[str, FileState], Any] = {}
         home = own_folder(self, "rayswift-zero-")
@@ -71,6 +72,11 @@ class Adapters:
             raise Refused(f"the adapter {adapter.name} does not say which weights it was trained on") from error
         if binding["base_sha256"] not in self._bases:
             raise Refused(f"the adapter {adapter.name} was trained on other weights than those of this model")
+        try:
+            check_sizes_fit(self._folder, adapter.folder)  # vLLM copies a smaller tensor into a corner of its own
+        except ConfigError as error:
+            _log.warning("the adapter %s is not served: %s", adapter.name, error)
+            raise Refused(f"the adapter {adapter.name} does not fit this model") from error
         if how := binding.get("quantization"):
             _log.warning(told_of_packed(f"the adapter {adapter.name} was", str(how)))
 
