@@ -15,11 +15,11 @@ from rayswift import plugins
 from rayswift.config.job import Job
 from rayswift.errors import CheckpointError, ConfigError
 from rayswift.evaluation.report import Kind
+from rayswift.export.base import check_base
 from rayswift.export.kept import lineage_of, manifest_name
 from rayswift.export.merge import build
 from rayswift.export.source import Source, resolve
 from rayswift.export.verify import PROMPTS, encode
-from rayswift.models.adapters import weights_sha256
 from rayswift.models.config_sizes import num_positions
 from rayswift.models.loading import check_folder, load_tokenizer, local_folder
 from rayswift.parallel.mesh import find_device
@@ -78,14 +78,10 @@ def longest(source: Source, asked: int | None, default: int) -> int:
 def load(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, its adapter merged, on the device there is, and its tokenizer.
 
-    Raises CheckpointError when the base is no longer the one that was trained on.
+    Raises CheckpointError when the base is no longer the one that was trained on, or renders rows otherwise.
     """
     base = local_folder(source.base)
-    if source.base_sha256 is not None and source.base_sha256 != weights_sha256(base):
-        raise CheckpointError(
-            f"has changed since {source.checkpoint or source.adapter_dir} was trained on it", path="model.path",
-            value=source.base, fix="put the base back as it was",
-        )  # fmt: skip
+    check_base(source, base, error=CheckpointError)
     tokenizer = load_tokenizer(str(base))
     model = build(source, [encode(tokenizer, text) for text in PROMPTS]).model
     # `to` of transformers is wrapped in a way that loses its signature

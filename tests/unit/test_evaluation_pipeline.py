@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rayswift import api, cli
 from rayswift.config.job import AdapterSpec
 from rayswift.errors import CheckpointError, ConfigError, DataError
-from rayswift.evaluation import answers
+from rayswift.evaluation import answers, target
 from rayswift.evaluation.rows import conversations, open_rows
+from rayswift.export.adapter import export_adapter
 from rayswift.models.adapters import add_lora, load_base
 from rayswift.models.init import init_model
-from tests.export_cases import shake, write_run
+from tests.export_cases import shake, write_lora_run, write_run
 from tests.multimodal_models import make
 from tests.serving_media_cases import Served, asked, image_part, picture, png, text_part
 
@@ -156,6 +157,23 @@ def test_a_base_that_changed_is_refused(tmp_path: Path, tiny_model_dir: Path, ti
     other.save_pretrained(base)
     with pytest.raises(CheckpointError, match="has changed since"):
         api.evaluate(str(tmp_path / "adapter"), chats, max_new_tokens=0)
+
+
+@pytest.mark.parametrize("kind", ["run", "adapter"])
+def test_a_base_that_renders_otherwise_than_in_training_is_refused(
+    kind: str, tmp_path: Path, tiny_model_dir: Path, chats: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As exporting and resuming do: a loss on other ids than those trained on says nothing of the training."""
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    write_lora_run(tmp_path / "run", base, 0.1)
+    export_adapter(str(tmp_path / "run"), str(tmp_path / "adapter"))
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\\n", "helper\\n"))
+    monkeypatch.setattr(target, "build", lambda *_: pytest.fail("it was built"))
+    told = {"run": "step-00000007", "adapter": "adapter"}[kind]
+    rule = rf"model\.path={base} has another chat_template\.jinja than \S+{told} was trained with; put the base back"
+    with pytest.raises(CheckpointError, match=rule):
+        api.evaluate(str(tmp_path / kind), chats, max_new_tokens=0)
 
 
 def test_bad_rows_are_counted_and_told(tiny_model_dir: Path, tmp_path: Path) -> None:
