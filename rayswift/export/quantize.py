@@ -208,10 +208,14 @@ def _inputs(row: Example) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """llm-compressor writes a line for each layer to standard output, where `--json` puts the manifest."""
+    """Of what llm-compressor logs only errors, and its bars, which alone tell how far it is.
+
+    It has a line for each layer and warns of what is meant, on standard output, where `--json` puts the manifest.
+    """
     from llmcompressor.logger import LoggerConfig, configure_logger
 
-    configure_logger(LoggerConfig(console_log_level=None))
+    with redirect_stdout(sys.stderr):
+        configure_logger(LoggerConfig(console_log_level="ERROR"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -28,6 +28,7 @@ from rayswift.export.shown import encoder_of, same_shown, shown
 from rayswift.export.terms import Bounds
 from rayswift.models.adapters import load_base
 from rayswift.models.loading import load_tokenizer
+from rayswift.models.quantized import decompress
 
 if TYPE_CHECKING:
     import torch
@@ -166,6 +167,7 @@ def load_in_float32(path: str) -> PreTrainedModel:
     model: PreTrainedModel = load_base(path, dtype="float32")
     if _is_quantized(model):
         torch.nn.Module.float(model)  # transformers leaves beside quantized layers some as they were written
+        decompress(model)
     return model
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import ExportError
 from rayswift.models.hub_names import write_hub_names
-from rayswift.models.loading import load_config, quiet_progress
+from rayswift.models.loading import load_config
+from rayswift.models.quiet import quiet_progress
 from rayswift.units import format_bytes
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import ConfigError
 from rayswift.models.auto import auto_class
-from rayswift.models.loading import load_config, load_tokenizer, quiet_progress
+from rayswift.models.loading import load_config, load_tokenizer
+from rayswift.models.quiet import quiet_progress
 from rayswift.models.shapes import Sizes, build_config, config_class, field_of
 from rayswift.models.staging import is_empty_folder, staged_folder
 from rayswift.models.tokenizer import train_tokenizer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayswift.models.hub_names import write_hub_names
 from rayswift.models.init import InitReport, check_free, generation_config, random_model
-from rayswift.models.loading import quiet_progress
+from rayswift.models.quiet import quiet_progress
 from rayswift.models.staging import staged_folder
 from rayswift.models.tokenizer import PAD, train_tokenizer
 

@@ -21,6 +21,7 @@ from rayswift.models.auto import auto_class, import_transformers, register_parts
 from rayswift.models.config_sizes import check_sizes
 from rayswift.models.folder import check_tokenizer, check_weights, has_chat_template, processors_template, read_json
 from rayswift.models.quantized import quantized
+from rayswift.models.quiet import quiet_progress
 from rayswift.models.remote_code import check_code
 
 if TYPE_CHECKING:
@@ -266,21 +267,3 @@ def refusals_named(path: str, field: str) -> Iterator[None]:
         raise ConfigError(
             f"cannot be loaded: {reason}", path=field, value=path, fix="use a model transformers knows"
         ) from error
-
-
-@contextmanager
-def quiet_progress() -> Iterator[None]:
-    """Silences the progress bars of transformers and the hub: RaySwift shows its own."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging
-
-    shown, hub_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-        if hub_shown:
-            enable_progress_bars()

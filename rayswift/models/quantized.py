@@ -1,6 +1,7 @@
 """A base kept in 4 bits: how bitsandbytes packs it so that FSDP2 can shard it, and the numbers that it then stands for.
 
-An adapter was trained on these, not on the numbers that were packed.
+An adapter was trained on these, not on the numbers that were packed. Exports that compressed-tensors has packed are
+unpacked here too.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import ConfigError
+from rayswift.models.quiet import quiet_progress
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from rayswift.config.job import ModelSpec
 
@@ -43,6 +46,17 @@ def quantized(spec: ModelSpec) -> dict[str, Any]:
         bnb_4bit_quant_storage=dtype,
     )
     return {"quantization_config": config, "device_map": {"": "cpu"}}
+
+
+def decompress(model: PreTrainedModel) -> None:
+    """Unpack in place what compressed-tensors has left packed until the first forward pass; any other model stays.
+
+    In its own time and without its bar: the first pass may be one that RaySwift shows its own progress of.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if hasattr(model, "ct_decompress_hook") and hasattr(quantizer, "compressor"):
+        with quiet_progress():
+            quantizer.compressor.decompress_model(model)
 
 
 def compute_in_float32(packed: torch.nn.Module) -> None:

@@ -43,7 +43,7 @@ THIRD_PARTY: dict[int, set[str]] = {
     2: set(),
     3: {
         "torch", "tokenizers", "transformers", "peft", "safetensors", "huggingface_hub", "jinja2", "numpy", "pyarrow",
-        "pandas", "fsspec", "accelerate", "httpx", "PIL", "av",
+        "pandas", "fsspec", "accelerate", "httpx", "PIL", "av", "tqdm",
     },
     4: {"deepspeed", "torchao"},
     5: {"matplotlib", "tensorboard", "tensorboardX", "wandb", "mlflow", "trackio", "vllm", "starlette", "openai",

@@ -86,6 +86,28 @@ def test_json_on_standard_output_is_the_manifest_alone(tmp_path: Path, tiny_mode
     assert json.loads(done.stdout)["quantizer"] == "fp8"
 
 
+def test_bars_of_packing_and_unpacking_are_not_seen(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
+    """Of an export by int8 only those of the calibration, which tell how far it is; of an evaluation our own alone."""
+    out = str(tmp_path / "out")
+    command = [sys.executable, "-m", "rayswift.cli"]
+    bounds = ["--min-agreement", "0.1", "--max-perplexity", "3", "--max-difference", "2"]
+    exporting = ["export", str(tiny_model_dir), out, "--quantizer", "int8", "--calibration", str(rows), *bounds,
+                 "--calibration-rows", "6", "--held-out-rows", "6", "--max-length", "64", "--engine", "local",
+                 "--max-engine-difference", "2"]  # fmt: skip
+    evaluating = ["eval", out, "--rows", str(rows), "--limit", "2", "--max-new-tokens", "2"]
+    told = []
+    for arguments in (exporting, evaluating):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        told.append(done.stderr)
+    assert "Calibrating: 100%" in told[0]
+    assert told[0].count("Applying quantization config: 100%") == 1, "that of the calibration"
+    for bar in ("Compressing model", "Decompressing model", "Dispatching model"):
+        assert f"{bar}:" not in told[0]
+    assert "No accelerator available!" in told[0], "a warning stays"
+    assert [line.split()[0] for line in told[1].splitlines()] == ["--", "--", "--", "--", "note:"]
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_quantized_export_is_small_near_and_read_by_strangers(
     tmp_path: Path, tiny_model_dir: Path, rows: Path, name: str

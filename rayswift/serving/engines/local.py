@@ -18,6 +18,8 @@ from rayswift.errors import ConfigError, RaySwiftError, ServeError
 from rayswift.models.loading import load_model, load_tokenizer
 from rayswift.models.pooling import Pooling, read_pooling
 from rayswift.models.processor import has_processor
+from rayswift.models.quantized import decompress
+from rayswift.models.quiet import quiet_progress
 from rayswift.serving.engine import Delta, Embedding, EngineOptions, Prompt, Request, Sampling
 from rayswift.serving.stopping import stop_ids
 
@@ -168,7 +170,9 @@ def open_folder(folder: str, options: EngineOptions, trained: Mapping[str, torch
     if trained is not None:
         model.load_state_dict(trained)
     if _device(options.device).type == "cpu":
-        pack(model)
+        with quiet_progress():  # it tries the model, which unpacks a quantized one
+            pack(model)
+    decompress(model)
     return open_loop(model, folder, options)
 
 
