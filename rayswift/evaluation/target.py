@@ -35,7 +35,7 @@ def opened(target: str) -> tuple[Source, Kind]:
 
     Raises as `export.source.resolve`, ConfigError for a broken base.
     """
-    source = _with_data(resolve(target), target)
+    source = _with_data(resolve(target, field="TARGET"), target)
     for reason in source.passed_over:
         print(f"warning: passed over a newer checkpoint: {reason}", file=sys.stderr)
     check_folder(source.base)

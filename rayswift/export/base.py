@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rayswift.errors import ExportError, RaySwiftError
+from rayswift.errors import ConfigError, ExportError, RaySwiftError
 from rayswift.export.source import Source
 from rayswift.models.adapter_folder import check_sizes_fit
 from rayswift.models.adapters import weights_sha256
-from rayswift.models.folder import rendered_otherwise
+from rayswift.models.folder import read_json, rendered_otherwise
 
 _FIX = "put the base back as it was"
 
@@ -36,3 +36,15 @@ def check_base(what: Source, base: Path, *, error: type[RaySwiftError] = ExportE
     if what.adapter_dir is not None:
         check_sizes_fit(str(base), what.adapter_dir)
     return found
+
+
+def check_rounds_once(what: Source, base: Path, quantizer: str) -> None:
+    """Raises ConfigError for a base that compressed-tensors has packed: what is rounded twice is nobody's bounds."""
+    config = read_json(base / "config.json", field="model.path").get("quantization_config")
+    if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
+        return
+    better = what.lineage.checkpoint if what.lineage else what.earlier.base if what.earlier else "the model it is from"
+    raise ConfigError(
+        f"would round again what is quantized already in {what.base}", path="--quantizer", value=quantizer,
+        fix=f"quantize {better}",
+    )  # fmt: skip

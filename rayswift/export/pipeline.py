@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayswift.errors import ConfigError, ExportError
 from rayswift.export import embedding, speed
 from rayswift.export import manifest as manifests
-from rayswift.export.base import check_base
+from rayswift.export.base import check_base, check_rounds_once
 from rayswift.export.card import write_card
 from rayswift.export.evaluations import evaluations_of
 from rayswift.export.manifest import ExportManifest
@@ -30,10 +30,11 @@ from rayswift.export.shown import encoder_of, shown
 from rayswift.export.source import Source, resolve
 from rayswift.export.terms import DEFAULT_BOUNDS, Bounds, QuantizeSpec
 from rayswift.export.verify import PROMPTS, Probe, compare, encode, probe
-from rayswift.export.written import disk_errors, write_model
+from rayswift.export.written import check_place, disk_errors, write_model
 from rayswift.models.folder import stored_dtype
 from rayswift.models.loading import check_folder, load_config, load_tokenizer, local_folder
 from rayswift.models.pooling import read_pooling
+from rayswift.models.quantized import unquantized
 from rayswift.models.rounding import round_weights
 from rayswift.models.staging import is_empty_folder, staged_folder
 
@@ -82,6 +83,8 @@ def export(
     check_folder(what.base)
     base = local_folder(what.base)
     check_output(output, keep=(source, str(base)), force=force)
+    if quantize:
+        check_rounds_once(what, base, quantize.name)
     base_sha256 = check_base(what, base)
     if what.is_plain and read_pooling(str(base), field="SOURCE") is not None:
         _refuse(quantizer=quantize.name if quantize else None, dtype=dtype, max_difference=max_difference,
@@ -97,6 +100,7 @@ def export(
         rows = choose(what, tokenizer, quantize, needs_rows=quantizer is not None and quantizer.needs_rows,
                       num_held_out=num_held_out, is_bounded=max_perplexity is not None)  # fmt: skip
     merged = build(what, [*(encode(tokenizer, text) for text in prompts), *shown(encoder).values()])
+    merged = replace(merged, model=unquantized(merged.model))
     asks = by is not None or quantizer is not None
     reference = probe(merged.model, tokenizer, prompts, encoder, rows.held_out, greedy=asks) if verify else None
     bounds = bounds or (quantize.bounds(quantizer.bounds) if quantize and quantizer else DEFAULT_BOUNDS[dtype])
@@ -234,6 +238,7 @@ def check_output(
     if any(_contains(place, kept) for kept in keep):
         raise ConfigError("would overwrite what is exported", path="OUTPUT", value=output, fix="name another folder")
     if not os.path.lexists(output) or is_empty_folder(output):
+        check_place(output, field="OUTPUT")
         return
     if not force:
         raise ConfigError("exists", path="OUTPUT", value=output, fix="name another folder, or replace it with --force")

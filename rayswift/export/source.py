@@ -98,11 +98,11 @@ class Source:
         return {**(self.settings or {}), "name": "lora", "folder": self.adapter_dir, **trained_on}
 
 
-def resolve(source: str) -> Source:
+def resolve(source: str, *, field: str = "SOURCE") -> Source:
     """What lies at `source`: a run directory or checkpoint (path or fsspec URL), an adapter folder, a model.
 
-    Raises ConfigError when it is none of them, CheckpointError when no checkpoint can be trusted, ExportError when it
-    is an earlier export that was changed.
+    Raises ConfigError naming `field` when it is none of them, CheckpointError when no checkpoint can be trusted,
+    ExportError when it is an earlier export that was changed.
     """
     from rayswift.training import checkpoint
     from rayswift.training.run_dir import RunDir
@@ -120,13 +120,27 @@ def resolve(source: str) -> Source:
     if place.exists(checkpoint.MANIFEST):
         return _of_checkpoint(source, checkpoint.check(source))
     if not place.exists(""):
-        return _of_hub(source)
+        return _of_hub(source, field)
     raise ConfigError(
         "is neither a run, a checkpoint, an adapter nor a Hugging Face folder",
-        path="SOURCE",
+        path=field,
         value=source,
-        fix="give the run directory OUTPUT/NAME of a training job, or a folder with config.json",
+        fix=_run_near(source) or "give the run directory OUTPUT/NAME of a training job, or a folder with config.json",
     )
+
+
+def _run_near(source: str) -> str | None:
+    """Which run was meant by the folder that runs lie in, or that lies in a run; None without one."""
+    from rayswift.training import checkpoint
+
+    def is_run(folder: Path) -> bool:
+        return (folder / "job.yaml").is_file() or (folder / checkpoint.FOLDER).is_dir()
+
+    here = Path(source)
+    if not here.is_dir():
+        return None
+    runs = [here.parent] if is_run(here.parent) else sorted(filter(is_run, here.iterdir()))
+    return f"did you mean {' or '.join(str(run) for run in runs[:3])}?" if runs else None
 
 
 def _of_checkpoint(path: str, found: CheckpointManifest) -> Source:
@@ -231,10 +245,10 @@ def _inherited(record: ExportManifest | AdapterManifest) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of_hub(source: str) -> Source:
+def _of_hub(source: str, field: str) -> Source:
     """A hub id; anything else that is not there is a mistake in the path."""
     name, _ = split_id(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ConfigError("does not exist", path="SOURCE", value=source, fix="check the path")
-    local_folder(source, weights=False, field="SOURCE")
+        raise ConfigError("does not exist", path=field, value=source, fix="check the path")
+    local_folder(source, weights=False, field=field)
     return Source(base=source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayswift.errors import ExportError
+from rayswift.errors import ConfigError, ExportError
 from rayswift.models.hub_names import write_hub_names
 from rayswift.models.loading import load_config
 from rayswift.models.quiet import quiet_progress
@@ -78,6 +79,17 @@ def _check_space(model: PreTrainedModel, stage: Path) -> None:
             value=str(stage.parent),
             fix="make room or name a folder on another disk",
         )
+
+
+def check_place(folder: str, *, field: str) -> None:
+    """Raises ConfigError where no folder can be made at a local path, before the work that it is to hold."""
+    place = Path(os.path.abspath(folder))
+    nearest = next(one for one in (place, *place.parents) if os.path.lexists(one))
+    if not nearest.is_dir():
+        raise ConfigError(f"cannot be made: {nearest} is no folder", path=field, value=folder, fix="name another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot be written: {nearest} is not yours to write in", path=field, value=folder,
+                          fix="name another one")  # fmt: skip
 
 
 @contextmanager

@@ -7,6 +7,7 @@ unpacked here too.
 from __future__ import annotations
 
 import importlib.util
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from rayswift.errors import ConfigError
@@ -57,6 +58,31 @@ def decompress(model: PreTrainedModel) -> None:
     if hasattr(model, "ct_decompress_hook") and hasattr(quantizer, "compressor"):
         with quiet_progress():
             quantizer.compressor.decompress_model(model)
+
+
+def unquantized(model: PreTrainedModel) -> PreTrainedModel:
+    """What the weights of a model that compressed-tensors has packed stand for, as a plain model; any other as it is.
+
+    Such a model is saved with unpacked weights and the config of packed ones, which serving engines misread, and it
+    rounds activations too. The new model has the weights of the old one, which is not to be used any more.
+    """
+    if getattr(getattr(model, "hf_quantizer", None), "compressor", None) is None:
+        return model
+    from accelerate import init_empty_weights
+
+    decompress(model)
+    config, kind = deepcopy(model.config), type(model)
+    del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        plain: PreTrainedModel = kind._from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    own = model.state_dict()
+    plain.load_state_dict({name: own[name] for name in plain.state_dict()}, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.eval()
+    return plain
 
 
 def compute_in_float32(packed: torch.nn.Module) -> None:

@@ -291,6 +291,29 @@ def test_existing_output_needs_force_and_force_replaces_only_exports(tmp_path: P
     read_valid(out)
 
 
+def test_an_output_that_cannot_be_made_is_told_before_any_work(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "check_base", lambda *_: pytest.fail("the weights were read"))
+    (tmp_path / "file").touch()
+    rule = rf"OUTPUT=\S+/file/out cannot be made: {tmp_path}/file is no folder; name another one"
+    with pytest.raises(ConfigError, match=rule):
+        export(str(tiny_model_dir), str(tmp_path / "file/out"))
+    monkeypatch.setattr("os.access", lambda path, _: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(ConfigError, match=rf"cannot be written: {tmp_path} is not yours to write in"):
+        export(str(tiny_model_dir), str(tmp_path / "deep/er/out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_of_runs_names_the_run_that_was_meant(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"SOURCE=\S+ is neither .*; did you mean {tmp_path}/runs/a or \S+/runs/b\?"):
+        export(str(tmp_path / "runs"), str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match=rf"did you mean {tmp_path}/runs/a\?"):
+        export(str(tmp_path / "runs/a/checkpoints"), str(tmp_path / "out"))
+
+
 def test_wrong_sources_are_config_errors(tmp_path: Path, tiny_model_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"SOURCE=.* does not exist"):
         export(str(tmp_path / "nowhere"), str(tmp_path / "out"))

@@ -30,8 +30,10 @@ from rayswift.export.measured import RowsUsed
 from rayswift.export.quantize import FAMILY, asked
 from rayswift.export.rows import Rows, read_rows_of
 from rayswift.export.source import Source, resolve
-from rayswift.export.terms import QuantizeSpec
+from rayswift.export.terms import Bounds, QuantizeSpec
+from rayswift.export.verify import load_in_float32
 from rayswift.models.adapters import load_base
+from rayswift.models.folder import read_header
 from rayswift.models.loading import load_tokenizer
 from tests.architecture_cases import tiny_architecture
 from tests.export_cases import export, shake, write_run
@@ -86,6 +88,28 @@ def test_json_on_standard_output_is_the_manifest_alone(tmp_path: Path, tiny_mode
     assert json.loads(done.stdout)["quantizer"] == "fp8"
 
 
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_an_export_of_a_quantized_export_is_a_plain_model_of_what_its_weights_stand_for(
+    tmp_path: Path, tiny_model_dir: Path, rows: Path, name: str
+) -> None:
+    """Unpacked weights under the config of packed ones are read as other numbers by serving engines."""
+    packed, plain, again = (str(tmp_path / one) for one in ("packed", "plain", "again"))
+    export(str(tiny_model_dir), packed, quantize=spec(name, rows), bounds=Bounds(None, 2.0, perplexity=3.0))
+    made = export(packed, plain)
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+    assert made.verify is not None
+    assert not [key for key in read_header(tmp_path / "plain/model.safetensors") if key.endswith(("_scale", "_packed"))]
+    meant = load_in_float32(packed)
+    found = load_in_float32(plain)
+    for key, tensor in found.state_dict().items():
+        assert torch.equal(tensor, meant.state_dict()[key].float().bfloat16().float()), key
+    assert made.earlier is not None
+    assert made.earlier.quantizer == name
+    rule = rf"--quantizer=fp8 would round again what is quantized already in {packed}; quantize {tiny_model_dir}"
+    with pytest.raises(ConfigError, match=rule):
+        export(packed, again, quantize=spec("fp8", rows))
+
+
 def test_bars_of_packing_and_unpacking_are_not_seen(tmp_path: Path, tiny_model_dir: Path, rows: Path) -> None:
     """Of an export by int8 only those of the calibration, which tell how far it is; of an evaluation our own alone."""
     out = str(tmp_path / "out")
@@ -104,7 +128,7 @@ def test_bars_of_packing_and_unpacking_are_not_seen(tmp_path: Path, tiny_model_d
     assert told[0].count("Applying quantization config: 100%") == 1, "that of the calibration"
     for bar in ("Compressing model", "Decompressing model", "Dispatching model"):
         assert f"{bar}:" not in told[0]
-    assert "No accelerator available!" in told[0], "a warning stays"
+    assert torch.accelerator.is_available() or "No accelerator available!" in told[0], "a warning stays"
     assert [line.split()[0] for line in told[1].splitlines()] == ["--", "--", "--", "--", "note:"]
 
 
