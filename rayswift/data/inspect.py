@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from rayswift.data.formats import RowError
 from rayswift.data.media import KINDS
 from rayswift.data.quarantine import describe
 from rayswift.data.rendering import Rendering
-from rayswift.data.sources import FileIndex, RawRow, bad_row, index_sources, read_rows
+from rayswift.data.sources import FileIndex, RawRow, bad_row, index_sources, place_of, read_rows
 from rayswift.data.stream import StreamPlan, plan_stream
 from rayswift.data.types import BadRow, MediaKind
 from rayswift.errors import ConfigError, DataError
@@ -64,7 +65,7 @@ def preflight(
     Raises ConfigError for a source without rows or of no known format, DataError when none of these rows can be used.
     """
     return tuple(
-        _preflight_source(source, [file for file in files if file.source == number], f"{path}.{number}")
+        _preflight_source(source, [file for file in files if file.source == number], partial(place_of, path, number))
         for number, source in enumerate(sources)
     )
 
@@ -84,20 +85,20 @@ def media_kinds(
     return tuple(kind for kind in KINDS if kind in found)
 
 
-def _preflight_source(source: DataSource, files: Sequence[FileIndex], place: str) -> str:
+def _preflight_source(source: DataSource, files: Sequence[FileIndex], place: Callable[[str], str]) -> str:
     if not any(file.num_rows for file in files):
-        raise ConfigError("has no rows", path=f"{place}.path", value=source.path, fix="point it at data that has some")
+        raise ConfigError("has no rows", path=place("path"), value=source.path, fix="point it at data that has some")
     rows = list(islice(_first_rows(files), PREFLIGHT_ROWS))
     good = [renamed(row, source) for _, (_, _, row) in rows if isinstance(row, dict)]
     if source.format != "auto":
-        load_format(source.format, path=f"{place}.format")
+        load_format(source.format, path=place("format"))
     elif not good:
         raise _unusable([row for _, (_, _, row) in rows if isinstance(row, BadRow)])
-    chosen = detect(good, path=f"{place}.format") if source.format == "auto" else source.format
+    chosen = detect(good, path=place("format")) if source.format == "auto" else source.format
     if source.question is not None and chosen != "captioned":
         raise ConfigError(
             f"is asked of rows of media with a text or label, and these are of the format {chosen}",
-            path=f"{place}.question", value=source.question, fix="leave it out",
+            path=place("question"), value=source.question, fix="leave it out",
         )  # fmt: skip
     bad = [fault for file, raw in rows if (fault := _fault(file, raw, chosen, source)) is not None]
     if len(bad) == len(rows):

@@ -91,7 +91,7 @@ def resolve(source: DataSource, index: int, *, path: str = "data.train") -> list
     A folder stands for the data files below it that a reader knows, see `paths.find`; one that has media only is itself
     what is read, and its name ends with a slash. The files of a dataset on a hub are URLs of one commit.
     """
-    place = f"{path}.{index}.path"
+    place = place_of(path, index, "path")
     if is_hub_dataset(source.path):
         return hub_files(source, {ending: kind for ending, kind in _extensions().items() if ending != "/"}, place=place)
     try:
@@ -110,8 +110,16 @@ def resolve(source: DataSource, index: int, *, path: str = "data.train") -> list
             )  # fmt: skip
         return [folder]
     if not found:
+        if folder is not None:
+            known = ", ".join(sorted(ending for ending in _extensions() if ending != "/"))
+            raise ConfigError("is a folder without data", path=place, value=source.path, fix=f"data ends with {known}")
         raise ConfigError(_missing_rule(source.path), path=place, value=source.path, fix=closest(source.path))
     return found
+
+
+def place_of(path: str, number: int, key: str) -> str:
+    """What an error names: `data.train.0.path`, or the option of a command, which has one source, as it is typed."""
+    return path if path.startswith("--") else f"{path}.{number}.{key}"
 
 
 def index_sources(
@@ -154,11 +162,13 @@ def bad_row(index: FileIndex, row: int, line: int | None, reason: str, content: 
 
 def _index_file(file: str, source: DataSource, number: int, path: str, span_rows: int) -> FileIndex:
     options = ReadOptions(text_unit=source.text_unit, span_rows=span_rows)
-    name = _reader_name(file, f"{path}.{number}.path")
+    name = _reader_name(file, place_of(path, number, "path"))
     try:
         index = _reader(name).index(file, number, options)
     except OSError as error:
-        raise ConfigError(f"cannot be read: {_one_line(error)}", path=f"{path}.{number}.path", value=file) from error
+        raise ConfigError(
+            f"cannot be read: {_one_line(error)}", path=place_of(path, number, "path"), value=file
+        ) from error
     if is_pinned_file(file):
         check_copy(file, index.sha256)
     return index
@@ -189,7 +199,7 @@ def _reader(name: str) -> Reader:
 
 
 def _missing_rule(path: str) -> str:
-    return "matches no file" if any(mark in path for mark in "*?[") else "does not exist, or is a folder without data"
+    return "matches no file" if any(mark in path for mark in "*?[") else "does not exist"
 
 
 def _install_hint(error: Exception) -> str | None:

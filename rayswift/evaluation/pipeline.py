@@ -9,13 +9,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayswift.config.job import is_hub_id
-from rayswift.errors import ConfigError, ExportError
+from rayswift.errors import ConfigError, ExportError, RaySwiftError
 from rayswift.evaluation import harness, on_rows
 from rayswift.evaluation.harness import Tasks
-from rayswift.evaluation.report import EvalReport, HarnessReport, Kind, Target, report_name, report_place, write
+from rayswift.evaluation.report import (
+    EvalReport,
+    HarnessReport,
+    Kind,
+    Target,
+    report_name,
+    report_place,
+    text_of,
+    write,
+)
 from rayswift.evaluation.rows import Rows, open_rows
 from rayswift.export import kept
 from rayswift.export.manifest import MANIFEST, current_versions
+from rayswift.export.written import check_place
 from rayswift.progress import Progress, Silent
 from rayswift.serving import client
 
@@ -79,10 +89,23 @@ def evaluate(
     else:
         report = _of_model(what, found, tasks, settings, progress)
     report = report.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
-    for place in dict.fromkeys(filter(None, (report_place(report.target, rows, settings.tasks), output))):
+    if (place := report_place(report.target, rows, settings.tasks)) is not None:
         write(report, place)
     _keep(report, report_name(rows, settings.tasks), is_written=output is not None)
+    if output is not None and output != place:
+        _write_output(report, output)
     return report
+
+
+def _write_output(report: EvalReport, output: str) -> None:
+    """Raises RaySwiftError where it cannot be written; the work of hours is then on stderr, not lost."""
+    try:
+        write(report, output)
+    except (OSError, RaySwiftError) as error:
+        print(text_of(report), file=sys.stderr)
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
+        raise RaySwiftError(f"cannot be written: {reason}", path="--output", value=output,
+                            fix="the report stands above this line: copy it") from error  # fmt: skip
 
 
 def _keep(report: EvalReport, name: str, *, is_written: bool) -> None:
@@ -122,6 +145,8 @@ def _check(target: str, rows: str | None, settings: Settings, output: str | None
                           fix="use 1 or more")  # fmt: skip
     if output is not None and os.path.isdir(output):
         raise ConfigError("is a folder", path="--output", value=output, fix="name a file in it")
+    if output is not None and "://" not in output:
+        check_place(os.path.dirname(output) or ".", field="--output")
 
 
 def _check_task_settings(settings: Settings) -> None:

@@ -51,8 +51,10 @@ def test_a_folder_stands_for_its_data_only(tmp_path: Path) -> None:
     assert names(tmp_path / "*.md") == ["README.md", "notes.md"]
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "README.md").write_text("x\n")
-    with pytest.raises(ConfigError, match="is a folder without data"):
+    with pytest.raises(ConfigError, match=r"^data\.train\.0\.path=\S+ is a folder without data; .* with \.csv, "):
         names(tmp_path / "docs")
+    with pytest.raises(ConfigError, match=r"^--rows=\S+ is a folder without data"):
+        resolve(DataSource(path=str(tmp_path / "docs")), 0, path="--rows")
 
 
 @pytest.mark.parametrize(

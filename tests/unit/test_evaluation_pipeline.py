@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rayswift import api, cli
 from rayswift.config.job import AdapterSpec
 from rayswift.errors import CheckpointError, ConfigError, DataError
-from rayswift.evaluation import answers, target
+from rayswift.evaluation import answers, pipeline, target
+from rayswift.evaluation.report import EvalReport
 from rayswift.evaluation.rows import conversations, open_rows
 from rayswift.export.adapter import export_adapter
 from rayswift.models.adapters import add_lora, load_base
@@ -294,13 +297,16 @@ def test_a_model_that_cannot_be_decoded_keeps_its_loss(
     [
         (["nowhere", "--rows", "ROWS"], "TARGET=nowhere does not exist; give a run directory"),
         (["ROWS", "--rows", "ROWS"], "is neither a run, a checkpoint"),
-        (["MODEL", "--rows", "absent.jsonl"], "absent.jsonl does not exist, or is a folder without data"),
+        (["MODEL", "--rows", "absent.jsonl"], "--rows=absent.jsonl does not exist"),
         (["MODEL", "--rows", "EMPTY"], "has no rows"),
         (["MODEL", "--rows", "ROWS", "--format", "alpacca"], "did you mean alpaca?"),
         (["MODEL", "--rows", "ROWS", "--model", "x"], "--model=x names a model of an endpoint"),
         (["MODEL", "--rows", "ROWS", "--output", "."], "--output=. is a folder; name a file in it"),
         (["MODEL", "--rows", "ROWS", "--limit", "0"], "--limit"),
         (["MODEL"], "--rows"),
+        (["MODEL", "--rows", "folder"], "--rows=folder is a folder without data; data ends with .csv, "),
+        (["folder", "--rows", "ROWS"], "TARGET=folder is neither a run"),
+        (["MODEL", "--rows", "ROWS", "--output", "empty.jsonl/r.json"], "--output=empty.jsonl cannot be made: "),
         (["http://127.0.0.1:1/v1", "--rows", "ROWS", "--max-new-tokens", "0"], "nothing to measure of an endpoint"),
         (["http://127.0.0.1:1/v1", "--rows", "TEXTS"], "no conversation to ask an endpoint, and texts have no answer"),
         (["http://me:secret@h/v1", "--rows", "ROWS"], "TARGET carries a user name or password"),
@@ -317,6 +323,7 @@ def test_a_wrong_command_ends_with_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "folder").mkdir()
     names = {
         "ROWS": chats, "MODEL": str(tiny_model_dir), "EMPTY": "empty.jsonl",
         "TEXTS": write_rows(tmp_path / "texts.jsonl", [{"text": "a text"}]),
@@ -328,6 +335,28 @@ def test_a_wrong_command_ends_with_code_2(
     assert message in err
     assert "secret" not in err
     assert "Traceback" not in err
+
+
+def test_a_report_that_cannot_be_written_is_not_lost(
+    chats: str,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(report: EvalReport, path: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pipeline, "write", full)
+    out = str(tmp_path / "report.json")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["eval", str(tiny_model_dir), "--rows", chats, "--max-new-tokens", "0", "--output", out])
+    assert caught.value.code == 1
+    told = capsys.readouterr().err
+    report, _, error = told[told.index("{") :].partition("error: ")
+    assert json.loads(report)["rows"]["read"] == 3
+    assert error == f"--output={out} cannot be written: No space left on device; the report stands above this line: " \
+                    "copy it\n"  # fmt: skip
 
 
 def test_rows_of_which_none_can_be_used_are_a_data_error(tiny_model_dir: Path, tmp_path: Path) -> None:
