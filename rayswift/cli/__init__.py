@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 for subject in (machine, jobs, models, endpoint, chat):
     app.add_typer(subject.app)
+_INTERRUPTED = 130
 _TAKE_SETTINGS = ("plan", "train", "submit", "data")  # commands with KEY=VALUE
 
 
@@ -59,9 +60,11 @@ def run(command: Callable[[], Any]) -> int:
     """
     try:
         result = command()
+        if result == _INTERRUPTED:  # typer makes that of a KeyboardInterrupt, and says nothing
+            return _told("interrupted", _INTERRUPTED)
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return _told("interrupted", 130)
+        return _told("interrupted", _INTERRUPTED)
     except TyperException as error:
         return _told(f"error: {error.format_message()}\nSee `rayswift --help`.", 2)
     except RaySwiftError as error:

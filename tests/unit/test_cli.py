@@ -280,3 +280,17 @@ def test_a_job_script_refuses_another_method(job: str) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: method.name=sft is not the method of this script, pretrain;")
+
+
+def test_a_command_that_is_interrupted_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C goes through typer, which has a code for it and no words."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rayswift.api.export", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["export", "models/base", "exports/base"])
+    assert (caught.value.code, capsys.readouterr()) == (130, ("", "interrupted\n"))
