@@ -6,6 +6,7 @@ What a suite needs alone (a cluster, a served model) lives in that suite's own c
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -21,16 +22,17 @@ hypothesis.settings.register_profile("shared", deadline=None)
 hypothesis.settings.load_profile("shared")
 
 # Before anything imports torch or ray: one thread per process on a small box, no usage reports, no model hub,
-# and no token file in the home of whoever runs the tests (Ray's local token auth is on by default).
+# and a Ray token of their own, so that none is written into the home of whoever runs the tests.
 os.environ.update(
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
-    RAY_AUTH_MODE="disabled",
+    RAY_AUTH_MODE="token",
     RAY_USAGE_STATS_ENABLED="0",
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     MPLBACKEND="Agg",
 )
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ.pop("RAY_ADDRESS", None)  # a test must never join somebody's cluster
 
 # A shell starts what it puts in the background deaf to Ctrl-C, and so would be every program that a test starts.

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import ray
 
+from rayswift.cluster import token_file
 from rayswift.cluster.nodes import living_nodes, weakest_device
 from rayswift.cluster.session_folder import RAY_FOLDER, end_haproxy, haproxy_files, make_folder
 from rayswift.errors import PlanError, RaySwiftError, WorkerError
@@ -50,7 +51,7 @@ def configure(scheduling_timeout_s: float = 300) -> None:
 
 def is_token_asked() -> bool:
     """Whether the cluster of this process answers only to who has its token; so do those that `session` starts."""
-    return os.environ.get("RAY_AUTH_MODE") == "token"
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
 @contextmanager
@@ -147,8 +148,25 @@ def _is_for_train(name: str) -> bool:
 def _send_token() -> None:
     """Ray reads the mode when it is imported, and joins an address that was named without a token. (ray 2.60)"""
     if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        cast("Any", ray)._raylet.Config.initialize("")
+        _set_token_mode()
+
+
+def _ask_for_token() -> None:
+    """Have a cluster of our own ask for the token, which its owner alone can read; Ray asks unless told not to.
+
+    Its agents listen to the network: without a token whoever reaches this machine runs code as this user.
+    """
+    if "RAY_AUTH_MODE" in os.environ and not is_token_asked():
+        mode = os.environ["RAY_AUTH_MODE"]
+        print(f"note: RAY_AUTH_MODE={mode} is not followed: the Ray that is started here would run the code of "
+              "whoever reaches this machine's ports", file=sys.stderr)  # fmt: skip
+        _set_token_mode()
+    token_file.keep_private()
+
+
+def _set_token_mode() -> None:
+    os.environ["RAY_AUTH_MODE"] = "token"
+    cast("Any", ray)._raylet.Config.initialize("")
 
 
 def _join(address: str) -> None:
@@ -185,6 +203,7 @@ def _start_local() -> str:
     """Start a cluster of this machine's cores and accelerators; its temp folder is private and short for sockets."""
     # Nothing drains a node of one machine's own cluster: its watcher would only cost a process.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    _ask_for_token()
     haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
     folder = make_folder(haproxy=haproxy)
     if haproxy:

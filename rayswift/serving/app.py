@@ -155,12 +155,12 @@ def run(
 
 
 def _tell_of_an_open_cluster(spec: ServeSpec) -> None:
-    """Says where a cluster that others reach asks nobody for a token; one that does is joined with it."""
-    if not auth.is_loopback(spec.host) and not is_token_asked():
+    """Says where a cluster asks nobody for a token, whatever the endpoint's host; one that asks is joined with it."""
+    if not is_token_asked():
+        where = "" if auth.is_loopback(spec.host) else f"the endpoint listens on {spec.host}, and "
         print(
-            f"note: the endpoint listens on {spec.host}, and this Ray cluster asks for no token: who reaches its "
-            "ports (6379, 8265, 10001) runs code on it, key or not; close them to others, or start Ray with "
-            "RAY_AUTH_MODE=token",
+            f"note: {where}this Ray cluster asks for no token: who reaches its ports (6379, 8265, 10001, those of its "
+            "agents) runs code on it, key or not; close them to others, or start Ray with RAY_AUTH_MODE=token",
             file=sys.stderr,
         )
 

@@ -118,7 +118,7 @@ class FakeCluster:
         (folder / "fake_provider.py").write_text(PROVIDER)
         (folder / "cluster.json").write_text(json.dumps(scaled(config, self.address)))
         self.client = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"},
             "PATH": f"{Path(self.python).parent}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_API_SERVER_ADDRESS": self.url,
         }  # fmt: skip

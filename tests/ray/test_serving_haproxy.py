@@ -85,6 +85,7 @@ def endpoint(place: Path, tiny_model_dir: Path, free_port: Callable[[], int]) ->
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_AUTH_MODE")
+        environment.delenv("RAY_AUTH_TOKEN")
         for name, value in variables.items():
             environment.setenv(name, value)
         others = set(psutil.Process().children(recursive=True))  # as multiprocessing keeps, of the tests before

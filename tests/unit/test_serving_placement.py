@@ -46,11 +46,13 @@ def test_a_replica_has_one_core_where_others_compute_too() -> None:
     [
         ("0.0.0.0", False, "", True),
         ("0.0.0.0", False, "token", False),
+        ("0.0.0.0", False, "Token", False),
         ("0.0.0.0", True, "", False),
-        ("127.0.0.1", False, "", False),
+        ("127.0.0.1", False, "disabled", True),
+        ("127.0.0.1", True, "", False),
     ],
 )
-def test_a_cluster_that_asks_nobody_is_told_beside_an_address_for_others(
+def test_a_cluster_that_asks_nobody_is_told_whatever_the_address(
     host: str, is_own: bool, mode: str, is_told: bool,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
