@@ -433,9 +433,10 @@ def test_the_commands_in_the_comments_exist(name: str) -> None:
 
     told = comment_commands(name)
     assert {f"ray {verb} {name}" for verb in ("up", "dashboard", "down")} <= set(told)
+    assert told.index("umask 077") < told.index("ray get-auth-token --generate"), "Ray would let everybody read it"
     for command in told:
         program, verb, *words = shlex.split(command)
-        assert program in ("ray", "rayswift", "pip", "export"), command
+        assert program in ("ray", "rayswift", "pip", "export", "umask"), command
         if program == "ray":
             assert verb in cli.commands
             assert all(word == name for word in words if word.endswith("cluster.yaml") or word.startswith("clusters/"))
