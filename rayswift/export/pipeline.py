@@ -31,6 +31,7 @@ from rayswift.export.source import Source, resolve
 from rayswift.export.terms import DEFAULT_BOUNDS, Bounds, QuantizeSpec
 from rayswift.export.verify import PROMPTS, Probe, compare, encode, probe
 from rayswift.export.written import check_place, disk_errors, write_model
+from rayswift.models.adapters import ADAPTER_CONFIG
 from rayswift.models.folder import stored_dtype
 from rayswift.models.loading import check_folder, load_config, load_tokenizer, local_folder
 from rayswift.models.pooling import read_pooling
@@ -237,6 +238,10 @@ def check_output(
     place = os.path.realpath(output)
     if any(_contains(place, kept) for kept in keep):
         raise ConfigError("would overwrite what is exported", path="OUTPUT", value=output, fix="name another folder")
+    inside = next((kept for kept in keep if Path(place).is_relative_to(os.path.realpath(kept))), None)
+    if inside is not None and _is_of_a_model(inside):
+        raise ConfigError(f"lies in {inside}, which would hold what is not its own", path="OUTPUT", value=output,
+                          fix="name a folder beside it")  # fmt: skip
     if not os.path.lexists(output) or is_empty_folder(output):
         check_place(output, field="OUTPUT")
         return
@@ -253,6 +258,11 @@ def check_output(
 def _contains(folder: str, path: str) -> bool:
     """Whether the local `path` is `folder` or lies below it. False for URLs and hub ids."""
     return os.path.exists(path) and Path(os.path.realpath(path)).is_relative_to(folder)
+
+
+def _is_of_a_model(folder: str) -> bool:
+    """Whether a local folder is a model or an adapter, exported or not; a run is neither, and may hold exports."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", ADAPTER_CONFIG))
 
 
 def _dtype(asked: str | None, base: Path, *, is_quantized: bool = False) -> str:

@@ -67,6 +67,9 @@ def test_what_has_no_adapter_and_what_is_in_the_way_is_refused(
     export_adapter(str(run[0]), str(tmp_path / "out"), force=True)
     with pytest.raises(ConfigError, match="would overwrite"):
         export_adapter(str(tmp_path / "out"), str(tmp_path / "out"), force=True)
+    with pytest.raises(ConfigError, match="lies in"):
+        export_adapter(str(tmp_path / "out"), str(tmp_path / "out" / "again"))
+    export_adapter(str(run[0]), str(run[0] / "adapter"))  # a run may hold what was made of it
 
 
 def test_an_adapter_that_reads_back_otherwise_leaves_nothing(

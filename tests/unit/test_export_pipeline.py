@@ -288,6 +288,8 @@ def test_existing_output_needs_force_and_force_replaces_only_exports(tmp_path: P
         with pytest.raises(ConfigError, match="would overwrite what is exported"):
             export(str(out), str(target), force=True)
     assert (tmp_path / "home" / "thesis").exists()
+    with pytest.raises(ConfigError, match=r"OUTPUT=.*half lies in .*out, which would hold what is not its own"):
+        export(str(out), str(out / "deep" / "half"))
     read_valid(out)
 
 
