@@ -16,7 +16,7 @@ from rayswift.export.manifest import UNFINISHED, ExportManifest, read_valid
 from rayswift.serving.versions import version_of
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo
+    from huggingface_hub.hf_api import HfApi, ModelInfo
 
 _OF_THE_HUB = {".gitattributes"}
 """What a repository has from the beginning, and keeps."""
@@ -59,7 +59,7 @@ def push(
     api = HfApi(endpoint=endpoint)
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
-        _check_place(api.model_info(repo, revision=branch), public=public, force=force)
+        _check_place(_place(api, repo, branch), public=public, force=force)
         made = api.upload_folder(
             repo_id=repo, folder_path=Path(folder), revision=branch, commit_message=_message(manifest, version),
             delete_patterns="*", ignore_patterns=f"{UNFINISHED}*",
@@ -76,6 +76,17 @@ def push(
             fix="check the network and HF_ENDPOINT, and try again: an export is published whole or not at all",
         ) from error  # fmt: skip
     return Pushed(repo, str(made.oid), version, str(made.commit_url))
+
+
+def _place(api: HfApi, repo: str, branch: str) -> ModelInfo:
+    """What lies on a branch, which is made of main where it is not there: the hub takes commits to those it has."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        return api.model_info(repo, revision=branch)
+    except RevisionNotFoundError:
+        api.create_branch(repo, branch=branch, exist_ok=True)
+        return api.model_info(repo, revision=branch)
 
 
 def _check_place(found: ModelInfo, *, public: bool, force: bool) -> None:

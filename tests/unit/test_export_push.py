@@ -7,9 +7,10 @@ import json
 import socket
 import threading
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ class _Hub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.files: dict[str, bytes] = {}
         self.message, self.status, self.is_public = "", 0, False
+        self.branches = {"main"}
 
     @property
     def url(self) -> str:
@@ -44,10 +46,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Hub
     protocol_version = "HTTP/1.1"
 
-    def _reply(self, body: Any, status: int = 200) -> None:
+    def _reply(self, body: Any, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         content = json.dumps(body).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        for name, value in {"Content-Type": "application/json", **headers}.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -58,6 +61,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.status:
             self._reply({"error": "not for you"}, self.server.status)
+            return
+        if "/revision/" in self.path and self.path.rpartition("/")[2] not in self.server.branches:
+            self._reply({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
             return
         info = {"siblings": [{"rfilename": name} for name in self.server.files], "id": "team/model", "sha": "0" * 40,
                 "tags": [], "private": not self.server.is_public}  # fmt: skip
@@ -87,6 +93,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply({"transfer": "basic", "objects": [
                 {**one, "actions": {"upload": {"href": f"{hub.url}/put/{one['oid']}", "header": {}}}}
                 for one in objects]})  # fmt: skip
+        elif "/branch/" in self.path:
+            hub.branches.add(self.path.rpartition("/")[2])
+            self._reply({})
+        elif "/commit/" in self.path and self.path.rpartition("/")[2] not in hub.branches:
+            self._reply({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
         elif "/commit/" in self.path:
             self._commit([json.loads(line) for line in body.splitlines() if line.strip()])
             self._reply({"commitUrl": f"{hub.url}/team/model/commit/{'a' * 40}", "commitOid": "a" * 40,
@@ -137,6 +148,13 @@ def test_an_export_is_published_whole_and_unchanged(hub: _Hub, folder: Path) -> 
     ]  # fmt: skip
     assert (done.version, done.commit) == (version_of(folder), "a" * 40)
     assert done.version in hub.message
+
+
+def test_a_branch_that_is_not_there_is_made(hub: _Hub, folder: Path) -> None:
+    for _ in range(2):
+        push(str(folder), "team/model", branch="team/next", endpoint=hub.url)
+    assert hub.branches == {"main", "team%2Fnext"}
+    assert MANIFEST in hub.files
 
 
 def test_what_is_not_verified_or_has_changed_is_not_published(
