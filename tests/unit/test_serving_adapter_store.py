@@ -105,6 +105,27 @@ def test_an_adapter_of_other_sizes_is_refused_before_vllm_sees_it_and_only_the_l
     assert "of shape [4, 128] in adapter_model.safetensors" in record.getMessage()
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "rayswift_base.json"])
+def test_an_adapter_is_loaded_again_when_any_of_its_files_was_written_again(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    _write(tmp_path / "a")
+    loads: list[int] = []
+
+    async def loaded(*_: Any) -> int:
+        loads.append(len(loads))
+        return loads[-1]
+
+    adapters, adapter = Adapters(str(tiny_model_dir), pad_base=False), Adapter("a", str(tmp_path / "a"))
+    monkeypatch.setattr(adapters, "_loaded", loaded)
+    assert [asyncio.run(adapters.request(None, adapter)) for _ in range(2)] == [0, 0]
+    (tmp_path / "a" / name).write_text('{"lora_alpha": 64}  ')
+    assert asyncio.run(adapters.request(None, adapter)) == 1
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    with pytest.raises(Refused, match="not complete"):
+        asyncio.run(adapters.request(None, adapter))
+
+
 @pytest.fixture
 def bucket() -> Any:
     fs = fsspec.filesystem("memory")

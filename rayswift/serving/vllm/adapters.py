@@ -14,13 +14,20 @@ from typing import Any
 from rayswift.config.job import ModelSpec
 from rayswift.errors import ConfigError
 from rayswift.models.adapter_folder import check_sizes_fit
-from rayswift.models.adapters import ADAPTER_WEIGHTS, linear_modules, read_binding, weights_sha256
+from rayswift.models.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BINDING,
+    linear_modules,
+    read_binding,
+    weights_sha256,
+)
 from rayswift.models.loading import local_folder, shape_model
 from rayswift.serving.adapter_store import own_folder, told_of_packed
 from rayswift.serving.engine import Adapter, Refused
 
 _ZERO_RANK = 8
-FileState = tuple[int, int, int]
+FolderState = tuple[tuple[int, int, int] | None, ...]
 _log = logging.getLogger("rayswift.serving")
 
 
@@ -34,7 +41,7 @@ class Adapters:
     def __init__(self, folder: str, *, pad_base: bool) -> None:
         self._folder, self._bases = folder, _bases(folder)
         self._numbers, self._loading = itertools.count(1), asyncio.Lock()
-        self._known: dict[tuple[str, FileState], Any] = {}
+        self._known: dict[tuple[str, FolderState], Any] = {}
         home = own_folder(self, "rayswift-zero-")
         self._zero = self._numbered("base", _write_zeros(folder, home)) if pad_base else None
 
@@ -101,12 +108,22 @@ def _bases(folder: str) -> frozenset[str]:
     return frozenset({own, manifest.base_sha256}) if untrained else frozenset({own})
 
 
-def _state(adapter: Adapter) -> FileState:
-    """What changes when the weights are written again. Asked with every request, so they are not read for it."""
+def _state(adapter: Adapter) -> FolderState:
+    """What changes when a file of it is written again. Asked with every request, so none is read for it.
+
+    The config scales the weights (lora_alpha), and the binding says whose they are. Raises Refused without weights.
+    """
+    states = [_file_state(Path(adapter.folder) / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, BINDING)]
+    if states[0] is None:
+        raise Refused(f"the adapter {adapter.name} is not complete")
+    return tuple(states)
+
+
+def _file_state(path: Path) -> tuple[int, int, int] | None:
     try:
-        found = (Path(adapter.folder) / ADAPTER_WEIGHTS).stat()
-    except OSError as error:
-        raise Refused(f"the adapter {adapter.name} is not complete") from error
+        found = path.stat()
+    except OSError:
+        return None  # what is missing is told when the adapter is loaded
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
