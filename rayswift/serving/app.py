@@ -27,7 +27,7 @@ from rayswift.models.loading import check_folder
 from rayswift.serving import adapter_store, auth, controller, environment, front, process
 from rayswift.serving.controller import APP_NAME
 from rayswift.serving.http import build_asgi
-from rayswift.serving.placement import actor_options, replica_options, serve_options, with_cores
+from rayswift.serving.placement import actor_options, replica_options, serve_options, with_cores, with_gpus
 from rayswift.serving.served import ServedModel, open_model
 from rayswift.serving.spec import ServeSpec
 
@@ -37,8 +37,8 @@ class EndpointReplica:
 
     async def __init__(self, spec: ServeSpec) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         self._spec, self._models = spec, dict[str, ServedModel]()
-        for name, folder in spec.models.items():
-            self._models[name] = await open_model(spec, folder)
+        for number, (name, folder) in enumerate(spec.models.items()):
+            self._models[name] = await open_model(spec, folder, number)
         gc.freeze()  # a body of many objects would have the collector walk through all of torch
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -68,19 +68,38 @@ def build_app(spec: ServeSpec) -> serve.Application:
             "needs several applications, and this is one", path="promotable", value=True,
             fix="use `rayswift serve --promotable`; under Ray Serve's own commands an update is another `serve deploy`",
         )  # fmt: skip
-    return application(checked(spec))
+    return application(chosen(checked(spec), _num_gpus()))
 
 
 def checked(spec: ServeSpec) -> ServeSpec:
-    """The spec with keys, folders and engine looked at; what was chosen for the user is told."""
-    spec, note = environment.resolved(_with_checked_models(auth.secured(spec)))
-    if note:
-        print(f"note: {note}", file=sys.stderr)
+    """The spec with keys and folders looked at."""
+    return _with_checked_models(auth.secured(spec))
+
+
+def chosen(spec: ServeSpec, num_gpus: float) -> ServeSpec:
+    """The spec with GPUs and engine, of a cluster with so many of the former; what was chosen for the user is told.
+
+    Raises ConfigError for an engine, or a device, that cannot be had.
+    """
+    spec, told = with_gpus(spec, num_gpus)
+    spec, note = environment.resolved(spec)
+    for text in (told, note):
+        if text:
+            print(f"note: {text}", file=sys.stderr)
     return spec
 
 
+def _num_gpus() -> float:
+    """GPUs of the connected cluster, or of this machine: `serve run` connects after it has read the application."""
+    if ray.is_initialized():
+        return float(ray.cluster_resources().get("GPU", 0))
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def application(spec: ServeSpec) -> serve.Application:
-    """The Ray Serve application of a spec that is `checked` and not promotable."""
+    """The Ray Serve application of a spec that is `checked`, `chosen` and not promotable."""
     deployment: Any = serve.deployment(
         name="endpoint", **replica_options(spec), **serve_options(spec), ray_actor_options=actor_options(spec)
     )(serve.ingress()(EndpointReplica))
@@ -113,7 +132,9 @@ def serve_in_background(spec: ServeSpec, *, address: str | None = None) -> Runni
     process.check_port(spec.host, spec.port)
     spec = checked(spec)
     with ExitStack() as resources:
-        if resources.enter_context(session(address)):
+        is_own = resources.enter_context(session(address))
+        spec = chosen(spec, _num_gpus())
+        if is_own:
             spec = with_cores(spec, ray.cluster_resources()["CPU"])
         else:
             _tell_of_an_open_cluster(spec)

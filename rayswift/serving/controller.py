@@ -133,7 +133,7 @@ def wait_until_running(
         if application is not None and application.status == ApplicationStatus.RUNNING and is_ready():
             return
         time.sleep(_POLL_S)
-    needs = f"{spec.num_replicas} x {spec.cpus:g} CPU, {spec.gpus_per_replica:g} GPU"
+    needs = f"{spec.num_replicas} x {spec.cpus:g} CPU, {spec.gpus:g} GPU"
     raise ServeError(
         f"{what} was not ready after {spec.start_timeout_s:g} s",
         fix=f"check that the cluster has {needs} free, or raise start_timeout_s",

@@ -141,6 +141,8 @@ class EngineOptions:
     max_adapter_rank: int = 64
     tensor_parallel: int = 1
     """Accelerators of one node that share each layer."""
+    device_ids: tuple[int, ...] = ()
+    """Which of the visible accelerators; none named are the first ones."""
     gpu_memory_fraction: float = 0.9
     """Of an accelerator's memory, for weights and cache."""
     kv_cache_bytes: int = 2 * 2**30

@@ -39,6 +39,8 @@ class Interpreter:
 
     path: str
     problem: str | None = None
+    version: str | None = None
+    """Of the engine, where it comes as a package and can be used; a build of vLLM for CPUs ends in +cpu."""
 
 
 def resolved(spec: ServeSpec) -> tuple[ServeSpec, str | None]:
@@ -49,7 +51,7 @@ def resolved(spec: ServeSpec) -> tuple[ServeSpec, str | None]:
     if spec.engine != "auto":
         return spec.model_copy(update={"engine_python": _needed(spec)}), None
     found = interpreter_of("vllm", spec.engine_python)
-    reason = found.problem or _better_local(spec, found.path)
+    reason = found.problem or _other_build(spec, found.version) or _better_local(spec, found.path)
     if reason is None:
         return spec.model_copy(update={"engine": "vllm", "engine_python": found.path}), None
     if asks := _only_vllm(spec):
@@ -60,7 +62,8 @@ def resolved(spec: ServeSpec) -> tuple[ServeSpec, str | None]:
 
 def interpreter_of(engine: str, given: str | None) -> Interpreter:
     """The interpreter whose environment holds the engine: as given, of RAYSWIFT_SERVE_PYTHON, or .venv-serve's."""
-    distribution = getattr(plugins.load("serving.engines", engine, path="engine"), "distribution", None)
+    made = plugins.load("serving.engines", engine, path="engine")
+    distribution = getattr(made, "distribution", None)
     if distribution is None:
         return Interpreter(given or sys.executable)
     path = given or os.environ.get(VARIABLE) or str(_PLACE)
@@ -72,7 +75,8 @@ def interpreter_of(engine: str, given: str | None) -> Interpreter:
         return Interpreter(path, f"{path} cannot be run as Python: it ended with {error.returncode}")
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         return Interpreter(path, f"{path} cannot be run: {' '.join(str(error).split())[:200]}")
-    return Interpreter(path, _clash(path, versions, distribution))
+    problem = _clash(path, versions, distribution, getattr(made, "release", None))
+    return Interpreter(path, problem, None if problem else versions[distribution])
 
 
 def lacks_for_images(python: str) -> str | None:
@@ -87,6 +91,8 @@ def _needed(spec: ServeSpec) -> str | None:
     found = interpreter_of(spec.engine, spec.engine_python)
     if found.problem:
         raise ConfigError(f"cannot run here: {found.problem}", path="engine", value=spec.engine, fix=_FIX)
+    if reason := _other_build(spec, found.version):
+        raise ConfigError(f"cannot run here: {reason}", path="engine", value=spec.engine, fix="use auto or local")
     return None if found.path == sys.executable else found.path
 
 
@@ -98,8 +104,11 @@ def _versions(python: str, distribution: str) -> dict[str, str | None]:
     return found
 
 
-def _clash(path: str, theirs: Mapping[str, str | None], distribution: str) -> str | None:
-    """Why processes of that environment cannot work in a Ray cluster of ours; None where they can."""
+def _clash(path: str, theirs: Mapping[str, str | None], distribution: str, release: str | None) -> str | None:
+    """Why processes of that environment cannot work in a Ray cluster of ours; None where they can.
+
+    `release` are the first numbers of the version that our engine was written for: it uses what others may not have.
+    """
     import importlib.metadata
 
     for name in (distribution, "ray", "rayswift"):
@@ -109,6 +118,21 @@ def _clash(path: str, theirs: Mapping[str, str | None], distribution: str) -> st
     for name, version in ours.items():
         if theirs[name] != version:
             return f"{path} has {name} {theirs[name]}, and one cluster needs the same everywhere, {version}; {_FIX}"
+    if release is not None and not f"{theirs[distribution]}.".startswith(f"{release}."):
+        return f"{path} has {distribution} {theirs[distribution]}, and this works with {release} alone; {_FIX}"
+    return None
+
+
+def _other_build(spec: ServeSpec, version: str | None) -> str | None:
+    """Why this build of vLLM is not for the devices of the spec's replicas; None where it is, or there is none."""
+    if version is None:
+        return None
+    is_for_cpus = version.partition("+")[2] == "cpu"
+    if is_for_cpus and (spec.gpus or spec.device == "cuda"):
+        has = f"replicas have {spec.gpus:g} GPUs each" if spec.gpus else "device=cuda"
+        return f"{has}, and vllm {version} is a build for CPUs ({_FIX} on a GPU node, or set device: cpu)"
+    if not is_for_cpus and not spec.gpus:
+        return f"replicas have no GPU, and vllm {version} is a build for GPUs"
     return None
 
 
@@ -123,7 +147,7 @@ def _better_local(spec: ServeSpec, python: str) -> str | None:
                 return f"{name} takes images or sounds, and {reason}"
     if spec.device not in ("auto", "cpu", "cuda"):
         return f"device={spec.device} is not among those of vLLM"
-    return None if spec.gpus_per_replica else _lacking_on_cpu(spec)
+    return None if spec.gpus else _lacking_on_cpu(spec)
 
 
 def _lacking_on_cpu(spec: ServeSpec) -> str | None:

@@ -9,12 +9,20 @@ import shlex
 from typing import Any
 
 from rayswift import plugins
+from rayswift.errors import ConfigError
 from rayswift.serving.engine import EngineOptions
 from rayswift.serving.spec import ServeSpec
 
 
-def engine_options(spec: ServeSpec, folder: str) -> EngineOptions:
-    """What the engine of one of the spec's folders is built with."""
+def engine_options(spec: ServeSpec, folder: str, number: int = 0) -> EngineOptions:
+    """What the engine of one of the spec's folders is built with, which is its replica's model of that number.
+
+    Each has GPUs of its own where there are enough; else models share them, and the memory that vLLM takes of one.
+    """
+    places = max(1, int(spec.gpus // spec.tensor_parallel))
+    place = number % places
+    num_sharing = len(range(place, len(spec.models), places))
+    first = place * spec.tensor_parallel
     return EngineOptions(
         max_concurrency=spec.max_concurrency,
         max_model_len=spec.max_model_len,
@@ -25,7 +33,8 @@ def engine_options(spec: ServeSpec, folder: str) -> EngineOptions:
         max_adapters=spec.max_adapters,
         max_adapter_rank=spec.max_adapter_rank,
         tensor_parallel=spec.tensor_parallel,
-        gpu_memory_fraction=spec.gpu_memory_fraction / len(spec.models),
+        device_ids=tuple(range(first, first + spec.tensor_parallel)) if places > 1 else (),
+        gpu_memory_fraction=spec.gpu_memory_fraction * min(1, spec.gpus or 1) / num_sharing,
         kv_cache_bytes=spec.kv_cache_bytes,
     )
 
@@ -80,13 +89,38 @@ def front_options(spec: ServeSpec) -> dict[str, Any]:
     return {"num_cpus": 0, "runtime_env": {"env_vars": variables}}
 
 
+def with_gpus(spec: ServeSpec, num_gpus: float) -> tuple[ServeSpec, str | None]:
+    """The spec with its replicas' GPUs, of a cluster with so many, and for a person what was chosen.
+
+    As asked, or `tensor_parallel` for each model; models share one where there are too few for all. None where the
+    device is another, or there are none: under Ray 2.60 a process without a reserved GPU would take the first one
+    behind Ray's back. Raises ConfigError for device=cuda without a GPU.
+    """
+    if spec.gpus_per_replica is not None:
+        return spec, None
+    if not num_gpus and spec.device == "cuda":
+        raise ConfigError("needs a GPU, and Ray's cluster has none", path="device", value="cuda",
+                          fix="use auto, or start Ray's nodes with --num-gpus")  # fmt: skip
+    if not num_gpus or spec.device in ("cpu", "npu", "mps"):
+        return spec.model_copy(update={"gpus_per_replica": 0}), None
+    num_models = 1 if spec.promotable else len(spec.models)  # of a replica
+    num_replicas = (spec.max_replicas or spec.num_replicas) * (len(spec.models) if spec.promotable else 1)
+    wanted = spec.tensor_parallel * num_models
+    if spec.tensor_parallel == 1 and wanted * num_replicas > num_gpus:
+        wanted = 1
+    told = f"gpus_per_replica={wanted}, of {num_gpus:g} GPUs of the cluster"
+    if spec.promotable and num_gpus < (num_replicas + 1) * wanted:
+        told += "; a version to promote needs as many free: 0.5 leaves room for it beside the live one"
+    return spec.model_copy(update={"gpus_per_replica": wanted}), told
+
+
 def with_cores(spec: ServeSpec, cores: float) -> ServeSpec:
     """The spec with its replicas' cores, of a cluster that serves nothing else: as asked, or equal shares.
 
     One core is left to Serve's proxy: on two cores a second thread of `local` answered no more over HTTP. One core each
     where an accelerator computes, or where versions come and go (`promotable`): the next one needs room.
     """
-    if spec.cpus_per_replica is not None or spec.gpus_per_replica or spec.promotable:
+    if spec.cpus_per_replica is not None or spec.gpus or spec.promotable:
         return spec
     share = (int(cores) - 1) // (spec.max_replicas or spec.num_replicas)
     return spec.model_copy(update={"cpus_per_replica": max(1, share)})
@@ -99,13 +133,14 @@ def actor_options(spec: ServeSpec) -> dict[str, Any]:
     """
     engine = plugins.load("serving.engines", spec.engine, path="engine")
     threads = str(max(1, int(spec.cpus)))
-    on_cpu = {} if spec.gpus_per_replica else getattr(engine, "environment_on_cpu", {})
+    # Without a reserved one Ray 2.60 leaves every GPU visible, and Apple's and NPUs are none to it.
+    on_cpu = {} if spec.gpus else {**getattr(engine, "environment_on_cpu", {}), "CUDA_VISIBLE_DEVICES": ""}
     variables = {**getattr(engine, "environment", {}), **on_cpu, **_SERVING, "OMP_NUM_THREADS": threads}
     python = {"py_executable": shlex.quote(spec.engine_python)} if spec.engine_python else {}
     kind = {"accelerator_type": spec.accelerator_type} if spec.accelerator_type else {}
     return {
         "num_cpus": spec.cpus,
-        "num_gpus": spec.gpus_per_replica,
+        "num_gpus": spec.gpus,
         "runtime_env": {"env_vars": variables, **python},
         **kind,
     }

@@ -98,9 +98,13 @@ class Served(Protocol):
         """Raises ServeError when it cannot answer any more."""
 
 
-async def open_model(spec: ServeSpec, folder: str) -> ServedModel:
-    """A started engine with its tokenizer and its places. Raises ConfigError or ServeError when it cannot load."""
-    engine: Engine = plugins.load("serving.engines", spec.engine, path="engine")(folder, engine_options(spec, folder))
+async def open_model(spec: ServeSpec, folder: str, number: int = 0) -> ServedModel:
+    """A started engine with its tokenizer and its places: its replica's model of that number.
+
+    Raises ConfigError or ServeError when it cannot load.
+    """
+    made = plugins.load("serving.engines", spec.engine, path="engine")
+    engine: Engine = made(folder, engine_options(spec, folder, number))
     return await started(spec, folder, engine)
 
 

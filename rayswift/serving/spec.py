@@ -149,14 +149,18 @@ class ServeSpec(Section):
 
     null is its share of the cores where the endpoint has a cluster of this machine to itself and computes on the CPU,
     and one core elsewhere; see `placement.with_cores`."""
-    gpus_per_replica: Annotated[Number, Field(ge=0)] = 0
-    """Accelerators that Ray reserves for a replica."""
+    gpus_per_replica: Annotated[Number, Field(ge=0)] | None = None
+    """GPUs that Ray reserves for a replica, which sees no others; 0 computes on the CPU.
+
+    null is `tensor_parallel` for each of its models where the cluster has GPUs; see `placement.with_gpus`. Half a GPU
+    (0.5) leaves room for another replica, or for the next version, beside it."""
     tensor_parallel: PositiveInt = 1
     """Accelerators that share each layer of a model. They are on one node: `gpus_per_replica` has to name as many."""
     accelerator_type: str | None = None
     """The kind of node that replicas are placed on, as Ray calls it: A100, H100."""
     gpu_memory_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.9
-    """Of an accelerator's memory, what engine vllm takes for weights and cache."""
+    """Of an accelerator's memory, what engine vllm takes for weights and cache: models that share one divide it, and
+    of half a GPU it is half as much."""
     kv_cache_bytes: PositiveInt = 2 * 2**30
     """Cache of keys and values of engine vllm on a CPU, per model."""
     max_replicas: PositiveInt | None = None
@@ -186,9 +190,11 @@ class ServeSpec(Section):
             raise ValueError(f"max_replicas={self.max_replicas} is less than num_replicas={self.num_replicas}")
         num_models = 1 if self.promotable else len(self.models)  # of a replica
         wanted = self.tensor_parallel * num_models
-        if self.tensor_parallel > 1 and 0 < self.gpus_per_replica < wanted:
+        if self.device == "cuda" and self.gpus_per_replica == 0:
+            raise ValueError("gpus_per_replica=0 hides the GPUs that device=cuda asks for; leave one of the two out")
+        if self.tensor_parallel > 1 and 0 < self.gpus < wanted:
             raise ValueError(
-                f"gpus_per_replica={self.gpus_per_replica:g} is less than tensor_parallel={self.tensor_parallel} for "
+                f"gpus_per_replica={self.gpus:g} is less than tensor_parallel={self.tensor_parallel} for "
                 f"each of {num_models} models; set it to {wanted}"
             )
         return self
@@ -202,6 +208,11 @@ class ServeSpec(Section):
     def cpus(self) -> float:
         """Cores of a replica; one where nobody has said or found out how many."""
         return 1 if self.cpus_per_replica is None else self.cpus_per_replica
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a replica; none where nobody has said or found out how many."""
+        return self.gpus_per_replica or 0
 
     @property
     def media(self) -> MediaSpec:

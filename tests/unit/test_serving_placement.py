@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from rayswift.errors import ServeError
+from rayswift.errors import ConfigError, ServeError
 from rayswift.serving import app, controller, process
-from rayswift.serving.placement import actor_options, with_cores
+from rayswift.serving.engine import EngineOptions
+from rayswift.serving.engines import local
+from rayswift.serving.placement import actor_options, engine_options, with_cores, with_gpus
 from rayswift.serving.spec import ServeSpec
 
 
@@ -42,6 +44,79 @@ def test_a_replica_has_one_core_where_others_compute_too() -> None:
 
 
 @pytest.mark.parametrize(
+    ("more", "num_gpus", "gpus"),
+    [
+        ({}, 0, 0),
+        ({}, 8, 1),
+        ({"device": "cpu"}, 8, 0),
+        ({"device": "npu"}, 8, 0),
+        ({"device": "cuda"}, 1, 1),
+        ({"gpus_per_replica": 0}, 8, 0),
+        ({"gpus_per_replica": 0.5}, 0, 0.5),
+        ({"tensor_parallel": 4}, 8, 4),
+        ({"models": {"a": "x", "b": "y"}}, 8, 2),
+        ({"models": {"a": "x", "b": "y"}}, 1, 1),  # which they share
+        ({"models": {"a": "x", "b": "y"}, "num_replicas": 2}, 3, 1),
+        ({"models": {"a": "x", "b": "y"}, "num_replicas": 2}, 4, 2),
+        ({"models": {"a": "x", "b": "y"}, "tensor_parallel": 2}, 8, 4),
+        ({"models": {"a": "x", "b": "y"}, "promotable": True}, 8, 1),
+    ],
+)
+def test_a_replica_reserves_gpus_where_the_cluster_has_them(more: dict[str, Any], num_gpus: int, gpus: float) -> None:
+    found, told = with_gpus(spec(**more), num_gpus)
+    assert found.gpus_per_replica == gpus
+    assert (told is not None) == (gpus > 0 and "gpus_per_replica" not in more)
+    assert told is None or told.startswith(f"gpus_per_replica={gpus}, of {num_gpus} GPUs of the cluster")
+    variables = actor_options(found)["runtime_env"]["env_vars"]
+    assert actor_options(found)["num_gpus"] == gpus
+    assert variables.get("CUDA_VISIBLE_DEVICES") == (None if gpus else "")  # Ray names those that it has reserved
+
+
+def test_a_lack_of_gpus_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"device=cuda needs a GPU, and Ray's cluster has none"):
+        with_gpus(spec(device="cuda"), 0)
+    for num_gpus, is_tight in ((1, True), (2, False)):
+        _, told = with_gpus(spec(promotable=True), num_gpus)
+        assert ("a version to promote needs as many free" in str(told)) == is_tight
+
+
+@pytest.mark.parametrize(
+    ("num_models", "more", "devices", "fractions"),
+    [
+        (1, {}, [()], [0.9]),
+        (2, {}, [(), ()], [0.45, 0.45]),  # on a CPU
+        (1, {"gpus_per_replica": 0.5}, [()], [0.45]),
+        (2, {"gpus_per_replica": 0.5}, [(), ()], [0.225, 0.225]),
+        (2, {"gpus_per_replica": 1}, [(), ()], [0.45, 0.45]),
+        (2, {"gpus_per_replica": 2}, [(0,), (1,)], [0.9, 0.9]),
+        (3, {"gpus_per_replica": 2}, [(0,), (1,), (0,)], [0.45, 0.9, 0.45]),
+        (2, {"gpus_per_replica": 8, "tensor_parallel": 4}, [(0, 1, 2, 3), (4, 5, 6, 7)], [0.9, 0.9]),
+        (1, {"gpus_per_replica": 4, "tensor_parallel": 4}, [()], [0.9]),
+    ],
+)
+def test_models_of_a_replica_have_gpus_of_their_own_where_there_are_enough(
+    num_models: int, more: dict[str, Any], devices: list[tuple[int, ...]], fractions: list[float]
+) -> None:
+    made = spec(models={f"m{number}": "x" for number in range(num_models)}, **more)
+    options = [engine_options(made, "x", number) for number in range(num_models)]
+    assert [one.device_ids for one in options] == devices
+    assert [one.gpu_memory_fraction for one in options] == pytest.approx(fractions)
+
+
+def test_local_loads_a_model_onto_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    two = spec(models={"a": "x", "b": "y"}, gpus_per_replica=2)
+    assert [local._device(engine_options(two, "x", number)) for number in (0, 1)] == [
+        torch.device("cuda", 0), torch.device("cuda", 1),
+    ]  # fmt: skip
+    assert local._device(EngineOptions(device="cuda")) == torch.device("cuda")
+    assert local._device(EngineOptions(device="cpu", device_ids=(1,))) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
     ("host", "is_own", "mode", "is_told"),
     [
         ("0.0.0.0", False, "", True),
@@ -65,6 +140,8 @@ def test_a_cluster_that_asks_nobody_is_told_whatever_the_address(
 
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     monkeypatch.setattr(app, "checked", lambda spec: spec)
+    monkeypatch.setattr(app, "chosen", lambda spec, _: spec)
+    monkeypatch.setattr(app, "_num_gpus", lambda: 0)
     monkeypatch.setattr(app, "session", session)
     monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(process, "check_port", lambda *_: None)

@@ -225,6 +225,7 @@ def test_the_config_for_serve_deploy_is_one() -> None:
         ({"adapters": {"b": "x"}}, "adapters names b"),
         ({"num_replicas": 3, "max_replicas": 2}, "max_replicas=2 is less"),
         ({"tensor_parallel": 4, "gpus_per_replica": 2}, "gpus_per_replica=2 is less"),
+        ({"device": "cuda", "gpus_per_replica": 0}, "gpus_per_replica=0 hides the GPUs that device=cuda asks for"),
         ({"max_adapter_rank": 5}, "max_adapter_rank"),
     ],
 )
@@ -248,7 +249,7 @@ def test_processes_get_what_the_spec_asks_for() -> None:
         "min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 6.0,
     }  # fmt: skip
     assert [engine_options(made, folder).adapters for folder in ("x", "y")] == [False, True]
-    assert engine_options(made, "x").gpu_memory_fraction == 0.45
+    assert engine_options(made, "x").gpu_memory_fraction == 0.9
     assert "py_executable" not in actor_options(ServeSpec(models={"a": "x"}, engine="local"))["runtime_env"]
 
 

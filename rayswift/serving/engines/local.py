@@ -130,7 +130,7 @@ class Local:
     def _open_encoder(self, pooling: Pooling, dtype: torch.dtype | None) -> None:
         from rayswift.serving.local.embedding import Passes, open_encoder
 
-        device, wanted = _device(self._options.device), self._options.max_model_len
+        device, wanted = _device(self._options), self._options.max_model_len
         encoder = open_encoder(self._folder, pooling, dtype, device, wanted)
         self._passes, self._max_model_len = Passes(encoder, self._options.max_concurrency), encoder.max_tokens
 
@@ -169,7 +169,7 @@ def open_folder(folder: str, options: EngineOptions, trained: Mapping[str, torch
     model = load_model(ModelSpec(path=folder), dtype=_dtype(folder, options))
     if trained is not None:
         model.load_state_dict(trained)
-    if _device(options.device).type == "cpu":
+    if _device(options).type == "cpu":
         with quiet_progress():  # it tries the model, which unpacks a quantized one
             pack(model)
     decompress(model)
@@ -186,7 +186,7 @@ def open_loop(model: PreTrainedModel, folder: str, options: EngineOptions) -> Op
 
     tokenizer = load_tokenizer(folder)
     # `to` of transformers is wrapped in a way that loses its signature
-    model = cast("Any", model).to(_device(options.device)).eval()
+    model = cast("Any", model).to(_device(options)).eval()
     max_model_len = _model_len(model, options.max_model_len)
     encoder = _media_encoder(folder, options.media)
     prove(model, folder, max_model_len, encoder)
@@ -203,7 +203,7 @@ def _dtype(folder: str, options: EngineOptions) -> torch.dtype | None:
     if options.dtype != "auto":
         named: torch.dtype = getattr(torch, options.dtype)
         return named
-    return dtype_for_cpu(folder) if _device(options.device).type == "cpu" else None
+    return dtype_for_cpu(folder) if _device(options).type == "cpu" else None
 
 
 def _media_encoder(folder: str, bounds: MediaSpec) -> MediaEncoder | None:
@@ -236,18 +236,20 @@ def _merged(first: Delta | RaySwiftError, events: asyncio.Queue[Delta | RaySwift
     return merged
 
 
-def _device(wanted: str) -> torch.device:
+def _device(options: EngineOptions) -> torch.device:
+    """Where the model goes. Raises ConfigError for a kind that this machine has none of."""
     import torch
 
+    wanted = options.device
     if wanted == "cpu":
         return torch.device("cpu")
     current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if wanted == "auto":
-        return current or torch.device("cpu")
-    if current is None or current.type != wanted:
+    if wanted != "auto" and (current is None or current.type != wanted):
         found = "none" if current is None else current.type
         raise ConfigError(f"is not on this machine (found: {found})", path="device", value=wanted, fix="use auto")
-    return current
+    if current is None:
+        return torch.device("cpu")
+    return torch.device(current.type, options.device_ids[0]) if options.device_ids else current
 
 
 def _model_len(model: PreTrainedModel, wanted: int | None) -> int:

@@ -43,6 +43,8 @@ class Vllm:
 
     distribution: ClassVar[str] = "vllm"
     """What the environment of its process must hold."""
+    release: ClassVar[str] = "0.32"
+    """The minor version whose internals this uses: `.ci/setup-serve` and `pyproject.toml` name it too."""
     environment: ClassVar[Mapping[str, str]] = {
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -178,6 +180,7 @@ class Vllm:
             max_num_seqs=options.max_concurrency,
             max_logprobs=sampling.MAX_LOGPROBS,
             tensor_parallel_size=options.tensor_parallel,
+            device_ids=list(options.device_ids) or None,  # of those that CUDA_VISIBLE_DEVICES names
             gpu_memory_utilization=options.gpu_memory_fraction,
             enforce_eager=on_cpu,  # compiled graphs cost a CPU minutes at each start
             # llguidance knows the most of JSON Schema; free whitespace lets a model write it until its tokens end.
