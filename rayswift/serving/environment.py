@@ -79,6 +79,11 @@ def interpreter_of(engine: str, given: str | None) -> Interpreter:
     return Interpreter(path, problem, None if problem else versions[distribution])
 
 
+def is_for_cpus(version: str | None) -> bool:
+    """Whether a version of vLLM is that of a build for CPUs."""
+    return version is not None and version.partition("+")[2] == "cpu"
+
+
 def lacks_for_images(python: str) -> str | None:
     """Why vLLM of this interpreter's environment cannot load models of images; None where it can."""
     if _versions(python, media.LIBRARY)[media.LIBRARY] is not None:
@@ -127,11 +132,10 @@ def _other_build(spec: ServeSpec, version: str | None) -> str | None:
     """Why this build of vLLM is not for the devices of the spec's replicas; None where it is, or there is none."""
     if version is None:
         return None
-    is_for_cpus = version.partition("+")[2] == "cpu"
-    if is_for_cpus and (spec.gpus or spec.device == "cuda"):
+    if is_for_cpus(version) and (spec.gpus or spec.device == "cuda"):
         has = f"replicas have {spec.gpus:g} GPUs each" if spec.gpus else "device=cuda"
         return f"{has}, and vllm {version} is a build for CPUs ({_FIX} on a GPU node, or set device: cpu)"
-    if not is_for_cpus and not spec.gpus:
+    if not is_for_cpus(version) and not spec.gpus:
         return f"replicas have no GPU, and vllm {version} is a build for GPUs"
     return None
 

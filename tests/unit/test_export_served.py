@@ -25,6 +25,7 @@ echo "rayswift.errors.ServeError: engine=vllm look into the log" >&2
 exit 1
 """
 _BY = Prover("vllm", sys.executable, 1e-3)
+_AUTO = Prover("vllm", sys.executable, 1e-3, is_asked=False)
 _LOCAL = Prover("local", sys.executable, 1e-3, is_asked=False)
 
 
@@ -142,7 +143,8 @@ def test_who_cannot_be_shown_images_is_not_asked(eyes: Path, tmp_path: Path, mon
     monkeypatch.setattr(environment, "_versions", lambda _, name: {name: "0.28.0"})
     monkeypatch.setattr(served, "_has_gpu", lambda: True)
     encoder = encoder_of(eyes)
-    assert served.prover("auto", eyes, 1e-3, encoder=encoder) == (Prover("vllm", python.path, 1e-3), None)
+    assert served.prover("auto", eyes, 1e-3, encoder=encoder) == (_AUTO, None)
+    assert served.prover("vllm", eyes, 1e-3, encoder=encoder) == (Prover("vllm", python.path, 1e-3), None)
     other = make("smolvlm", tmp_path / "other")
     for folder, seen, told in ((other, encoder, "text alone of a model of type smolvlm"), (eyes, None, "processor")):
         found, note = served.prover("auto", folder, 1e-3, encoder=seen)
@@ -155,12 +157,19 @@ def test_who_cannot_be_shown_images_is_not_asked(eyes: Path, tmp_path: Path, mon
 
 
 def test_heads_without_a_kernel_on_a_cpu_are_told(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served, "interpreter_of", lambda *_: Interpreter(sys.executable))
+    found = [Interpreter(sys.executable, version="0.32.0+cpu")]
+    monkeypatch.setattr(served, "interpreter_of", lambda *_: found[0])
     monkeypatch.setattr(served, "_has_gpu", lambda: False)
     note = "proved in engine local, not in vLLM: vLLM's attention on a CPU has no kernel for heads of 8"
     assert served.prover("auto", tiny_model_dir, 1e-3) == (_LOCAL, note)
     monkeypatch.setattr(served, "_has_gpu", lambda: True)
-    assert served.prover("auto", tiny_model_dir, 1e-3)[1] is None
+    assert served.prover("auto", tiny_model_dir, 1e-3) == (_LOCAL, note)  # a build for CPUs on a machine with a GPU
+    found[0] = Interpreter(sys.executable, version="0.32.0")
+    assert served.prover("auto", tiny_model_dir, 1e-3) == (_AUTO, None)
+    monkeypatch.setattr(served, "_has_gpu", lambda: False)
+    assert "there is no GPU here, and vllm 0.32.0 is a build for them" in str(
+        served.prover("auto", tiny_model_dir, 1)[1]
+    )
 
 
 def test_an_engine_that_dies_is_told_by_what_its_core_said(tmp_path: Path) -> None:
@@ -169,6 +178,29 @@ def test_an_engine_that_dies_is_told_by_what_its_core_said(tmp_path: Path) -> No
     python.chmod(0o755)
     with pytest.raises(ExportError, match="vllm cannot serve it: RuntimeError: Worker failed: no such kernel"):
         served.prove(Prover("vllm", str(python), 1e-3), tmp_path, Questions([[1, 2]]), [], [], lambda _: 0.0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "(EngineCore pid=7) ERROR 11-25 17:44:06 [x.py:1] ValueError: Free memory on device cuda:0 (9.1/79.2 GiB)",
+        "(Worker_TP1 pid=7) ERROR 11-25 17:44:06 [x.py:1] torch.OutOfMemoryError: CUDA out of memory. Tried to",
+        "rayswift.errors.ConfigError: export weights of 140.0 GiB fit in no free GPU memory here (free: 79.0 GiB)",
+    ],
+)
+def test_who_has_no_memory_for_it_has_proved_nothing_against_it(
+    tmp_path: Path, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    python.chmod(0o755)
+    given: Any = (tmp_path, Questions([[1, 2]]), [], [], lambda _: 0.0)
+    found, why_not = served.prove(Prover("vllm", str(python), 1e-3, is_asked=False), *given)
+    assert found is None
+    assert "emory" in (why_not or "")
+    assert "note: not proved in a serving engine: --engine=vllm" in capsys.readouterr().err
+    with pytest.raises(ExportError, match=r"vllm cannot serve it.*emory"):
+        served.prove(Prover("vllm", str(python), 1e-3), *given)
 
 
 def test_where_no_engine_is_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rayswift.models.loading import load_tokenizer
 from rayswift.serving.engine import Delta, EngineOptions, Prompt, Request, Sampling
 from rayswift.serving.engines.vllm import Vllm
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.vllm.room import room_for, sizes_of
 
 SPEED_CONCURRENCY, SPEED_TOKENS = 8, 64
 
@@ -31,7 +33,8 @@ async def answers_of(folder: str, questions: dict[str, Any]) -> dict[str, Any]:
     ids that a server makes of those, as `chat` has of a conversation. Also how long loading took, how long the first
     token of an answer alone, and tokens per second of eight answers at a time.
     """
-    engine = Vllm(folder, EngineOptions(max_concurrency=SPEED_CONCURRENCY, max_model_len=questions["max_model_len"]))
+    options = EngineOptions(max_concurrency=SPEED_CONCURRENCY, max_model_len=questions["max_model_len"])
+    engine = Vllm(folder, replace(options, **_room(folder)))
     started = time.perf_counter()
     try:
         await engine.start()
@@ -53,6 +56,17 @@ async def answers_of(folder: str, questions: dict[str, Any]) -> dict[str, Any]:
         }
     finally:
         await engine.close()
+
+
+def _room(folder: str) -> dict[str, Any]:
+    """The GPUs to ask it on: others may be at work on them, and not every model fits on one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    free_of = [torch.cuda.mem_get_info(number) for number in range(torch.cuda.device_count())]
+    found = room_for(*sizes_of(folder), free_of)
+    return {**asdict(found), "tensor_parallel": len(found.device_ids)}
 
 
 async def _first_token(engine: Vllm, prompt: Prompt) -> float:
