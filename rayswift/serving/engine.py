@@ -31,11 +31,20 @@ class Refused(ServeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen and when to stop. `temperature` 0 is greedy; `stop` strings are not returned."""
+    """How the next token is chosen and when to stop. `temperature` 0 is greedy; `stop` strings are not returned.
+
+    Penalties change logits before anything else: `repetition_penalty` those of all tokens so far, the prompt's
+    included, the other two those of the answer's; `top_k` below 1 keeps all.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None

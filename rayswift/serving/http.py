@@ -218,6 +218,7 @@ class Endpoint:
         for prompt in prompts:
             sampling = wishes.sampling(
                 request,
+                defaults=model.defaults,
                 calling=model.prompts.calling(request.calling),
                 num_prompt_tokens=len(prompt.ids),
                 room=model.engine.max_model_len,

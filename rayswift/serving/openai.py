@@ -34,7 +34,6 @@ LABELS = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "servic
 ABSENT_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
@@ -42,7 +41,6 @@ ABSENT_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "parallel_tool_calls": (True,),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
     "store": (False,),
     "suffix": ("",),
@@ -91,8 +89,15 @@ class StreamOptions(Strict):
 class _CommonRequest(Strict):
     model: Annotated[str, Field(min_length=1, max_length=200)]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # Where one of these is not given it is what the model's folder wishes, see `defaults.py`.
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    # These three are no fields of OpenAI's, but of vLLM's server and others.
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=2)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],

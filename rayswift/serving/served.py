@@ -6,13 +6,14 @@ Knows the engine protocol and the files of a folder; knows no route, and not whe
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rayswift import plugins
 from rayswift.models.loading import load_config, load_tokenizer
 from rayswift.serving.admission import Admission
 from rayswift.serving.api_errors import unknown_version
+from rayswift.serving.defaults import SamplingDefaults
 from rayswift.serving.engine import Engine
 from rayswift.serving.lineage import lineage_of
 from rayswift.serving.placement import engine_options
@@ -32,6 +33,8 @@ class ServedModel:
     """Of the export that it was started from; None for any other folder."""
     lineage: dict[str, Any] | None = None
     """What clients may know of where it comes from; None for a folder that is no export."""
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """How its answers are sampled unless a request asks for something else."""
 
     @property
     def takes_media(self) -> bool:
@@ -115,4 +118,4 @@ async def started(spec: ServeSpec, folder: str, engine: Engine) -> ServedModel:
     num_ids = getattr(load_config(folder).get_text_config(), "vocab_size", None)
     prompts = PromptBuilder(tokenizer, engine.media_encoder, spec.max_media, engine.max_model_len, num_ids)
     places = Admission(spec.max_concurrency, spec.max_queued)
-    return ServedModel(engine, prompts, places, version_of(folder), lineage=lineage_of(folder))
+    return ServedModel(engine, prompts, places, version_of(folder), lineage_of(folder), SamplingDefaults.of(folder))

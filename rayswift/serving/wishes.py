@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from rayswift.serving.api_errors import ApiError, too_long
+from rayswift.serving.defaults import SamplingDefaults
 from rayswift.serving.engine import Sampling
 from rayswift.serving.openai import ChatRequest, TextRequest
 from rayswift.serving.tools import Calling
+
+_BY_DEFAULT = tuple(one.name for one in fields(SamplingDefaults) if one.name != "max_new_tokens")
 
 
 def sampling(
     request: ChatRequest | TextRequest,
     *,
+    defaults: SamplingDefaults,
     calling: Calling | None = None,
     num_prompt_tokens: int,
     room: int,
@@ -22,7 +27,8 @@ def sampling(
 
     `calling` are the request's tools in the form in which this model calls them.
 
-    Without a wish of the client's the answer may take what room is left, up to the server's `max_new_tokens`.
+    What the client has no wish for is as `defaults` have it; without either the answer may take what room is left, up
+    to the server's `max_new_tokens`.
     """
     wanted, left = request.wanted_tokens, room - num_prompt_tokens
     if left < 1:
@@ -37,15 +43,19 @@ def sampling(
     if explicit is not None and explicit > left:
         raise too_long(f"the prompt has {num_prompt_tokens} tokens and the answer may have {explicit}", room)
     return Sampling(
-        max_new_tokens=min(wanted or max_new_tokens, max_new_tokens, left),
-        temperature=request.temperature,
-        top_p=request.top_p,
+        max_new_tokens=min(wanted or defaults.max_new_tokens or max_new_tokens, max_new_tokens, left),
+        **_chosen(request, defaults),
         stop=tuple(request.stop),
         seed=request.seed,
         logprobs=request.num_logprobs,
         json_schema=calling.schema_text if calling else request.json_schema,
         grammar=calling.grammar if calling else None,
     )
+
+
+def _chosen(request: ChatRequest | TextRequest, defaults: SamplingDefaults) -> dict[str, Any]:
+    wishes = {name: getattr(request, name) for name in _BY_DEFAULT}
+    return {name: getattr(defaults, name) if wish is None else wish for name, wish in wishes.items()}
 
 
 def check_choices(request: ChatRequest | TextRequest, most: int) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers.decoders import DecodeStream
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
-from rayswift.serving.local.sampling import GREEDY_BELOW, probabilities
+from rayswift.serving.engine import Sampling
+from rayswift.serving.local.sampling import GREEDY_BELOW, penalized, probabilities
 from rayswift.serving.local.text import Decode, Detokenizer, StopMatcher, TextStream
 from tests.tokenizer_cases import KINDS, tokenizer_of
 
@@ -186,3 +196,44 @@ def test_top_p_keeps_the_fewest_likeliest_tokens_that_weigh_enough(
     assert weight - float(full_V[kept].min()) < top_p + 1e-5  # without the least likely one it would weigh too little
     if (~kept).any():
         assert float(full_V[kept].min()) >= float(full_V[~kept].max()) - 1e-6
+
+
+_LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=30)
+
+
+@given(_LOGITS, st.floats(0.1, 2), st.integers(-1, 40), st.floats(0, 1), st.floats(0, 1, exclude_min=True))
+def test_the_tokens_that_are_kept_are_those_of_transformers(
+    logits: list[float], temperature: float, top_k: int, min_p: float, top_p: float
+) -> None:
+    logits_V = torch.tensor(logits)
+    assume(len(set(logits)) == len(logits))  # ties are cut at other places
+    steps = [TemperatureLogitsWarper(temperature)]
+    steps += [MinPLogitsWarper(min_p)] if min_p else []
+    steps += [TopKLogitsWarper(top_k)] if top_k > 0 else []
+    wanted_BV = logits_V[None]
+    for step in steps:
+        wanted_BV = step(None, wanted_BV)
+    found_V = probabilities(logits_V, temperature, 1.0, top_k, min_p)
+    close = (logits_V - logits_V.max()) / temperature - (math.log(min_p) if min_p else -math.inf)
+    assume(float(close.abs().min()) > 1e-4)  # at the bound itself rounding decides
+    assert torch.allclose(found_V, torch.softmax(wanted_BV[0], -1), atol=1e-5)
+    cut_V = probabilities(logits_V, temperature, top_p, top_k, min_p)
+    assert bool(((cut_V > 0) <= (found_V > 0)).all())
+
+
+@given(_LOGITS, st.lists(st.integers(0, 40), max_size=6), st.lists(st.integers(0, 29), max_size=8), st.data())
+def test_penalties_are_those_of_transformers_and_of_openai(
+    logits: list[float], prompt: list[int], answer: list[int], data: st.DataObject
+) -> None:
+    logits_V = torch.tensor(logits)
+    answer = [one % len(logits) for one in answer]
+    again = data.draw(st.floats(0.5, 2))
+    often, once = data.draw(st.floats(-2, 2)), data.draw(st.floats(-2, 2))
+    sampling = Sampling(1, repetition_penalty=again, frequency_penalty=often, presence_penalty=once)
+    found_V = penalized(logits_V, sampling, prompt, Counter(answer))
+    wanted_V, seen = logits_V, [one for one in (*prompt, *answer) if one < len(logits)]
+    if seen:
+        wanted_V = RepetitionPenaltyLogitsProcessor(again)(torch.tensor([seen]), logits_V[None].clone())[0]
+    taken = [often * answer.count(one) + once * (one in answer) for one in range(len(logits))]
+    assert torch.allclose(found_V, wanted_V - torch.tensor(taken), atol=1e-4)
+    assert logits_V.tolist() == logits  # what they are counted from is not changed

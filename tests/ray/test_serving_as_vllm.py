@@ -50,6 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path:
         str(made), arch="qwen3", layers=2, hidden_size=128, heads=4, kv_heads=2, vocab_size=512,
         train_tokenizer_files=[str(tiny_text)], seed=0,
     )  # fmt: skip
+    config = made / "generation_config.json"
+    wishes = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2, "max_new_tokens": 12}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"do_sample": True} | wishes))
     return made
 
 
@@ -80,10 +83,11 @@ def pair(ours: str, theirs: str) -> Iterator[Pair]:
 def test_models_are_listed_alike_and_ours_are_shown_too(pair: Pair) -> None:
     def ask(client: openai.OpenAI) -> Any:
         page = client.models.list()
-        # Beside these ours have the version that is served, and theirs the folder, its length and what keys may do.
-        return page.object, [(card.id, card.object, type(card.created)) for card in page.data]
+        # Beside these ours have the version that is served, and theirs the folder and what keys may do.
+        lengths = [(card.model_extra or {})["max_model_len"] for card in page.data]
+        return page.object, lengths, [(card.id, card.object, type(card.created)) for card in page.data]
 
-    assert both(pair, ask) == ("list", [("m", "model", int)])
+    assert both(pair, ask) == ("list", [_MAX_LEN], [("m", "model", int)])
     # vLLM 0.32 has no such route, and OpenAI's API has.
     shown = pair[0].models.retrieve("m")
     assert shown == pair[0].models.list().data[0]
@@ -107,6 +111,11 @@ def _chat(client: openai.OpenAI, **asked: Any) -> list[tuple[Any, ...]]:
         {"temperature": 0.8, "seed": 7},
         {"temperature": 0.8, "seed": 7, "top_p": 0.5},
         {"temperature": 0.8, "seed": 7, "n": 3},
+        {"seed": 7, "max_tokens": None},  # as the folder wishes
+        {"seed": 7, "temperature": 1, "top_p": 1, "extra_body": {"top_k": -1, "repetition_penalty": 1}},
+        {"seed": 7, "extra_body": {"min_p": 0.3, "top_k": 5}},
+        {"temperature": 0, "presence_penalty": 1.5, "frequency_penalty": -0.5},
+        {"temperature": 0, "extra_body": {"repetition_penalty": 1.9}},
         {"temperature": 0, "messages": [{"role": "system", "content": "be kind"}, *_CHAT["messages"]]},
     ],
     ids=json.dumps,

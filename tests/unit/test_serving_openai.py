@@ -10,6 +10,8 @@ import pytest
 from rayswift.serving import wishes
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.content import Content
+from rayswift.serving.defaults import SamplingDefaults
+from rayswift.serving.engine import Sampling
 from rayswift.serving.openai import ChatRequest, TextRequest, parse
 
 _USER = {"role": "user", "content": "hi"}
@@ -56,8 +58,13 @@ _BAD_CHAT: list[tuple[dict[str, Any], str | None, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
     ({"logprobs": 3}, "logprobs", "invalid_value"),
     ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
-    ({"frequency_penalty": False}, "frequency_penalty", "unsupported_parameter"),
+    ({"frequency_penalty": 2.5}, "frequency_penalty", "invalid_value"),
+    ({"presence_penalty": False}, "presence_penalty", "invalid_value"),
+    ({"top_k": -2}, "top_k", "invalid_value"),
+    ({"top_k": 2.5}, "top_k", "invalid_value"),
+    ({"min_p": 1.5}, "min_p", "invalid_value"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+    ({"parallel_tool_calls": 1}, "parallel_tool_calls", "unsupported_parameter"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
     ({"temprature": 1}, "temprature", "unknown_parameter"),
     ({"prompt": "hi"}, "prompt", "unknown_parameter"),
@@ -112,8 +119,7 @@ def test_a_misspelled_field_gets_a_suggestion() -> None:
 
 def test_options_that_ask_for_nothing_are_accepted() -> None:
     harmless = {
-        "user": "me", "metadata": {"a": "b"}, "tools": [], "frequency_penalty": 0.0,
-        "presence_penalty": 0, "logit_bias": {}, "store": False, "seed": None,
+        "user": "me", "metadata": {"a": "b"}, "tools": [], "logit_bias": {}, "store": False, "seed": None,
         "stop": None, "max_tokens": None, "parallel_tool_calls": True, "service_tier": "auto",
     }  # fmt: skip
     assert parse(ChatRequest, json.dumps(_CHAT | harmless).encode()) == parse(ChatRequest, json.dumps(_CHAT).encode())
@@ -140,11 +146,29 @@ def _chat(**fields: Any) -> ChatRequest:
     return parse(ChatRequest, json.dumps(_CHAT | fields).encode())
 
 
+def _sampling(request: ChatRequest | TextRequest, defaults: SamplingDefaults | None = None, **fits: int) -> Sampling:
+    return wishes.sampling(request, defaults=defaults or SamplingDefaults(), **fits)
+
+
+def test_what_a_request_does_not_say_is_as_the_models_folder_wishes() -> None:
+    fits = {"num_prompt_tokens": 10, "room": 64, "max_new_tokens": 40}
+    defaults = SamplingDefaults(temperature=0.6, top_k=20, repetition_penalty=1.05, max_new_tokens=30)
+    found = _sampling(_chat(), defaults, **fits)
+    assert (found.temperature, found.top_p, found.top_k, found.repetition_penalty) == (0.6, 1.0, 20, 1.05)
+    assert found.max_new_tokens == 30
+    asked = _chat(temperature=0, top_k=0, top_p=0.5, min_p=0.1, max_tokens=35, presence_penalty=1, frequency_penalty=-1)
+    found = _sampling(asked, defaults, **fits)
+    assert (found.temperature, found.top_k, found.top_p, found.min_p, found.max_new_tokens) == (0, 0, 0.5, 0.1, 35)
+    assert (found.presence_penalty, found.frequency_penalty, found.repetition_penalty) == (1, -1, 1.05)
+    without = _sampling(_chat(), **fits)
+    assert without == Sampling(max_new_tokens=40)
+
+
 def test_sampling_of_a_request_without_wishes_takes_the_room_that_is_left() -> None:
-    assert wishes.sampling(_chat(), num_prompt_tokens=10, room=64, max_new_tokens=1000).max_new_tokens == 54
-    assert wishes.sampling(_chat(), num_prompt_tokens=10, room=64, max_new_tokens=20).max_new_tokens == 20
+    assert _sampling(_chat(), num_prompt_tokens=10, room=64, max_new_tokens=1000).max_new_tokens == 54
+    assert _sampling(_chat(), num_prompt_tokens=10, room=64, max_new_tokens=20).max_new_tokens == 20
     text = parse(TextRequest, json.dumps(_TEXT).encode())
-    assert wishes.sampling(text, num_prompt_tokens=10, room=64, max_new_tokens=20).max_new_tokens == 16
+    assert _sampling(text, num_prompt_tokens=10, room=64, max_new_tokens=20).max_new_tokens == 16
 
 
 @pytest.mark.parametrize(
@@ -158,10 +182,10 @@ def test_sampling_of_a_request_without_wishes_takes_the_room_that_is_left() -> N
 )
 def test_what_does_not_fit_is_refused(fields: dict[str, Any], num_prompt_tokens: int, code: str) -> None:
     with pytest.raises(ApiError) as caught:
-        wishes.sampling(_chat(**fields), num_prompt_tokens=num_prompt_tokens, room=64, max_new_tokens=1000)
+        _sampling(_chat(**fields), num_prompt_tokens=num_prompt_tokens, room=64, max_new_tokens=1000)
     assert (caught.value.status, caught.value.code) == (400, code)
 
 
 def test_seeds_of_several_answers_are_counted_up() -> None:
-    sampling = wishes.sampling(_chat(seed=5, n=3), num_prompt_tokens=1, room=64, max_new_tokens=9)
+    sampling = _sampling(_chat(seed=5, n=3), num_prompt_tokens=1, room=64, max_new_tokens=9)
     assert [wishes.for_choice(sampling, i).seed for i in range(3)] == [5, 6, 7]

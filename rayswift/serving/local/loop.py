@@ -31,7 +31,7 @@ class Ticket:
 
     def __init__(self, request: Request, emit: Callable[[Delta | RaySwiftError], None], decode: Decode) -> None:
         self.request, self.emit = request, emit
-        self.sampler = Sampler(request.sampling)
+        self.sampler = Sampler(request.sampling, request.prompt.ids)
         self.text = TextStream(decode, request.sampling.stop, request.prompt.ids)
         self.num_tokens, self.last_token = 0, -1
         self.aborted = False  # written by the asking side, read by the loop; a step late is early enough

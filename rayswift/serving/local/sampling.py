@@ -5,6 +5,10 @@ Shape legend: V vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from rayswift.errors import ServeError
@@ -17,8 +21,9 @@ GREEDY_BELOW = 1e-5
 class Sampler:
     """Chooses tokens for one answer. Its random numbers are its own: neighbours in the batch do not change them."""
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
+    def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
+        self._sampling, self._prompt = sampling, prompt
+        self._chosen = Counter[int]()
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -26,23 +31,65 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
 
     def __call__(self, logits_V: torch.Tensor) -> int:
-        """The id of the chosen token. Raises ServeError for logits that are not numbers."""
+        """The id of the chosen token, which counts from then on. Raises ServeError for logits that are not numbers."""
         best = logits_V.max()
         if not torch.isfinite(best):
             raise ServeError("the model computed logits that are not finite numbers")
-        if self._sampling.temperature < GREEDY_BELOW:
-            return int(logits_V.argmax())
-        probs_V = probabilities(logits_V, self._sampling.temperature, self._sampling.top_p)
-        return int(torch.multinomial(probs_V.cpu(), 1, generator=self._generator))
+        asked = self._sampling
+        logits_V = penalized(logits_V, asked, self._prompt, self._chosen)
+        if asked.temperature < GREEDY_BELOW:
+            token = int(logits_V.argmax())
+        else:
+            probs_V = probabilities(logits_V, asked.temperature, asked.top_p, asked.top_k, asked.min_p)
+            token = int(torch.multinomial(probs_V.cpu(), 1, generator=self._generator))
+        self._chosen[token] += 1
+        return token
 
 
-def probabilities(logits_V: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Probabilities_V after temperature, with all but the likeliest tokens of total weight `top_p` set to zero.
+def penalized(
+    logits_V: torch.Tensor, sampling: Sampling, prompt: Sequence[int], chosen: Mapping[int, int]
+) -> torch.Tensor:
+    """Logits_V with what was said before made less likely, or more; the same tensor where nothing asks for it.
 
-    The token that crosses `top_p` is kept, and always the likeliest one (Holtzman et al., arXiv 1904.09751).
+    The repetition penalty (Keskar et al., arXiv 1909.05858) divides positive logits of all tokens so far, and
+    multiplies negative ones; then `frequency_penalty` for each time a token was chosen, and `presence_penalty` once,
+    are taken away (OpenAI's formula).
+    """
+    found_V = logits_V
+    if sampling.repetition_penalty != 1 and (seen := {*_within(prompt, logits_V), *chosen}):
+        ids = torch.tensor(sorted(seen), device=logits_V.device)
+        at = found_V[ids]
+        changed = torch.where(at > 0, at / sampling.repetition_penalty, at * sampling.repetition_penalty)
+        found_V = found_V.index_put((ids,), changed)
+    if chosen and (sampling.presence_penalty or sampling.frequency_penalty):
+        ids = torch.tensor(list(chosen), device=logits_V.device)
+        counts = torch.tensor(list(chosen.values()), device=logits_V.device)
+        less = sampling.frequency_penalty * counts + sampling.presence_penalty
+        found_V = found_V.index_put((ids,), found_V[ids] - less.to(found_V.dtype))
+    return found_V
+
+
+def _within(prompt: Sequence[int], logits_V: torch.Tensor) -> list[int]:
+    """The ids that have a logit: those that stand for media may have none."""
+    return [one for one in prompt if one < len(logits_V)]
+
+
+def probabilities(
+    logits_V: torch.Tensor, temperature: float, top_p: float, top_k: int = 0, min_p: float = 0.0
+) -> torch.Tensor:
+    """Probabilities_V after temperature, of the tokens that are kept; those of the others are zero.
+
+    First go tokens below `min_p` of the likeliest one's probability, then all but the `top_k` likeliest, then all but
+    the likeliest of total weight `top_p`: the token that crosses it is kept, and always the likeliest one (Holtzman et
+    al., arXiv 1904.09751). The order is vLLM's.
     """
     # Shifted before dividing: a tiny temperature then sends all others to -inf instead of everything to inf.
-    probs_V = torch.softmax((logits_V - logits_V.max()) / temperature, dim=-1)
+    scaled_V = (logits_V - logits_V.max()) / temperature
+    if min_p > 0:  # of probabilities exp(scaled), relative to the likeliest one's
+        scaled_V = scaled_V.masked_fill(scaled_V < math.log(min_p), -math.inf)
+    if 0 < top_k < len(scaled_V):
+        scaled_V = scaled_V.masked_fill(scaled_V < scaled_V.topk(top_k).values[-1], -math.inf)
+    probs_V = torch.softmax(scaled_V, dim=-1)
     if top_p >= 1:
         return probs_V
     sorted_V, order_V = probs_V.sort(descending=True)

@@ -1,0 +1,38 @@
+"""What a model's folder wishes of answers is read as `vllm serve` reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayswift.serving.defaults import SamplingDefaults
+
+
+@pytest.fixture
+def folder(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "m"))
+
+
+def _with(folder: Path, **wishes: Any) -> SamplingDefaults:
+    (folder / "generation_config.json").write_text(json.dumps(wishes))
+    return SamplingDefaults.of(folder)
+
+
+def test_a_folder_without_wishes(folder: Path) -> None:
+    assert _with(folder, eos_token_id=1) == SamplingDefaults()
+    (folder / "generation_config.json").unlink()
+    assert SamplingDefaults.of(folder) == SamplingDefaults()
+
+
+def test_what_a_folder_wishes(folder: Path) -> None:
+    found = _with(folder, do_sample=True, temperature=0.6, top_p=0.95, top_k=20, min_p=0.05, repetition_penalty=1.05)
+    assert found == SamplingDefaults(0.6, 0.95, 20, 0.05, repetition_penalty=1.05)
+    assert _with(folder, max_new_tokens=2048).max_new_tokens == 2048
+
+
+def test_nonsense_is_left_out(folder: Path) -> None:
+    assert _with(folder, do_sample=True, temperature=0.6, repetition_penalty=17.0) == SamplingDefaults(temperature=0.6)
