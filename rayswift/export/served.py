@@ -23,8 +23,9 @@ from rayswift.errors import ConfigError, ExportError
 from rayswift.export.greedy import GREEDY_TOKENS, MAX_PROMPT_TOKENS, agreement
 from rayswift.export.measured import Served
 from rayswift.models.processor import has_processor
-from rayswift.serving.environment import interpreter_of, lacks_for_images
+from rayswift.serving.environment import has_gpu, interpreter_of, is_for_cpus, lacks_for_images
 from rayswift.serving.vllm import cpu, media
+from rayswift.serving.vllm.room import is_lack
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ class Prover:
     bound: float
     """Most by which its log-probabilities may be off transformers' on average."""
     is_asked: bool = True
-    """By name: then it has to serve the model. Else it is what `auto` would serve with, if it serves it."""
+    """By name: then it has to serve the model. Else it is what `auto` would serve with, where it does and has room."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,12 @@ def prover(
         return Prover("local", sys.executable, bound), None
     found = interpreter_of("vllm", None)
     reason = found.problem or _unseen(str(folder), found.path, encoder)
-    if not _has_gpu():
+    if reason is None and not has_gpu() and not is_for_cpus(found.version):
+        reason = f"there is no GPU here, and vllm {found.version} is a build for them"
+    if not has_gpu() or is_for_cpus(found.version):
         reason = reason or cpu.lacks_heads(folder) or (cpu.lacks_packed() if is_packed else None)
     if reason is None:
-        return Prover("vllm", found.path, bound), None
+        return Prover("vllm", found.path, bound, is_asked=asked != "auto"), None
     if asked != "auto":
         raise ConfigError(f"cannot prove this export: {reason}", path="--engine", value=asked, fix="use auto or local")
     return Prover("local", sys.executable, bound, is_asked=False), f"proved in engine local, not in vLLM: {reason}"
@@ -124,7 +127,7 @@ def prove(
 
     `greedy` are the answers of the unquantized model; `regret_of` is `greedy.regret` of that folder in transformers,
     for the answers to the first prompts. Raises ExportError when the engine cannot load the folder; of one that nobody
-    asked for by name, and that does not serve such models, the reason is returned.
+    asked for by name, and that does not serve such models or has no memory free for it here, the reason is returned.
     """
     import torch
 
@@ -208,22 +211,18 @@ def _ask(by: Prover, folder: str | Path, asked: Questions) -> Any:
             raise ExportError(f"{by.engine} did not answer within {_TIMEOUT_S} s", path="export",
                               fix="see whether it serves, or export with --engine none") from error  # fmt: skip
         if done.returncode or not out.is_file():
-            raise ExportError(f"{by.engine} cannot serve it: {_last_error(done.stderr)}", path="export", fix=_OTHERWISE)
+            reason = _last_error(done.stderr)
+            if is_lack(reason):
+                raise ConfigError(reason, path="--engine", value=by.engine, fix="free memory, or use more GPUs")
+            raise ExportError(f"{by.engine} cannot serve it: {reason}", path="export", fix=_OTHERWISE)
         return json.loads(out.read_text(encoding="utf-8"))
 
 
 def _variables(engine: str) -> dict[str, str]:
     """The environment that replicas give the engine too."""
     made = plugins.load("serving.engines", engine)
-    on_cpu = {} if _has_gpu() else made.environment_on_cpu
+    on_cpu = {} if has_gpu() else made.environment_on_cpu
     return {**made.environment, **on_cpu}
-
-
-def _has_gpu() -> bool:
-    """Whether vLLM here is the build for one."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _last_error(text: str) -> str:

@@ -68,7 +68,10 @@ def build_app(spec: ServeSpec) -> serve.Application:
             "needs several applications, and this is one", path="promotable", value=True,
             fix="use `rayswift serve --promotable`; under Ray Serve's own commands an update is another `serve deploy`",
         )  # fmt: skip
-    return application(chosen(checked(spec), _num_gpus()))
+    spec, num_gpus = checked(spec), _num_gpus()
+    if spec.gpus_per_replica is None and not num_gpus and not ray.is_initialized():
+        print("note: gpus_per_replica=0, as this machine has none; name it for the GPUs of a cluster", file=sys.stderr)
+    return application(chosen(spec, num_gpus))
 
 
 def checked(spec: ServeSpec) -> ServeSpec:

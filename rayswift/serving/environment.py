@@ -129,15 +129,27 @@ def _clash(path: str, theirs: Mapping[str, str | None], distribution: str, relea
 
 
 def _other_build(spec: ServeSpec, version: str | None) -> str | None:
-    """Why this build of vLLM is not for the devices of the spec's replicas; None where it is, or there is none."""
+    """Why this build of vLLM is not for the devices of the spec's replicas; None where it is, or there is none.
+
+    Replicas with GPUs are on other nodes where this one has none (the head of a cluster), and so is their build.
+    """
     if version is None:
         return None
-    if is_for_cpus(version) and (spec.gpus or spec.device == "cuda"):
-        has = f"replicas have {spec.gpus:g} GPUs each" if spec.gpus else "device=cuda"
-        return f"{has}, and vllm {version} is a build for CPUs ({_FIX} on a GPU node, or set device: cpu)"
-    if not is_for_cpus(version) and not spec.gpus:
-        return f"replicas have no GPU, and vllm {version} is a build for GPUs"
-    return None
+    if spec.gpus:
+        if is_for_cpus(version) and has_gpu():
+            has = f"replicas have {spec.gpus:g} GPUs each"
+            return f"{has}, and vllm {version} is a build for CPUs ({_FIX}, or set device: cpu)"
+        return None
+    if is_for_cpus(version):
+        return f"device=cuda, and vllm {version} is a build for CPUs" if spec.device == "cuda" else None
+    return f"replicas have no GPU, and vllm {version} is a build for GPUs"
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a GPU that torch can use."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _better_local(spec: ServeSpec, python: str) -> str | None:

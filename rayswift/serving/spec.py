@@ -192,6 +192,10 @@ class ServeSpec(Section):
         wanted = self.tensor_parallel * num_models
         if self.device == "cuda" and self.gpus_per_replica == 0:
             raise ValueError("gpus_per_replica=0 hides the GPUs that device=cuda asks for; leave one of the two out")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(
+                f"gpus_per_replica={self.gpus:g} is neither whole nor a part of one GPU; Ray has no others"
+            )
         if self.tensor_parallel > 1 and 0 < self.gpus < wanted:
             raise ValueError(
                 f"gpus_per_replica={self.gpus:g} is less than tensor_parallel={self.tensor_parallel} for "

@@ -141,7 +141,7 @@ def test_who_cannot_be_shown_images_is_not_asked(eyes: Path, tmp_path: Path, mon
     python = Interpreter(sys.executable)
     monkeypatch.setattr(served, "interpreter_of", lambda *_: python)
     monkeypatch.setattr(environment, "_versions", lambda _, name: {name: "0.28.0"})
-    monkeypatch.setattr(served, "_has_gpu", lambda: True)
+    monkeypatch.setattr(served, "has_gpu", lambda: True)
     encoder = encoder_of(eyes)
     assert served.prover("auto", eyes, 1e-3, encoder=encoder) == (_AUTO, None)
     assert served.prover("vllm", eyes, 1e-3, encoder=encoder) == (Prover("vllm", python.path, 1e-3), None)
@@ -159,14 +159,14 @@ def test_who_cannot_be_shown_images_is_not_asked(eyes: Path, tmp_path: Path, mon
 def test_heads_without_a_kernel_on_a_cpu_are_told(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [Interpreter(sys.executable, version="0.32.0+cpu")]
     monkeypatch.setattr(served, "interpreter_of", lambda *_: found[0])
-    monkeypatch.setattr(served, "_has_gpu", lambda: False)
+    monkeypatch.setattr(served, "has_gpu", lambda: False)
     note = "proved in engine local, not in vLLM: vLLM's attention on a CPU has no kernel for heads of 8"
     assert served.prover("auto", tiny_model_dir, 1e-3) == (_LOCAL, note)
-    monkeypatch.setattr(served, "_has_gpu", lambda: True)
+    monkeypatch.setattr(served, "has_gpu", lambda: True)
     assert served.prover("auto", tiny_model_dir, 1e-3) == (_LOCAL, note)  # a build for CPUs on a machine with a GPU
     found[0] = Interpreter(sys.executable, version="0.32.0")
     assert served.prover("auto", tiny_model_dir, 1e-3) == (_AUTO, None)
-    monkeypatch.setattr(served, "_has_gpu", lambda: False)
+    monkeypatch.setattr(served, "has_gpu", lambda: False)
     assert "there is no GPU here, and vllm 0.32.0 is a build for them" in str(
         served.prover("auto", tiny_model_dir, 1)[1]
     )

@@ -99,8 +99,10 @@ def test_an_environment_that_does_not_fit_is_told_and_not_taken(
     ],
 )
 def test_a_build_for_other_devices_than_the_replicas_have_is_not_taken(
-    python: Callable[..., str], versions: dict[str, str], fields: dict[str, Any], told: str | None
-) -> None:
+    python: Callable[..., str], versions: dict[str, str], fields: dict[str, Any], told: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(environment, "has_gpu", lambda: True)
     asked = _spec(engine_python=python(**versions), **fields)
     spec, note = environment.resolved(asked)
     assert spec.engine == ("vllm" if told is None else "local")
@@ -110,6 +112,14 @@ def test_a_build_for_other_devices_than_the_replicas_have_is_not_taken(
     assert re.search(told, note or "")
     with pytest.raises(ConfigError, match=f"engine=vllm cannot run here: {told}.*use auto or local"):
         environment.resolved(asked.model_copy(update={"engine": "vllm"}))
+
+
+def test_the_build_of_other_nodes_is_not_judged_by_that_of_the_head(
+    python: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "has_gpu", lambda: False)
+    spec, note = environment.resolved(_spec(engine_python=python(), gpus_per_replica=4, device="cuda"))
+    assert (spec.engine, note) == ("vllm", None)
 
 
 def test_the_release_that_the_engine_was_written_for_is_the_one_installed() -> None:

@@ -72,6 +72,23 @@ def test_a_replica_reserves_gpus_where_the_cluster_has_them(more: dict[str, Any]
     assert variables.get("CUDA_VISIBLE_DEVICES") == (None if gpus else "")  # Ray names those that it has reserved
 
 
+@pytest.mark.parametrize(("num_gpus", "more", "told"), [
+    (0, {}, "note: gpus_per_replica=0, as this machine has none; name it for the GPUs of a cluster"),
+    (0, {"gpus_per_replica": 2}, ""),
+    (4, {}, "note: gpus_per_replica=1, of 4 GPUs of the cluster"),
+])  # fmt: skip
+def test_the_choice_of_gpus_is_told_by_ray_serves_own_commands_too(
+    num_gpus: int, more: dict[str, Any], told: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(app, "checked", lambda spec: spec)
+    monkeypatch.setattr(app.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    made = app.build_app(spec(**more))
+    assert capsys.readouterr().err.strip() == told
+    assert made._bound_deployment.ray_actor_options["num_gpus"] == more.get("gpus_per_replica", min(1, num_gpus))
+
+
 def test_a_lack_of_gpus_is_told() -> None:
     with pytest.raises(ConfigError, match=r"device=cuda needs a GPU, and Ray's cluster has none"):
         with_gpus(spec(device="cuda"), 0)

@@ -225,6 +225,7 @@ def test_the_config_for_serve_deploy_is_one() -> None:
         ({"adapters": {"b": "x"}}, "adapters names b"),
         ({"num_replicas": 3, "max_replicas": 2}, "max_replicas=2 is less"),
         ({"tensor_parallel": 4, "gpus_per_replica": 2}, "gpus_per_replica=2 is less"),
+        ({"gpus_per_replica": 1.5}, "gpus_per_replica=1.5 is neither whole nor a part of one GPU"),
         ({"device": "cuda", "gpus_per_replica": 0}, "gpus_per_replica=0 hides the GPUs that device=cuda asks for"),
         ({"max_adapter_rank": 5}, "max_adapter_rank"),
     ],
