@@ -34,6 +34,16 @@ class ApiError(ServeError):
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
+def too_large(max_bytes: int) -> ApiError:
+    """The 413 for a body, or for the text in it."""
+    return ApiError(f"the body is larger than {max_bytes} bytes", status=413, code="request_too_large")
+
+
+def gone() -> ApiError:
+    """What ends the work for a client that has closed its connection; nobody reads it."""
+    return ApiError("the client closed the connection", status=499)
+
+
 def too_long(what: str, room: int, place: str = "messages") -> ApiError:
     """The 400 for a conversation or text that does not fit into the model's context."""
     message = f"This model's maximum context length is {room} tokens: {what}"

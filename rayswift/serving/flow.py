@@ -1,6 +1,6 @@
 """Running the answers of one request: all choices as one stream, under a deadline, for as long as somebody listens.
 
-Knows asyncio, the engine protocol and how a request's body and disconnect arrive. Knows no route and no reply.
+Knows asyncio, the engine protocol and how a disconnect arrives. Knows no route and no reply.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from contextvars import ContextVar
 from math import inf
 from typing import TypeVar
 
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
-from rayswift.serving.api_errors import ApiError
+from rayswift.serving.api_errors import ApiError, gone
 from rayswift.serving.engine import Delta, Engine, Request
 
 T = TypeVar("T")
-BODY_TIMEOUT_S = 60.0
-"""In which the whole body must have arrived: who sends a byte now and then holds a request of the replica."""
 DEADLINE: ContextVar[float] = ContextVar("deadline", default=inf)
 """That of the request which a task works for. Work that is cancelled tells by it whether the client has ended it."""
 
@@ -29,54 +26,6 @@ def deadline_in(seconds: float) -> float:
     deadline = asyncio.get_running_loop().time() + seconds
     DEADLINE.set(deadline)
     return deadline
-
-
-async def read_json(http: HttpRequest, max_bytes: int, deadline: float) -> bytes:
-    """The body of a JSON request. ApiError: 415 for another type, 413 beyond `max_bytes`, told before it is read.
-
-    408 for one that does not arrive within BODY_TIMEOUT_S, or by the request's own deadline.
-    """
-    media_type, _, options = http.headers.get("content-type", "").partition(";")
-    if media_type.strip().lower() != "application/json":
-        # Also what keeps web pages out: a browser asks before it sends JSON to another origin, and is not answered.
-        raise _unsupported("Content-Type must be application/json")
-    if "charset" in options.lower() and "utf-8" not in options.lower():
-        raise _unsupported("the charset of the body must be utf-8")
-    if http.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise _unsupported("the body must be sent without a Content-Encoding")  # a small one may unpack to gigabytes
-    announced = http.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > max_bytes:
-        raise too_large(max_bytes)
-    try:
-        async with asyncio.timeout_at(min(deadline, asyncio.get_running_loop().time() + BODY_TIMEOUT_S)):
-            return await _read(http, max_bytes)
-    except TimeoutError:
-        raise ApiError("the body did not arrive in time", status=408, code="request_timeout") from None
-    except ClientDisconnect:
-        raise _gone() from None
-
-
-async def _read(http: HttpRequest, max_bytes: int) -> bytes:
-    parts, size = [], 0
-    async for part in http.stream():
-        size += len(part)
-        if size > max_bytes:
-            raise too_large(max_bytes)
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _unsupported(message: str) -> ApiError:
-    return ApiError(message, status=415, code="unsupported_media_type")
-
-
-def _gone() -> ApiError:
-    return ApiError("the client closed the connection", status=499)
-
-
-def too_large(max_bytes: int) -> ApiError:
-    """The 413 for a body, or for the text in it."""
-    return ApiError(f"the body is larger than {max_bytes} bytes", status=413, code="request_too_large")
 
 
 def took_too_long() -> ApiError:
@@ -157,16 +106,16 @@ async def before(deadline: float, awaitable: Awaitable[T]) -> T:
 async def unless_gone(http: HttpRequest, awaitable: Awaitable[T]) -> T:
     """The result, given up as soon as the client closes the connection: nobody would read it."""
     work = asyncio.ensure_future(awaitable)
-    gone = asyncio.create_task(_disconnected(http))
+    leaving = asyncio.create_task(_disconnected(http))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise _gone()
+            raise gone()
         return work.result()
     finally:
-        for task in (work, gone):
+        for task in (work, leaving):
             task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
+        await asyncio.gather(work, leaving, return_exceptions=True)
 
 
 async def _disconnected(http: HttpRequest) -> None:

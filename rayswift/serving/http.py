@@ -20,10 +20,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from rayswift.errors import ServeError
-from rayswift.serving import embeddings, flow, gate, openai, openapi, page, replies, streams, wishes
+from rayswift.serving import bodies, embeddings, flow, gate, openai, openapi, page, replies, streams, wishes
 from rayswift.serving.adapter_store import AdapterStore
 from rayswift.serving.admission import Places
-from rayswift.serving.api_errors import ApiError, model_not_allowed, unknown_model
+from rayswift.serving.api_errors import ApiError, model_not_allowed, too_large, unknown_model
 from rayswift.serving.engine import Adapter, Prompt, Refused, Request
 from rayswift.serving.openai import AnyRequest, ChatRequest, EmbeddingRequest, TextRequest
 from rayswift.serving.prompts import PromptBuilder
@@ -50,7 +50,7 @@ def build_asgi(
     `now_ns` is the clock of the keys' limits.
     """
     endpoint = Endpoint(spec, models)
-    return Starlette(
+    app = Starlette(
         routes=[
             *page.routes(),
             Route("/health", endpoint.health, methods=["GET"]),
@@ -69,6 +69,8 @@ def build_asgi(
             405: gate.on_http_error,
         },
     )
+    app.router.redirect_slashes = False  # a redirect would be the one answer without words
+    return app
 
 
 class Endpoint:
@@ -77,6 +79,7 @@ class Endpoint:
     def __init__(self, spec: ServeSpec, models: Mapping[str, Served]) -> None:
         self._spec, self._models, self._created = spec, models, int(time.time())
         self._adapters = {base: AdapterStore(root) for base, root in spec.adapters.items()}
+        self._arrivals = bodies.Arrivals(bodies.MAX_SLOW, spec.max_body_bytes + _media_bytes(spec))
 
     async def health(self, _: HttpRequest) -> Response:
         """200 while every engine can answer, 503 otherwise."""
@@ -134,10 +137,11 @@ class Endpoint:
 
     async def _answer(self, http: HttpRequest, kind: type[AnyRequest]) -> Response:
         deadline = flow.deadline_in(self._spec.request_timeout_s)
-        body = await flow.read_json(http, self._max_body_bytes(kind), deadline)
+        body = await bodies.read_json(http, self._arrivals, self._max_body_bytes(kind), deadline)
+        bodies.check_besides_media(body, self._spec.max_body_bytes)
         request = openai.parse(kind, body)
         if isinstance(request, ChatRequest) and request.num_chars > self._spec.max_body_bytes:
-            raise flow.too_large(self._spec.max_body_bytes)
+            raise too_large(self._spec.max_body_bytes)
         model, adapter = self._find(http, request.model), await self._adapter(http, request.model, deadline)
         try:
             return await self._run(http, request, model, adapter, deadline)
@@ -223,6 +227,7 @@ class Endpoint:
                 num_prompt_tokens=len(prompt.ids),
                 room=model.engine.max_model_len,
                 max_new_tokens=self._spec.max_new_tokens,
+                place="prompt" if isinstance(request, TextRequest) else "messages",
             )
             for choice in range(request.n):
                 one = wishes.for_choice(sampling, choice)
@@ -232,7 +237,7 @@ class Endpoint:
     def _max_body_bytes(self, kind: type[AnyRequest]) -> int:
         """Bytes of a body before it is read: with room for media, in base64, where a model takes them."""
         takes_media = kind is ChatRequest and any(model.takes_media for model in self._models.values())
-        return self._spec.max_body_bytes + takes_media * (self._spec.max_media_bytes * 4 // 3 + 1024)
+        return self._spec.max_body_bytes + takes_media * _media_bytes(self._spec)
 
     def _find(self, http: HttpRequest, name: str) -> ServedModel:
         base = self._base(name)
@@ -257,6 +262,11 @@ class Endpoint:
             return None
         found = self._adapters[base].find(name.removeprefix(f"{base}:"))
         return await flow.unless_gone(http, flow.before(deadline, found))
+
+
+def _media_bytes(spec: ServeSpec) -> int:
+    """What the media of one request take in base64."""
+    return spec.max_media_bytes * 4 // 3 + 1024
 
 
 def _prompts(request: ChatRequest | TextRequest, prompts: PromptBuilder) -> list[Prompt]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rayswift import plugins
 from rayswift.errors import ConfigError
+from rayswift.serving import bodies
 from rayswift.serving.engine import EngineOptions
 from rayswift.serving.spec import ServeSpec
 
@@ -39,8 +40,10 @@ def engine_options(spec: ServeSpec, folder: str, number: int = 0) -> EngineOptio
     )
 
 
-_SPARE_REQUESTS = 128
-"""Requests Serve lets in beyond the engine's places, so that refusals are answered by us and at once."""
+_SPARE_REQUESTS = 2 * bodies.MAX_SLOW
+"""Requests Serve lets in beyond the engine's places, so that refusals are answered by us and at once.
+
+Slow bodies keep at most half of them."""
 _MAX_WAITING_REQUESTS = 256
 """Requests that may wait in Serve's proxy for one of those; further ones are told 503 and when to come back."""
 _SERVING = {

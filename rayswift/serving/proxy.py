@@ -2,19 +2,25 @@
 
 Serve's proxy just closes the connection when a replica dies within an answer, and answers 500 when it dies before one;
 what it refuses itself is plain text. It takes in all that a client sends, before a replica has looked at the key: what
-is too large is cut off here. Knows ASGI; knows nothing of requests, models or keys.
+is too large or too slow is refused here, and holds no replica's place. Knows ASGI; knows nothing of requests, models or
+keys.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
+import socket
+import sys
+from contextlib import suppress
 
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rayswift.serving import flow, replies
+from rayswift.serving import bodies, flow, replies
 from rayswift.serving.api_errors import ApiError
 
 _HOOK, _MAX_BYTES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "RAYSWIFT_PROXY_MAX_BODY_BYTES"
@@ -23,7 +29,10 @@ _NOT_FOR_CLIENTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disable
 _IDS = (b"x-request-id", b"x-session-id")  # Serve stops at one that is not UTF-8
 _USUAL_MAX_BYTES = 18 * 2**20
 """What a ServeSpec with its usual bounds needs, media in base64 included: where Serve was started by other means."""
-_OWN_PATHS = "/-/"  # the proxy's own pages for load balancers
+_OWN_PATHS = frozenset({"/-/healthz", "/-/routes"})  # the proxy's own pages for load balancers
+_MAX_SLOW = 256
+_LOOK_EVERY_S = 1.0
+_CLOSED = frozenset({7, 8}) if sys.platform == "linux" else frozenset()  # TCP_CLOSE and TCP_CLOSE_WAIT in its headers
 
 
 def environment(max_body_bytes: int) -> dict[str, str]:
@@ -39,21 +48,28 @@ def middlewares() -> list[Middleware]:
 class InWords:
     """ASGI middleware: a stream that stops without an end gets an error event, any other failure an OpenAI body.
 
-    An answer whose length was told cannot be mended: its connection is closed, which clients notice. A body of more
-    than `max_body_bytes` is 413, and no more of it is kept.
+    An answer whose length was told cannot be mended: its connection is closed, which clients notice. A request goes on
+    when its body is there: one of more than `max_body_bytes` is 413, a late one 408, or 429 while many are under way.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
+        self._arrivals = bodies.Arrivals(_MAX_SLOW, max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(_OWN_PATHS):
+        if scope["type"] != "http" or scope["path"] in _OWN_PATHS:
             await self._app(scope, receive, send)
             return
-        reply, body = _Sent(send), _Body(receive, self._max_body_bytes)
+        reply = _Sent(send)
+        try:
+            bodies.check_announced(Headers(scope=scope), self._max_body_bytes)
+            body = await self._arrivals.read(receive, self._max_body_bytes)
+        except ApiError as error:
+            await reply.finish(error)
+            return
         headers = [(name, value) for name, value in scope["headers"] if _is_for_us(name, value)]
-        await self._app({**scope, "headers": headers}, body.receive, reply.send)
-        await reply.finish(flow.too_large(self._max_body_bytes) if body.is_over else None)
+        await self._app({**scope, "headers": headers}, _Body(receive, body).receive, reply.send)
+        await reply.finish(None)
 
 
 def _is_for_us(name: bytes, value: bytes) -> bool:
@@ -63,18 +79,46 @@ def _is_for_us(name: bytes, value: bytes) -> bool:
 
 
 class _Body:
-    """One request's body on its way in. Once it is too large it looks as if the client had gone."""
+    """One request's body, which is there, and afterwards the word that its client has gone."""
 
-    def __init__(self, receive: Receive, max_bytes: int) -> None:
-        self._receive, self._left, self.is_over = receive, max_bytes, False
+    def __init__(self, receive: Receive, content: bytes) -> None:
+        self._receive: Receive = receive
+        self._content: bytes | None = content
 
     async def receive(self) -> Message:
         """The next message."""
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
-            self.is_over = self.is_over or self._left < 0
-        return {"type": "http.disconnect"} if self.is_over else message
+        if self._content is not None:
+            content, self._content = self._content, None
+            return {"type": "http.request", "body": content, "more_body": False}
+        receiving = asyncio.ensure_future(self._receive())
+        try:
+            while not (await asyncio.wait({receiving}, timeout=_LOOK_EVERY_S))[0]:
+                if _has_left(self._receive):
+                    return {"type": "http.disconnect"}
+            return receiving.result()
+        finally:
+            receiving.cancel()
+
+
+def _has_left(receive: Receive) -> bool:
+    """Whether the client has closed its connection, seen at the connection itself; False where it cannot be seen.
+
+    The HTTP server tells only the last request of a connection that it is lost, and reads no further while one waits
+    behind another. To read on would let a client fill the memory; so who leaves more behind than the kernel takes in is
+    not noticed before the request's deadline. (uvicorn 0.54)
+    """
+    transport = getattr(getattr(receive, "__self__", None), "transport", None)
+    if transport is None:
+        return False
+    if transport.is_closing():
+        return True
+    if _CLOSED:
+        with (
+            suppress(OSError, AttributeError),
+            socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connection,
+        ):
+            return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _CLOSED
+    return False
 
 
 class _Sent:

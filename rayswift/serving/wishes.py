@@ -22,17 +22,18 @@ def sampling(
     num_prompt_tokens: int,
     room: int,
     max_new_tokens: int,
+    place: str = "messages",
 ) -> Sampling:
     """How one prompt is answered; `room` is the model's length. Raises ApiError for what does not fit.
 
-    `calling` are the request's tools in the form in which this model calls them.
+    `calling` are the request's tools in the form in which this model calls them; `place` is where the prompt stands.
 
     What the client has no wish for is as `defaults` have it; without either the answer may take what room is left, up
     to the server's `max_new_tokens`.
     """
     wanted, left = request.wanted_tokens, room - num_prompt_tokens
     if left < 1:
-        raise too_long(f"the prompt has {num_prompt_tokens} tokens, which leaves no room for an answer", room)
+        raise too_long(f"the prompt has {num_prompt_tokens} tokens, which leaves no room for an answer", room, place)
     explicit = request.max_tokens or getattr(request, "max_completion_tokens", None)
     if explicit is not None and explicit > max_new_tokens:
         raise ApiError(
@@ -41,7 +42,7 @@ def sampling(
             code="invalid_value",
         )
     if explicit is not None and explicit > left:
-        raise too_long(f"the prompt has {num_prompt_tokens} tokens and the answer may have {explicit}", room)
+        raise too_long(f"the prompt has {num_prompt_tokens} tokens and the answer may have {explicit}", room, place)
     return Sampling(
         max_new_tokens=min(wanted or defaults.max_new_tokens or max_new_tokens, max_new_tokens, left),
         **_chosen(request, defaults),

@@ -24,7 +24,7 @@ import pytest
 import uvicorn
 
 from rayswift.models.loading import load_tokenizer
-from rayswift.serving import flow
+from rayswift.serving import bodies, openai
 from rayswift.serving.admission import Admission
 from rayswift.serving.engine import Embedding, FakeEngine
 from rayswift.serving.http import build_asgi
@@ -425,7 +425,7 @@ _CASES = [
     _case("2 MB of spaces", lambda: _text(" " * _FULL), 400, _LONG, _TEXT),
     _case("600,000 token ids", lambda: _text([1] * 600_000), 400, _LONG, _TEXT),
     _case("a conversation of 2 MB", lambda: _says("a b " * 500_000), 400, _LONG),
-    _case("a conversation of 70,000 parts", lambda: _says([{"type": "text", "text": "a"}] * 70_000), 400, _LONG),
+    _case("a conversation of 65,000 parts", lambda: _says([{"type": "text", "text": "a"}] * 65_000), 400, _LONG),
     _case("prompt and answer beyond the context", lambda: _text("hi", max_tokens=64), 400, _LONG, _TEXT),
     # texts to embed
     _case("no input", lambda: {"model": "e"}, 400, "Missing required parameter: input", _VECTORS),
@@ -488,6 +488,7 @@ _CASES = [
     _case("half a sound", lambda: _says([{"type": "input_audio", "input_audio": {}}], "see"), 400, "format"),
     # paths and methods
     _case("an unknown path", lambda: _good("m"), 404, "Unknown request URL", "/v1/audio/speech"),
+    _case("a path with a slash too much", lambda: _good("m"), 404, "Unknown request URL", "/v1/completions/"),
     _case("a path of 30 kB", lambda: _good("m"), 404, "Unknown request URL", "/v1/" + "a" * 30_000),
     _case("a path that climbs", lambda: _good("m"), 404, "Unknown request URL", "/v1/../../etc/passwd"),
     _case("a path with a NUL", lambda: _good("m"), 404, "Unknown request URL", "/v1/%00"),
@@ -530,6 +531,73 @@ def test_a_bad_request_is_refused_within_a_second_and_the_next_one_passes(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING], "a refusal is no fault"
 
 
+_MANY = {
+    "unknown keys": lambda num: b'{"model":"see",' + _keys(num) + b"}",
+    "keys in a part": lambda num: (
+        b'{"model":"see","messages":[{"role":"user","content":[{"type":"text",' + _keys(num) + b"}]}]}"
+    ),
+    "names in a schema": lambda num: (
+        b'{"model":"see","messages":[{"role":"user","content":"a"}],"response_format":{"type":"json_schema",'
+        b'"json_schema":{"name":"a","schema":{' + _keys(num) + b"}}}}"
+    ),
+    "calls": lambda num: (
+        b'{"model":"see","messages":['
+        + b",".join(
+            [b'{"role":"assistant","content":"","tool_calls":[' + b",".join([_CALL] * 64) + b"]}"] * (num // 400)
+        )
+        + b"]}"
+    ),
+    "short base64": lambda num: json.dumps(_says(["a" * 4000] * (num // 350), "see")).encode(),
+    "one text": lambda num: json.dumps(_says("a" * (12 * num), "see")).encode(),
+}
+_CALL = b'{"id":"a","type":"function","function":{"name":"f","arguments":"{}"}}'
+
+
+def _keys(num: int) -> bytes:
+    return b",".join(b'"k%d":1' % i for i in range(num))
+
+
+@pytest.fixture
+def usual_bounds(server: _Server) -> Iterator[None]:
+    """The bounds of media that a spec has when nobody gives any, for an endpoint that is there."""
+    usual = ServeSpec(models={"m": "unused"})
+    before = server.spec.max_media_bytes
+    server.spec.__dict__["max_media_bytes"] = usual.max_media_bytes
+    yield
+    server.spec.__dict__["max_media_bytes"] = before
+
+
+@pytest.mark.usefixtures("usual_bounds")
+@pytest.mark.parametrize("name", _MANY)
+def test_room_for_media_is_none_for_anything_else(server: _Server, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = list[int]()
+    parse = openai.parse
+    monkeypatch.setattr(openai, "parse", lambda kind, body: (parsed.append(len(body)), parse(kind, body))[1])
+    content = _MANY[name](1_000_000)
+    assert 10 * 2**20 < len(content) < 12.6 * 2**20
+    for _ in range(3):
+        status, body, took = server.send(_case(name, lambda: content, 413))
+        if took < _LIMIT_S:
+            break
+    assert status == 413, body[:500]
+    assert json.loads(body)["error"]["code"] == "request_too_large"
+    assert took < _LIMIT_S
+    assert not parsed or name == "one text", "nobody is held up by it"
+    assert server.is_well()
+
+
+@pytest.mark.usefixtures("usual_bounds")
+@pytest.mark.parametrize("written", ["/", "\\/"])
+def test_a_medium_of_the_largest_size_is_read(server: _Server, written: str) -> None:
+    """Some writers of JSON put a backslash before each slash, and so never write long runs of plain base64."""
+    large = image_part((bytes(range(256)) * (server.spec.max_media_bytes // 256 + 1))[: server.spec.max_media_bytes])
+    content = json.dumps(_says([large], "see")).replace("/", written)
+    assert content.count(written) > 10_000
+    status, body, _ = server.send(_case("large", content.encode, 400))
+    assert status == 400
+    assert b"is not a PNG" in body, "the reader of this model's images was asked"
+
+
 def test_the_names_are_all_different() -> None:
     assert len({case.name for case in _CASES}) == len(_CASES)
 
@@ -540,7 +608,7 @@ _HEAD = f"POST {_CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/
 @pytest.mark.parametrize("by", ["body timeout", "request timeout"])
 def test_a_body_that_trickles_in_is_given_up(server: _Server, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     if by == "body timeout":
-        monkeypatch.setattr(flow, "BODY_TIMEOUT_S", 0.3)
+        monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.3)
     else:
         monkeypatch.setitem(server.spec.__dict__, "request_timeout_s", 0.3)
     with closing(server.connect()) as connection:

@@ -225,6 +225,12 @@ def test_bad_requests_get_an_openai_error_and_the_next_one_passes(
     assert server.admission.in_flight == 0
 
 
+@pytest.mark.parametrize("more", [{"prompt": "word " * 300}, {"prompt": [1] * 64}, {"prompt": "a", "max_tokens": 64}])
+def test_a_text_that_does_not_fit_is_the_prompts_fault(make: Callable[..., _Server], more: dict[str, Any]) -> None:
+    error = make().ask("POST", "/v1/completions", json={"model": "m"} | more).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
 def test_a_body_that_is_sent_in_pieces_is_limited_too(make: Callable[..., _Server]) -> None:
     async def endless() -> Any:
         for _ in range(100):

@@ -38,8 +38,12 @@ def _sent(messages: Sequence[dict[str, Any]], path: str = "/v1/completions") -> 
 
     [middleware] = proxy.middlewares()
     made = middleware.cls(app, *middleware.args, **middleware.kwargs)
-    asyncio.run(made({"type": "http", "path": path, "headers": []}, None, send))  # type: ignore[arg-type]
+    asyncio.run(made({"type": "http", "path": path, "headers": []}, _no_body, send))
     return found
+
+
+async def _no_body() -> Any:
+    return {"type": "http.request", "body": b"", "more_body": False}
 
 
 def test_what_is_whole_passes_as_it_is() -> None:
@@ -50,7 +54,8 @@ def test_what_is_whole_passes_as_it_is() -> None:
     ):
         assert _sent(reply) == reply
     own = [_start(500, _PLAIN), _body(b"unhealthy", False)]
-    assert _sent(own, "/-/healthz") == own
+    for path in ("/-/healthz", "/-/routes"):
+        assert _sent(own, path) == own
 
 
 def test_a_stream_that_is_cut_off_ends_with_an_error_event() -> None:
@@ -81,7 +86,7 @@ def test_headers_for_serve_itself_are_not_for_clients() -> None:
         return None
 
     made = proxy.InWords(app, max_body_bytes=1000)
-    asyncio.run(made({"type": "http", "path": "/", "headers": sent}, None, send))  # type: ignore[arg-type]
+    asyncio.run(made({"type": "http", "path": "/", "headers": sent}, _no_body, send))
     assert seen == sent[:3]
 
 
@@ -92,39 +97,42 @@ def test_a_serve_started_by_other_means_takes_in_what_a_spec_usually_allows(monk
     assert middleware.kwargs["max_body_bytes"] == usual.max_body_bytes + 2 * usual.max_media_bytes
 
 
-def test_no_more_of_a_body_is_taken_in_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["/", "/-/x", "/-/healthz/x"])
+def test_no_more_of_a_body_is_taken_in_than_there_may_be(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     variables = proxy.environment(2500)
     assert "rayswift.serving.proxy.middlewares" in variables.values()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     [middleware] = proxy.middlewares()
-    taken, found = list[Any](), list[Any]()
+    taken, seen, found = list[Any](), list[Any](), list[Any]()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        while (message := await receive())["type"] == "http.request" and message["more_body"]:
-            taken.append(message)
-        if message["type"] == "http.request":
-            await send(_start(200, _JSON))
-            await send(_body(b"{}", False))
+        seen.append(await receive())
+        await send(_start(200, _JSON))
+        await send(_body(b"{}", False))
 
     async def send(message: Any) -> None:
         found.append(message)
 
-    async def ask(num_pieces: int) -> Any:
+    async def ask(num_pieces: int, headers: Any = ()) -> Any:
         pieces = iter([{"type": "http.request", "body": b"x" * 1000, "more_body": True}] * num_pieces)
-        taken.clear()
-        found.clear()
+        for one in (taken, seen, found):
+            one.clear()
 
         async def receive() -> Any:
-            return next(pieces, {"type": "http.request", "body": b"", "more_body": False})
+            taken.append(next(pieces, {"type": "http.request", "body": b"", "more_body": False}))
+            return taken[-1]
 
         made = middleware.cls(app, *middleware.args, **middleware.kwargs)
-        await made({"type": "http", "path": "/", "headers": []}, receive, send)  # type: ignore[arg-type]
+        await made({"type": "http", "path": path, "headers": headers}, receive, send)  # type: ignore[arg-type]
         return found[0]["status"], len(taken)
 
-    assert asyncio.run(ask(2)) == (200, 2)
-    assert asyncio.run(ask(10**6)) == (413, 2)
+    assert asyncio.run(ask(2)) == (200, 3)
+    assert seen == [{"type": "http.request", "body": b"x" * 2000, "more_body": False}]
+    assert asyncio.run(ask(10**6)) == (413, 3)
     assert json.loads(found[1]["body"])["error"]["code"] == "request_too_large"
+    assert not seen, "no replica has heard of it"
+    assert asyncio.run(ask(2, [(b"content-length", b"2501")])) == (413, 0)
 
 
 def test_an_answer_of_a_told_length_is_left_broken() -> None:
