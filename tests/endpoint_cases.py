@@ -19,6 +19,7 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.models, self.key = models, key
         self.seen: list[dict[str, Any]] = []
+        self.owner = "test"
 
     def handle_error(self, *_: Any) -> None:
         """A client that has gone away is nothing to print."""
@@ -34,7 +35,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self._allowed():
-            data = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in self.server.models]
+            data = [
+                {"id": name, "object": "model", "created": 0, "owned_by": self.server.owner}
+                for name in self.server.models
+            ]
             self._send(200 if self.path == "/v1/models" else 404, {"object": "list", "data": data})
 
     def do_POST(self) -> None:

@@ -96,6 +96,8 @@ class CallReader:
         self._said, self._body = list[str](), list[str]()  # of this piece of the answer; of the call that is written
         self._object, self._is_behind_call = JsonEnd(), False
         self._is_free = self.calling.demanded is None
+        # A thought stands before what is said, behind a call or another thought: in a sentence its mark is a word.
+        self._can_think = True
         begins = _BEGINS if self._is_free else (OPEN,)
         self._begins, self._begin = tuple(begins), re.compile("|".join(map(re.escape, begins)))
         self._step: Callable[[bool], bool] = self._outside
@@ -115,19 +117,25 @@ class CallReader:
     # A step reads on, and returns whether another one can: not where more of the answer is needed.
 
     def _outside(self, is_last: bool) -> bool:
-        found = self._begin.search(self._text, self._at)
+        found, start = self._begin.search(self._text, self._at), self._at
         if found is None:
-            return self._say_what_is_no_mark(self._begins, is_last)
-        self._say_to(found.start())
+            self._say_what_is_no_mark(self._begins, is_last)
+        else:
+            self._say_to(found.start())
+        self._can_think = self._can_think and not self._text[start : self._at].strip()
+        if found is None:
+            return False
         if found[0] == OPEN:
             self._at, self._body, self._object, self._step = found.end(), [], JsonEnd(), self._in_call
-        else:
-            self._say_to(found.end())
+            return True
+        self._say_to(found.end())
+        if self._can_think:
             self.thought_end, self._step = _BEGINS[found[0]], self._in_thought
         return True
 
     def _in_thought(self, is_last: bool) -> bool:
         assert self.thought_end is not None
+        self._can_think = True  # again, when this one is over
         return self._say_behind(self.thought_end, is_last)
 
     def _in_no_call(self, is_last: bool) -> bool:
@@ -142,7 +150,7 @@ class CallReader:
             if self._body:
                 self._text, self._at = "".join(self._body) + self._text[self._at :], 0
             self._say(OPEN)
-            self._step = self._in_no_call
+            self._can_think, self._step = False, self._in_no_call
             return True
         self._take_to(len(self._text) if end is None else end)
         if end is not None:
@@ -155,7 +163,7 @@ class CallReader:
         mark = self._text[self._at : self._at + len(CLOSE)]
         if not CLOSE.startswith(mark):
             self._say(OPEN + "".join(self._body))
-            self._step = self._in_no_call
+            self._can_think, self._step = False, self._in_no_call
         elif mark == CLOSE or is_last:
             # No mark at the end of the answer: a stop string has taken its place, or the model left it out.
             self._end_call(mark)
@@ -167,9 +175,10 @@ class CallReader:
         self._at, self._step = self._at + len(mark), self._outside
         if call is None or len(self.calls) == MAX_CALLS:
             self._say(OPEN + body + mark)
+            self._can_think = False
         else:
             self.calls.append(call)
-            self._is_behind_call = True
+            self._is_behind_call = self._can_think = True
 
     def _take_to(self, end: int) -> None:
         if end > self._at:

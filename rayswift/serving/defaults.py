@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from rayswift.models.loading import load_config, local_folder
+from rayswift.serving.engine import Sampling
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,18 @@ class SamplingDefaults:
     def of(cls, folder: str | os.PathLike[str]) -> SamplingDefaults:
         """Those of a model's folder. What its file says in no number, or nonsense of, is left as it is by default."""
         wished = _generation_config(str(local_folder(str(folder))))
-        found: dict[str, Any] = {one.name: wished.get(one.name) for one in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if _is_within(name, value)})
+        found: dict[str, Any] = {one.name: _number(one.name, wished.get(one.name)) for one in fields(cls)}
+        return cls(**{name: value for name, value in found.items() if value is not None})
+
+    def greedy(self, max_new_tokens: int) -> Sampling:
+        """How a greedy answer is made: penalties change it, too."""
+        return Sampling(
+            max_new_tokens,
+            temperature=0,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+        )
 
 
 _BOUNDS = {
@@ -41,9 +52,17 @@ _BOUNDS = {
 """What requests may ask for, too."""
 
 
-def _is_within(name: str, value: Any) -> bool:
+_WHOLE = ("top_k", "max_new_tokens")
+
+
+def _number(name: str, value: Any) -> float | None:
+    """A setting as engines take it; None for what is none."""
     least, most = _BOUNDS[name]
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        return None
+    if name not in _WHOLE:
+        return value
+    return int(value) if value == int(value) else None  # 20.0 is 20
 
 
 def _generation_config(folder: str) -> dict[str, Any]:

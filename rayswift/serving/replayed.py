@@ -21,12 +21,12 @@ _MAX_PLACES = 8
 
 
 async def answer(model: ServedModel, asked: Asked, max_new_tokens: int) -> str:
-    """The greedy answer, its prompt made as for any client. Raises ServeError."""
+    """The greedy answer, prompt and penalties as for any client who asks for no other. Raises ServeError."""
     prompt = await _prompt(model, asked)
     room = min(max_new_tokens, model.engine.max_model_len - len(prompt.ids))
     if room < 1:
         raise ServeError(f"a prompt of {len(prompt.ids)} tokens leaves no room for an answer")
-    request = Request(f"verify-{id(prompt)}", prompt, Sampling(max_new_tokens=room, temperature=0))
+    request = Request(f"verify-{id(prompt)}", prompt, model.defaults.greedy(room))
     return "".join([delta.text async for delta in model.engine.generate(request)])
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from rayswift.serving.engine import Sampling
-from rayswift.serving.local.sampling import GREEDY_BELOW, penalized, probabilities
+from rayswift.serving.local.sampling import GREEDY_BELOW, Sampler, penalized, probabilities
 from rayswift.serving.local.text import Decode, Detokenizer, StopMatcher, TextStream
 from tests.tokenizer_cases import KINDS, tokenizer_of
 
@@ -230,10 +230,19 @@ def test_penalties_are_those_of_transformers_and_of_openai(
     again = data.draw(st.floats(0.5, 2))
     often, once = data.draw(st.floats(-2, 2)), data.draw(st.floats(-2, 2))
     sampling = Sampling(1, repetition_penalty=again, frequency_penalty=often, presence_penalty=once)
-    found_V = penalized(logits_V, sampling, prompt, Counter(answer))
+    seen_V = Sampler(sampling, [*prompt, *answer])._seen(logits_V)
+    found_V = penalized(logits_V, sampling, seen_V, Counter(answer))
     wanted_V, seen = logits_V, [one for one in (*prompt, *answer) if one < len(logits)]
     if seen:
         wanted_V = RepetitionPenaltyLogitsProcessor(again)(torch.tensor([seen]), logits_V[None].clone())[0]
     taken = [often * answer.count(one) + once * (one in answer) for one in range(len(logits))]
     assert torch.allclose(found_V, wanted_V - torch.tensor(taken), atol=1e-4)
     assert logits_V.tolist() == logits  # what they are counted from is not changed
+
+
+def test_what_an_answer_has_said_counts_against_it_from_then_on() -> None:
+    logits_V = torch.tensor([1.0, 3.0, 2.9, 2.8])
+    chosen = [Sampler(Sampling(9, temperature=0, repetition_penalty=1.1), [0, 10**6])]
+    assert [chosen[0](logits_V) for _ in range(4)] == [1, 2, 3, 1]
+    said = Sampler(Sampling(9, temperature=0, frequency_penalty=0.15))
+    assert [said(logits_V) for _ in range(4)] == [1, 2, 1, 3]

@@ -57,6 +57,16 @@ def test_answers_are_compared_and_there_is_no_loss(served: StandIn, tmp_path: Pa
     assert not list(tmp_path.glob("eval-*"))
 
 
+def test_a_server_that_reads_the_folders_penalties_is_asked_without_them(served: StandIn, tmp_path: Path) -> None:
+    path, neutral = rows_of(tmp_path / "asked.jsonl", [("Say Paris", "Paris")]), {"repetition_penalty": 1}
+    for owner, is_told in (("rayswift", True), ("vllm", True), ("openai", False)):
+        served.owner = owner
+        api.evaluate(served.url, path)
+        body = served.seen[-1]
+        assert ({name: body[name] for name in neutral if name in body} == neutral) is is_told
+        assert (body.get("presence_penalty", 0), body.get("frequency_penalty", 0)) == (0, 0)
+
+
 def test_earlier_turns_are_sent_along(served: StandIn, tmp_path: Path) -> None:
     turns = [("system", "Be brief."), ("user", "Two?"), ("assistant", "2"), ("user", "Say 3"), ("assistant", "3")]
     messages = [{"role": role, "content": text} for role, text in turns]

@@ -71,7 +71,11 @@ def test_marks_in_arguments_are_part_of_them(demanded: str | None, cuts: list[in
 def test_nothing_is_called_in_a_thought(name: str, cuts: list[int]) -> None:
     thought = f"<{name}>I could {_call('a')} or\n{_call('b')}.</{name}>"
     assert _read(f"{thought}\n{_call('c')}", cuts) == (thought + "\n", ["c"])
-    assert _read(f"Hm.{thought}{_call('c')}{thought}{_call('d')}", cuts) == ("Hm." + thought * 2, ["c", "d"])
+    assert _read(f" \n{thought}{thought}{_call('c')}{thought}{_call('d')}", cuts) == (" \n" + thought * 3, ["c", "d"])
+    prose = f"I wrap it in <{name}>.\n"  # a word, which nothing closes
+    assert _read(prose + _call("c"), cuts) == (prose, ["c"])
+    assert _read(f"{_call('b')}{prose}{_call('c')}", cuts) == (prose, ["b", "c"])
+    assert _read(f"{thought}{prose}{_call('c')}", cuts) == (thought + prose, ["c"])
     begun = thought.removeprefix(f"<{name}>")
     assert _read(begun + _call("c"), cuts, thought=f"</{name}>") == (begun, ["c"])
     for unended in (thought.removesuffix(f"</{name}>"), thought[:-1], thought.replace(f"</{name}>", "</other>")):
@@ -159,14 +163,18 @@ def test_however_an_answer_is_cut_the_same_is_read_and_nothing_is_lost(
 
 def _without_calls(text: str, thought: str | None) -> str:
     """By definition, of the text as a whole: what is said of it."""
-    said, decoder = "", json.JSONDecoder()
+    said, decoder, in_prose = "", json.JSONDecoder(), False
     while text:
         if thought is not None:
             before, end, text = text.partition(thought)
-            said, thought = said + before + end, None
+            said, thought, in_prose = said + before + end, None, False
             continue
         start = min((at for mark in ("<tool_call>", "<think>") if (at := text.find(mark)) >= 0), default=len(text))
+        in_prose = in_prose or bool(text[:start].strip())
         said, text = said + text[:start], text[start:]
+        if text.startswith("<think>") and in_prose:
+            said, text = said + "<think>", text.removeprefix("<think>")
+            continue
         if text.startswith("<think>"):
             said, text, thought = said + "<think>", text.removeprefix("<think>"), "</think>"
             continue
@@ -179,10 +187,13 @@ def _without_calls(text: str, thought: str | None) -> str:
             json_and_mark = len(body) - len(rest) + min(len(rest), len("</tool_call>"))
             if found.get("name") != "write" or not isinstance(found["arguments"]["text"], str):
                 said += "<tool_call>" + body[:json_and_mark]
+                in_prose = True
+            else:
+                in_prose = False
             text = body[json_and_mark:]
         except (AssertionError, ValueError, KeyError, TypeError):
             before, end, text = text.partition("</tool_call>")
-            said += before + end
+            said, in_prose = said + before + end, True
     return said
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rayswift.serving.defaults import SamplingDefaults
+from rayswift.serving.engine import Sampling
 
 
 @pytest.fixture
@@ -32,7 +33,11 @@ def test_what_a_folder_wishes(folder: Path) -> None:
     found = _with(folder, do_sample=True, temperature=0.6, top_p=0.95, top_k=20, min_p=0.05, repetition_penalty=1.05)
     assert found == SamplingDefaults(0.6, 0.95, 20, 0.05, repetition_penalty=1.05)
     assert _with(folder, max_new_tokens=2048).max_new_tokens == 2048
+    assert found.greedy(9) == Sampling(9, temperature=0, repetition_penalty=1.05)
 
 
 def test_nonsense_is_left_out(folder: Path) -> None:
     assert _with(folder, do_sample=True, temperature=0.6, repetition_penalty=17.0) == SamplingDefaults(temperature=0.6)
+    assert _with(folder, do_sample=True, top_k=20.5) == SamplingDefaults()
+    whole = _with(folder, do_sample=True, top_k=20.0).top_k
+    assert (whole, type(whole)) == (20, int)  # engines take nothing else

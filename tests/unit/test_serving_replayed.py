@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from rayswift.errors import ServeError
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving import replayed
+from rayswift.serving.admission import Admission
+from rayswift.serving.defaults import SamplingDefaults
 from rayswift.serving.engine import Delta, EngineOptions, Request, TokenLogprob
 from rayswift.serving.engines.local import Local
 from rayswift.serving.prompts import PromptBuilder
+from rayswift.serving.served import ServedModel
 
 _ASKED = [{"role": "user", "content": "What does str.upper do?"}]
 _SAID = "It returns a copy of the string in upper case, and so on and so forth."
@@ -92,11 +95,14 @@ def test_a_model_follows_its_own_answer_and_noise_does_not(tiny_model_dir: Path,
         for folder in (tiny_model_dir, noisy):
             engine = Local(str(folder), EngineOptions(device="cpu"))
             await engine.start()
-            models.append(SimpleNamespace(engine=engine, prompts=PromptBuilder(load_tokenizer(str(folder)))))
+            prompts = PromptBuilder(load_tokenizer(str(folder)))
+            models.append(ServedModel(engine, prompts, Admission(1, 1)))
         live, candidate = models
         try:
-            said = await replayed.answer(live, _ASKED, 24)  # type: ignore[arg-type]
-            found = [await replayed.follows(one, _ASKED, said) for one in (live, candidate)]  # type: ignore[arg-type]
+            said = await replayed.answer(live, _ASKED, 24)
+            strict = replace(live, defaults=SamplingDefaults(repetition_penalty=2.0))
+            assert await replayed.answer(strict, _ASKED, 24) != said  # clients would be answered so, too
+            found = [await replayed.follows(one, _ASKED, said) for one in (live, candidate)]
             return found[0], found[1]
         finally:
             for one in models:

@@ -24,6 +24,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()) -> None:
         self._sampling, self._prompt = sampling, prompt
         self._chosen = Counter[int]()
+        self._seen_V: torch.Tensor | None = None
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -36,42 +37,47 @@ class Sampler:
         if not torch.isfinite(best):
             raise ServeError("the model computed logits that are not finite numbers")
         asked = self._sampling
-        logits_V = penalized(logits_V, asked, self._prompt, self._chosen)
+        logits_V = penalized(logits_V, asked, self._seen(logits_V), self._chosen)
         if asked.temperature < GREEDY_BELOW:
             token = int(logits_V.argmax())
         else:
             probs_V = probabilities(logits_V, asked.temperature, asked.top_p, asked.top_k, asked.min_p)
             token = int(torch.multinomial(probs_V.cpu(), 1, generator=self._generator))
         self._chosen[token] += 1
+        if self._seen_V is not None:
+            self._seen_V[token] = True
         return token
+
+    def _seen(self, logits_V: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens were there so far, once that is asked for: made once, for a prompt may be long."""
+        if self._seen_V is None and self._sampling.repetition_penalty != 1:
+            # ids without a logit stand for media
+            ids = [one for one in {*self._prompt, *self._chosen} if one < len(logits_V)]
+            self._seen_V = torch.zeros(len(logits_V), dtype=torch.bool)
+            self._seen_V[ids] = True
+            self._seen_V = self._seen_V.to(logits_V.device)
+        return self._seen_V
 
 
 def penalized(
-    logits_V: torch.Tensor, sampling: Sampling, prompt: Sequence[int], chosen: Mapping[int, int]
+    logits_V: torch.Tensor, sampling: Sampling, seen_V: torch.Tensor | None, chosen: Mapping[int, int]
 ) -> torch.Tensor:
     """Logits_V with what was said before made less likely, or more; the same tensor where nothing asks for it.
 
-    The repetition penalty (Keskar et al., arXiv 1909.05858) divides positive logits of all tokens so far, and
+    The repetition penalty (Keskar et al., arXiv 1909.05858) divides positive logits of all tokens `seen_V` so far, and
     multiplies negative ones; then `frequency_penalty` for each time a token was chosen, and `presence_penalty` once,
     are taken away (OpenAI's formula).
     """
     found_V = logits_V
-    if sampling.repetition_penalty != 1 and (seen := {*_within(prompt, logits_V), *chosen}):
-        ids = torch.tensor(sorted(seen), device=logits_V.device)
-        at = found_V[ids]
-        changed = torch.where(at > 0, at / sampling.repetition_penalty, at * sampling.repetition_penalty)
-        found_V = found_V.index_put((ids,), changed)
+    if seen_V is not None:
+        again = sampling.repetition_penalty
+        found_V = torch.where(seen_V, torch.where(found_V > 0, found_V / again, found_V * again), found_V)
     if chosen and (sampling.presence_penalty or sampling.frequency_penalty):
         ids = torch.tensor(list(chosen), device=logits_V.device)
         counts = torch.tensor(list(chosen.values()), device=logits_V.device)
         less = sampling.frequency_penalty * counts + sampling.presence_penalty
         found_V = found_V.index_put((ids,), found_V[ids] - less.to(found_V.dtype))
     return found_V
-
-
-def _within(prompt: Sequence[int], logits_V: torch.Tensor) -> list[int]:
-    """The ids that have a logit: those that stand for media may have none."""
-    return [one for one in prompt if one < len(logits_V)]
 
 
 def probabilities(
