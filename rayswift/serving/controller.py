@@ -15,6 +15,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from rayswift.errors import ServeError
@@ -23,7 +24,7 @@ from rayswift.serving.spec import ServeSpec
 
 APP_NAME = "rayswift"
 """The application that answers HTTP; names of others that belong to it begin with it."""
-_POLL_S, _STOP_TIMEOUT_S, _LAST_WORDS_S = 0.1, 30.0, 10.0
+_POLL_S, _STOP_TIMEOUT_S, _LAST_WORDS_S, _END_TIMEOUT_S, _IDLE_STOP_S = 0.1, 30.0, 10.0, 3.0, 10.0
 
 
 @contextmanager
@@ -42,6 +43,7 @@ def serving(spec: ServeSpec) -> Iterator[None]:
         yield
     finally:
         _stop_serve()
+        _wait_for_the_port(spec)
 
 
 def _start(spec: ServeSpec, variables: dict[str, str]) -> None:
@@ -67,19 +69,52 @@ def _start(spec: ServeSpec, variables: dict[str, str]) -> None:
 def _stop_serve() -> None:
     """Take all of Ray Serve down. A controller that does not end in time is told again by Serve's own shutdown.
 
-    Answers that are being generated have _LAST_WORDS_S to end; replicas that still live then are killed.
+    Answers that are being generated have _LAST_WORDS_S to end, with Serve's proxy there to carry them: told to shut
+    down, the controller kills that first. Replicas that still live a while after it are killed.
     That one waits on the controller inside a call that dies with it, which Ray reports as a failed task on stdout,
     where a program's answer belongs. So the controller is told without waiting, and watched. (ray 2.60)
     """
     if (controller := _serve_controller()) is not None:
+        is_idle = _are_answers_over(_LAST_WORDS_S) or _end_answers()
         with suppress(RayActorError):  # told, and gone before it has said so
             ray.get(controller.graceful_shutdown.remote(wait=False))
-        _wait_for_stop(_LAST_WORDS_S)
+        _wait_for_stop(_IDLE_STOP_S if is_idle else _POLL_S)
         if _serve_controller() is not None:
             for replica in _replicas():
                 ray.kill(replica)
             _wait_for_stop(_STOP_TIMEOUT_S)
     serve.shutdown()  # also makes this process forget the controller
+
+
+def _wait_for_the_port(spec: ServeSpec) -> None:
+    """Until the proxy's process has left it, a moment after Ray has declared it dead: the next endpoint wants it."""
+    deadline = time.monotonic() + _IDLE_STOP_S
+    while time.monotonic() < deadline:
+        with suppress(ServeError):
+            process.check_port(spec.host, spec.port)
+            return
+        time.sleep(_POLL_S)
+
+
+def _are_answers_over(timeout_s: float) -> bool:
+    """Whether all answers have ended within a time. None is begun from then on: who asks is told to come back."""
+    deadline = time.monotonic() + timeout_s
+    with suppress(RayError, RayServeException, TimeoutError):  # Serve may be what has failed
+        if APP_NAME in serve.status().applications:
+            serve.delete(APP_NAME, _blocking=False)
+        while APP_NAME in serve.status().applications:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+        return True
+    return False
+
+
+def _end_answers() -> bool:
+    """Ends what is still answered, for which the proxy has a last word while it lives; whether that is over."""
+    for replica in _replicas(f"{APP_NAME}#"):
+        ray.kill(replica)
+    return _are_answers_over(_END_TIMEOUT_S)
 
 
 def _wait_for_stop(timeout_s: float) -> None:
@@ -88,11 +123,11 @@ def _wait_for_stop(timeout_s: float) -> None:
         time.sleep(_POLL_S)
 
 
-def _replicas() -> list[Any]:
-    """The handles of the replicas that live."""
+def _replicas(name: str = APP_NAME) -> list[Any]:
+    """The handles of the replicas that live, of applications whose name begins so."""
     found = []
     for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == "serve" and actor["name"].startswith(f"SERVE_REPLICA::{APP_NAME}"):
+        if actor["namespace"] == "serve" and actor["name"].startswith(f"SERVE_REPLICA::{name}"):
             with suppress(ValueError):  # it has ended since
                 found.append(ray.get_actor(actor["name"], namespace="serve"))
     return found

@@ -167,7 +167,9 @@ def _error_of(status: int | None) -> ApiError:
     if status is None or status == 500:
         return _lost()
     if status == 404:
-        return ApiError("nothing is served here", status=404, code="unknown_url")
+        # What is served answers all paths, and says 404 itself.
+        message = "nothing is served here now: the endpoint is starting or stopping; try again shortly"
+        return ApiError(message, status=503, headers={"Retry-After": "1"})
     if status == 408:
         return flow.took_too_long()
     message = "the server is at its limit, or not ready yet; try again shortly"

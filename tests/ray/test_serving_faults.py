@@ -258,8 +258,36 @@ def test_closing_gives_answers_a_moment_and_then_ends_them(
     assert took < 20, "an update lets an answer take minutes, a stop does not"
     for stream in streams:
         stream.join()
-    assert any(stream.error is not None for stream in streams), "all of them had ended before"
+    cut = [stream.error for stream in streams if stream.error is not None]
+    assert cut, "all of them had ended before"
+    for error in cut:  # an error event, for the proxy was there to the last
+        assert type(error) is openai.APIError
+        assert "the replica that answered has ended" in str(error)
     _until(lambda: not any(_lives(replica.pid) for replica in replicas), "the replicas end", 30)
+
+
+def test_a_stop_loses_no_answer_that_ends_soon_enough(
+    endpoint: RunningEndpoint, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the test above: on the same cluster, an endpoint of its own at the same address."""
+    monkeypatch.setattr(controller, "_LAST_WORDS_S", 100.0)  # these answers take seconds, and on a busy machine more
+    with serve_in_background(endpoint.spec) as running:
+        streams, replicas = _streams_on_both(client)
+        closing_it = threading.Thread(target=running.close)
+        closing_it.start()
+        _until(lambda: _status_of(running) == 503, "nobody else is taken")
+        for stream in streams:
+            stream.join()
+        assert [(stream.error, stream.finish_reason) for stream in streams] == [(None, "length")] * len(streams)
+        closing_it.join(60)
+        assert not closing_it.is_alive()
+    _until(lambda: not any(_lives(replica.pid) for replica in replicas), "the replicas end", 30)
+
+
+def _status_of(endpoint: RunningEndpoint) -> int:
+    response = httpx.get(f"{endpoint.url}/models", timeout=20)
+    assert response.status_code == 200 or int(response.headers["retry-after"]) >= 1
+    return response.status_code
 
 
 def _lives(pid: int) -> bool:

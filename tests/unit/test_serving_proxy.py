@@ -146,7 +146,7 @@ def test_an_answer_of_a_told_length_is_left_broken() -> None:
         ([], 503),
         ([_start(500, _PLAIN), _body(b"Traceback (most recent call last)", False)], 503),
         ([_start(503, _PLAIN), _body(b"Request dropped due to backpressure", False)], 503),
-        ([_start(404, _PLAIN), _body(b"Path not found. Ping /-/routes", False)], 404),
+        ([_start(404, _PLAIN), _body(b"Path not found. Ping /-/routes", False)], 503),
         ([_start(408, _PLAIN), _body(b"Request 7f timed out", False)], 503),
     ],
 )
