@@ -146,8 +146,11 @@ def _is_for_train(name: str) -> bool:
 
 
 def _send_token() -> None:
-    """Ray reads the mode when it is imported, and joins an address that was named without a token. (ray 2.60)"""
-    if "RAY_AUTH_MODE" not in os.environ:
+    """Ray reads the mode when it is imported, and joins an address that was named without a token. (ray 2.60)
+
+    What the cluster's own record says goes before the environment: clusters of ours ask whatever that says.
+    """
+    if not is_token_asked():
         _set_token_mode()
 
 

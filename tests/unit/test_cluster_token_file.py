@@ -15,10 +15,20 @@ from rayswift.cluster import session, token_file
 from rayswift.errors import ConfigError
 
 _START = """
+import os, subprocess, sys
 import ray
 from rayswift.cluster.session import is_token_asked, session
 with session():
     print(ray.is_initialized() and is_token_asked(), flush=True)
+    address = ray.get_runtime_context().gcs_address
+    subprocess.run([sys.executable, "-c", sys.argv[1], address], env=os.environ | {"RAY_AUTH_MODE": "disabled"})
+"""
+_JOIN = """
+import sys
+import ray
+from rayswift.cluster.session import session
+with session(sys.argv[1], token=True):
+    print("joined", len(ray.nodes()))
 """
 
 
@@ -116,6 +126,19 @@ def test_a_cluster_of_our_own_asks_for_the_token_whatever_is_set(
     assert f"RAY_AUTH_MODE={mode} is not followed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mode", [None, "disabled", "Token"])
+def test_a_cluster_that_is_known_to_ask_is_sent_the_token_whatever_is_set(
+    mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "")  # put back afterwards, whatever becomes of it
+    os.environ.pop("RAY_AUTH_MODE") if mode is None else monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    modes: list[str] = []
+    monkeypatch.setattr(session, "_join", lambda _: modes.append(os.environ["RAY_AUTH_MODE"]))
+    with session.session("10.0.0.1:6379", token=True):
+        assert session.is_token_asked()
+    assert modes == ["Token" if mode == "Token" else "token"]
+
+
 def test_a_mode_that_asks_is_left_as_it_is(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,7 +153,7 @@ def test_a_mode_that_asks_is_left_as_it_is(
 def test_a_started_cluster_has_made_no_open_token(home: Path) -> None:
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     environment = {name: value for name, value in os.environ.items() if name not in names} | {"RAYSWIFT_TMPDIR": "/tmp"}
-    done = subprocess.run([sys.executable, "-c", _START], env=environment | {"RAY_AUTH_MODE": "disabled"}, text=True,
-                          capture_output=True, timeout=180, check=False)  # fmt: skip
-    assert done.stdout.strip() == "True", done.stderr
+    done = subprocess.run([sys.executable, "-c", _START, _JOIN], env=environment | {"RAY_AUTH_MODE": "disabled"},
+                          text=True, capture_output=True, timeout=180, check=False)  # fmt: skip
+    assert done.stdout.split("\n") == ["True", "joined 1", ""], done.stderr
     assert _mode(home / ".ray/auth_token") == 0o600
