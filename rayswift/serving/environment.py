@@ -80,8 +80,8 @@ def interpreter_of(engine: str, given: str | None) -> Interpreter:
 
 
 def is_for_cpus(version: str | None) -> bool:
-    """Whether a version of vLLM is that of a build for CPUs."""
-    return version is not None and version.partition("+")[2] == "cpu"
+    """Whether a version of vLLM is that of a build for CPUs; one from source says so last: 0.32.1.dev3+g12ab34c.cpu."""
+    return version is not None and version.partition("+")[2].split(".")[-1] == "cpu"
 
 
 def lacks_for_images(python: str) -> str | None:

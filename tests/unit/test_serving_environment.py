@@ -87,6 +87,14 @@ def test_an_environment_that_does_not_fit_is_told_and_not_taken(
         environment.resolved(_spec(engine="vllm", engine_python=python(**versions)))
 
 
+@pytest.mark.parametrize(("version", "is_so"), [
+    ("0.32.0+cpu", True), ("0.32.1.dev3+g12ab34c.cpu", True), ("0.32.0+d20261130.cpu", True),
+    (None, False), ("0.32.0", False), ("0.32.0+cu129", False), ("0.32.1.dev3+g12ab34c", False),
+])  # fmt: skip
+def test_a_build_for_cpus_says_so_last_in_its_local_version(version: str | None, is_so: bool) -> None:
+    assert environment.is_for_cpus(version) == is_so
+
+
 @pytest.mark.parametrize(
     ("versions", "fields", "told"),
     [
