@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 INCOMPLETE = "\ufffd"
 """What decoders write for bytes that are not a character (yet)."""
+CONTEXT_STEP = 256
+"""A context that was fitted into memory is a multiple of this: what is free differs by a little from start to start."""
 
 
 class Refused(ServeError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rayswift.serving.engine import Embedding
+from rayswift.serving.engine import CONTEXT_STEP, Embedding
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,18 @@ class Facts:
             lack = _vectors_lack(self.embedding, live.embedding)
         else:
             lack = self._answers_lack(live)
-        if lack is None and self.max_model_len < live.max_model_len:
+        if lack is None and self._is_shorter(live):
             return f"its context has {self.max_model_len} tokens beside {live.max_model_len}"
         return lack
+
+    def _is_shorter(self, live: Facts) -> bool:
+        """Whether it takes fewer tokens, by more than chance.
+
+        Two fits into the same memory may fall on either side of a multiple of the step, of the same model: a candidate
+        cannot help that, and to start it again may change it. So one step less is nothing where it may be fitted.
+        """
+        by_chance = 0 if self.max_model_len % CONTEXT_STEP else CONTEXT_STEP
+        return self.max_model_len + by_chance < live.max_model_len
 
     def _answers_lack(self, live: Facts) -> str | None:
         if live.takes_media and not self.takes_media:

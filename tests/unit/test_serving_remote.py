@@ -327,6 +327,16 @@ def test_a_version_lacks_what_clients_of_another_would_be_refused() -> None:
         assert mine.lacks(live) is None
 
 
+@pytest.mark.parametrize(
+    ("mine", "live", "is_shorter"),
+    [(9984, 10240, False), (9984, 10241, True), (9728, 10240, True), (10240, 10300, False),  # the model's own is 10300
+     (10000, 10240, True), (63, 64, True), (10240, 9984, False)],
+)  # fmt: skip
+def test_one_step_of_a_fitted_context_is_no_lack(mine: int, live: int, is_shorter: bool) -> None:
+    made, other = (Facts(length, False, False, None, frozenset()) for length in (mine, live))
+    assert made.lacks(other) == (f"its context has {mine} tokens beside {live}" if is_shorter else None)
+
+
 @pytest.mark.parametrize("embeds", [False, True])
 def test_an_engine_may_be_silent_for_longer_than_a_replica(monkeypatch: pytest.MonkeyPatch, embeds: bool) -> None:
     monkeypatch.setattr(beats, "BEAT_S", 0.02)

@@ -20,7 +20,7 @@ from rayswift.models.folder import stored_dtype
 from rayswift.models.loading import load_config, load_tokenizer, local_folder
 from rayswift.models.pooling import Pooling, read_pooling
 from rayswift.models.processor import has_processor
-from rayswift.serving.engine import Delta, Embedding, EngineOptions, Prompt, Refused, Request, Sampling
+from rayswift.serving.engine import CONTEXT_STEP, Delta, Embedding, EngineOptions, Prompt, Refused, Request, Sampling
 from rayswift.serving.stopping import stop_ids
 from rayswift.serving.vllm import cpu, media, plugin, pooled, reasons, sampling
 
@@ -34,8 +34,6 @@ _log = logging.getLogger("rayswift.serving")
 _SHUTDOWN_S = 3.0
 _FITTING = -1
 """The model's own length, or the longest that vLLM finds room for in the cache of keys and values."""
-_STEP = 256
-"""A length that was fitted is a multiple of this: what memory is free differs by a little from start to start."""
 
 
 class Vllm:
@@ -131,7 +129,8 @@ class Vllm:
                     " gpu_memory_fraction on a GPU; engine local may take the model",
                 ) from error  # fmt: skip
         fitted = int(self._llm.model_config.max_model_len)
-        self._max_model_len = own_len if fitted >= own_len else max(fitted // _STEP * _STEP, min(fitted, _STEP))
+        whole = max(fitted // CONTEXT_STEP * CONTEXT_STEP, min(fitted, CONTEXT_STEP))
+        self._max_model_len = own_len if fitted >= own_len else whole
         if self._max_model_len < own_len:
             _log.warning(
                 "%s: a context of %d tokens, of the model's %d, fits in the memory for keys and values"
