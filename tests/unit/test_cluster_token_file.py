@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pwd
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,53 @@ def test_a_home_that_takes_no_file_is_told(home: Path) -> None:
     (home / ".ray").write_text("a file")
     with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN"):
         token_file.keep_private()
+
+
+def test_a_user_without_a_home_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", _raise(KeyError("uid not found")))
+    with pytest.raises(ConfigError, match=r"HOME is not set.*; set it to a folder .* or set RAY_AUTH_TOKEN to"):
+        token_file.keep_private()
+
+
+def test_a_home_without_hard_links_keeps_a_token(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", _raise(PermissionError(errno.EPERM, "Operation not permitted")))
+    token_file.keep_private()
+    made = home / ".ray/auth_token"
+    assert (_mode(made), len(made.read_text())) == (0o600, 64)
+    assert [path.name for path in made.parent.iterdir()] == ["auth_token"]
+
+    def link(_: Path, path: Path) -> None:  # another process was first
+        path.write_text("d" * 64)
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    made.unlink()
+    monkeypatch.setattr(os, "link", link)
+    token_file.keep_private()
+    assert made.read_text() == "d" * 64
+
+
+@pytest.mark.parametrize("is_refused", [True, False], ids=["mounted for reading", "no modes"])
+def test_a_token_that_cannot_be_closed_is_told(
+    is_refused: bool, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = home / ".ray/auth_token"
+    made.parent.mkdir()
+    made.write_text("e" * 64)
+    refusal = _raise(OSError(errno.EROFS, "Read-only file system"))
+    monkeypatch.setattr(Path, "chmod", refusal if is_refused else lambda *_: None)
+    token_file.keep_private()
+    told = capsys.readouterr().err
+    assert f"{made} cannot be closed to other users" in told
+    assert "it is closed" not in told
+    assert made.read_text() == "e" * 64
+
+
+def _raise(error: Exception) -> Callable[..., None]:
+    def raising(*_: object, **__: object) -> None:
+        raise error
+
+    return raising
 
 
 @pytest.mark.parametrize("mode", ["disabled", "DISABLED"])
