@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from math import inf
 
 import numpy as np
@@ -33,12 +34,14 @@ class Arrivals:
     """The bodies that are under way to one process. Used from one event loop.
 
     Only `max_slow` of them may take BODY_TIMEOUT_S and the others HASTE_S, so that whoever opens requests and sends no
-    bodies keeps neither places nor memory from those whose body comes at once. What has come of them may be as large
-    as 32 of the largest.
+    bodies keeps neither places nor memory from those whose body comes at once. What has come of all may be as large as
+    32 of the largest, and of those that may be slow as half of it: one that goes beyond has HASTE_S left.
     """
 
     def __init__(self, max_slow: int, max_bytes: int) -> None:
-        self._max_slow, self._bytes_left, self._num = max_slow, _MAX_SIZES * max_bytes, 0
+        self._max_slow, self._num = max_slow, 0
+        self._bytes_left = _MAX_SIZES * max_bytes
+        self._slow_bytes_left = self._bytes_left // 2
 
     async def read(self, receive: Receive, max_bytes: int, until: float = inf) -> bytes:
         """The whole body; `until` by the event loop's clock.
@@ -47,37 +50,63 @@ class Arrivals:
         under way, 499 when the client has gone.
         """
         body = bytearray()
-        try:
-            async with self._waiting(until):
-                while True:
-                    message = await receive()
-                    if message["type"] != "http.request":
-                        raise gone()
-                    part = message.get("body", b"")
-                    if len(body) + len(part) > max_bytes:
-                        raise too_large(max_bytes)
-                    if not message.get("more_body", False):
-                        return bytes(body + part) if body else part
-                    if len(part) > self._bytes_left:
-                        raise overloaded(1)
-                    self._bytes_left -= len(part)
-                    body += part
-        finally:
-            self._bytes_left += len(body)
+        async with self._waiting(until) as one:
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise gone()
+                part = message.get("body", b"")
+                if len(body) + len(part) > max_bytes:
+                    raise too_large(max_bytes)
+                if not message.get("more_body", False):
+                    return bytes(body + part) if body else part
+                self._keep(one, len(part))
+                body += part
 
     @asynccontextmanager
-    async def _waiting(self, until: float) -> AsyncIterator[None]:
+    async def _waiting(self, until: float) -> AsyncIterator[_Arrival]:
         is_slow = self._num < self._max_slow
         patience_s = BODY_TIMEOUT_S if is_slow else HASTE_S
+        one = _Arrival(is_slow, asyncio.timeout_at(min(until, asyncio.get_running_loop().time() + patience_s)))
         self._num += 1
         try:
-            async with asyncio.timeout_at(min(until, asyncio.get_running_loop().time() + patience_s)):
-                yield
+            async with one.timeout:
+                yield one
         except TimeoutError:
             late = ApiError("the body did not arrive in time", status=408, code="request_timeout")
-            raise (late if is_slow else overloaded(1)) from None
+            raise (late if one.is_slow else overloaded(1)) from None
         finally:
             self._num -= 1
+            self._bytes_left += one.num_bytes
+            if one.is_slow:
+                self._slow_bytes_left += one.num_bytes
+
+    def _keep(self, one: _Arrival, num_bytes: int) -> None:
+        """Count a part of a body. Raises ApiError (429) where there is no room for it."""
+        if num_bytes > self._bytes_left:
+            raise overloaded(1)
+        if one.is_slow and num_bytes > self._slow_bytes_left:
+            self._slow_bytes_left += one.num_bytes
+            one.hasten()
+        one.num_bytes += num_bytes
+        self._bytes_left -= num_bytes
+        if one.is_slow:
+            self._slow_bytes_left -= num_bytes
+
+
+@dataclass
+class _Arrival:
+    """A body that is under way: whether it may be slow, and how much of it has come."""
+
+    is_slow: bool
+    timeout: asyncio.Timeout
+    num_bytes: int = 0
+
+    def hasten(self) -> None:
+        """Give it HASTE_S from now, or what it had left of its time."""
+        self.is_slow = False
+        soon = asyncio.get_running_loop().time() + HASTE_S
+        self.timeout.reschedule(min(soon, self.timeout.when() or soon))
 
 
 async def read_json(http: HttpRequest, arrivals: Arrivals, max_bytes: int, deadline: float) -> bytes:

@@ -149,6 +149,34 @@ def test_bodies_under_way_are_32_of_the_largest_together() -> None:
     asyncio.run(ask())
 
 
+def test_slow_bodies_leave_half_of_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few they are: the first sixteen of the largest may take their time, and others are soon ended."""
+    monkeypatch.setattr(bodies, "HASTE_S", 0.05)
+
+    async def ask() -> None:
+        arrivals = bodies.Arrivals(1000, 10)
+        part = {"type": "http.request", "body": b"x" * 10, "more_body": True}
+        whole = asyncio.Event()
+        held = [asyncio.create_task(arrivals.read(_pieces(whole, part), 10)) for _ in range(32)]
+        ended = await asyncio.wait_for(asyncio.gather(*held[16:], return_exceptions=True), 20)
+        assert {(error.status, error.code) for error in ended if isinstance(error, ApiError)} == {
+            (429, "rate_limit_exceeded")
+        }
+        assert not any(task.done() for task in held[:16])
+        at_once = {"type": "http.request", "body": b"", "more_body": False}
+        for _ in range(50):  # what was counted of the others is given back
+            assert await arrivals.read(_pieces(whole, part, at_once), 10) == b"x" * 10
+        held[0].cancel()
+        await asyncio.wait(held[:1])
+        slow = asyncio.create_task(arrivals.read(_pieces(whole, part), 10))  # takes the place of one that has gone
+        with pytest.raises(ApiError, match="limit of waiting requests"):
+            await asyncio.wait_for(arrivals.read(_pieces(whole, part), 10), 20)
+        whole.set()
+        assert await asyncio.gather(*held[1:16], slow) == [b"x" * 10] * 16
+
+    asyncio.run(ask())
+
+
 def _pieces(whole: asyncio.Event, *parts: Any) -> Any:
     left = iter(parts)
 
