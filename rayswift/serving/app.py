@@ -27,7 +27,15 @@ from rayswift.models.loading import check_folder
 from rayswift.serving import adapter_store, auth, controller, environment, front, process
 from rayswift.serving.controller import APP_NAME
 from rayswift.serving.http import build_asgi
-from rayswift.serving.placement import actor_options, replica_options, serve_options, with_cores, with_gpus
+from rayswift.serving.placement import (
+    SURGE_PERCENT,
+    actor_options,
+    replica_options,
+    serve_options,
+    surge_percent,
+    with_cores,
+    with_gpus,
+)
 from rayswift.serving.served import ServedModel, open_model
 from rayswift.serving.spec import ServeSpec
 
@@ -71,7 +79,11 @@ def build_app(spec: ServeSpec) -> serve.Application:
     spec, num_gpus = checked(spec), _num_gpus()
     if spec.gpus_per_replica is None and not num_gpus and not ray.is_initialized():
         print("note: gpus_per_replica=0, as this machine has none; name it for the GPUs of a cluster", file=sys.stderr)
-    return application(chosen(spec, num_gpus))
+    spec = chosen(spec, num_gpus)
+    surge, told = surge_percent(spec, num_gpus)
+    if told:
+        print(f"note: {told}", file=sys.stderr)
+    return application(spec, surge)
 
 
 def checked(spec: ServeSpec) -> ServeSpec:
@@ -101,11 +113,12 @@ def _num_gpus() -> float:
     return torch.cuda.device_count()
 
 
-def application(spec: ServeSpec) -> serve.Application:
+def application(spec: ServeSpec, max_surge_percent: int = SURGE_PERCENT) -> serve.Application:
     """The Ray Serve application of a spec that is `checked`, `chosen` and not promotable."""
-    deployment: Any = serve.deployment(
-        name="endpoint", **replica_options(spec), **serve_options(spec), ray_actor_options=actor_options(spec)
-    )(serve.ingress()(EndpointReplica))
+    options = {**replica_options(spec), **serve_options(spec, max_surge_percent)}
+    deployment: Any = serve.deployment(name="endpoint", **options, ray_actor_options=actor_options(spec))(
+        serve.ingress()(EndpointReplica)
+    )
     application: serve.Application = deployment.bind(spec)
     return application
 

@@ -6,6 +6,7 @@ Pure functions from a ServeSpec to what Ray and Ray Serve take; knows neither.
 from __future__ import annotations
 
 import shlex
+from math import ceil
 from typing import Any
 
 from rayswift import plugins
@@ -54,17 +55,17 @@ _SERVING = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """The environment of every process of an endpoint."""
-_SURGE_PERCENT = 25
+SURGE_PERCENT = 25
 """Replicas that an update starts beyond their number, rounded up, before it stops as many old ones."""
 
 
-def serve_options(spec: ServeSpec) -> dict[str, Any]:
-    """How Serve fills, updates and ends the replicas of any deployment of a spec."""
+def serve_options(spec: ServeSpec, max_surge_percent: int = SURGE_PERCENT) -> dict[str, Any]:
+    """How Serve fills, updates and ends the replicas of any deployment of a spec; see `surge_percent`."""
     places = len(spec.models) * (spec.max_concurrency + spec.max_queued)
     return {
         "max_ongoing_requests": places + _SPARE_REQUESTS,
         "max_queued_requests": _MAX_WAITING_REQUESTS,
-        "max_surge_percent": _SURGE_PERCENT,
+        "max_surge_percent": max_surge_percent,
         "max_constructor_retry_count": 1,  # a model that does not load does not load the second time either
         "graceful_shutdown_wait_loop_s": 0.5,
         # An update lets every answer end; a stop does not wait as long, see `controller`.
@@ -95,9 +96,10 @@ def front_options(spec: ServeSpec) -> dict[str, Any]:
 def with_gpus(spec: ServeSpec, num_gpus: float) -> tuple[ServeSpec, str | None]:
     """The spec with its replicas' GPUs, of a cluster with so many, and for a person what was chosen.
 
-    As asked, or `tensor_parallel` for each model; models share one where there are too few for all. None where the
-    device is another, or there are none: under Ray 2.60 a process without a reserved GPU would take the first one
-    behind Ray's back. Raises ConfigError for device=cuda without a GPU.
+    As asked, or `tensor_parallel` for each model; models share one where there are too few for all (each version has
+    its part of one, where they are `promotable`). None where the device is another, or there are none: under Ray 2.60 a
+    process without a reserved GPU would take the first one behind Ray's back. Raises ConfigError for device=cuda
+    without a GPU, and where `tensor_parallel` wants more for a replica than there are.
     """
     if spec.gpus_per_replica is not None:
         return spec, None
@@ -108,13 +110,49 @@ def with_gpus(spec: ServeSpec, num_gpus: float) -> tuple[ServeSpec, str | None]:
         return spec.model_copy(update={"gpus_per_replica": 0}), None
     num_models = 1 if spec.promotable else len(spec.models)  # of a replica
     num_replicas = (spec.max_replicas or spec.num_replicas) * (len(spec.models) if spec.promotable else 1)
-    wanted = spec.tensor_parallel * num_models
+    wanted: float = spec.tensor_parallel * num_models
+    if wanted > num_gpus and spec.tensor_parallel > 1:
+        raise ConfigError(
+            f"needs {wanted:g} GPUs for a replica, and Ray's cluster has {num_gpus:g}", path="tensor_parallel",
+            value=spec.tensor_parallel,
+            fix=f"lower it; for nodes that are still to come name gpus_per_replica: {wanted:g}",
+        )  # fmt: skip
     if spec.tensor_parallel == 1 and wanted * num_replicas > num_gpus:
-        wanted = 1
-    told = f"gpus_per_replica={wanted}, of {num_gpus:g} GPUs of the cluster"
-    if spec.promotable and num_gpus < (num_replicas + 1) * wanted:
-        told += "; a version to promote needs as many free: 0.5 leaves room for it beside the live one"
+        # Replicas of one model do not share: what they lack may still come, and a second one on a GPU gains little.
+        wanted = _part(min(len(spec.models), ceil(num_replicas / num_gpus))) if spec.promotable else 1
+    told = f"gpus_per_replica={wanted:g}, of {num_gpus:g} GPUs of the cluster"
+    if wanted * num_replicas > num_gpus:
+        told += f"; {num_replicas} replicas take {wanted * num_replicas:g}, and one that finds none waits for it"
+    elif spec.promotable and num_gpus < (num_replicas + 1) * wanted:
+        told += "; a version to promote needs as many free"
+        if spec.tensor_parallel == 1:
+            told += f": {_part(ceil((num_replicas + 1) / num_gpus)):g} leaves room for it beside the live one"
     return spec.model_copy(update={"gpus_per_replica": wanted}), told
+
+
+def _part(num_sharing: int) -> float:
+    """Of a GPU, as Ray counts: so many ten thousandths."""
+    return 10_000 // num_sharing / 10_000
+
+
+def surge_percent(spec: ServeSpec, num_gpus: float) -> tuple[int, str | None]:
+    """Replicas that an update may start beyond their number, of a cluster with so many GPUs, and for a person why none.
+
+    With every GPU reserved the first new replica would wait for ever for an old one, which waits for it. Where not
+    even the replicas themselves fit, the GPUs are elsewhere or still to come, and this says nothing.
+    """
+    if not spec.gpus:
+        return SURGE_PERCENT, None
+    room = num_gpus // spec.gpus if spec.gpus >= 1 else num_gpus * int(1 / spec.gpus)
+    # Of replicas that follow the load some may be free when the update comes: their least number counts.
+    if not spec.num_replicas <= room < spec.num_replicas + ceil(spec.num_replicas * SURGE_PERCENT / 100):
+        return SURGE_PERCENT, None
+    break_ = "" if spec.num_replicas > 1 else ", and nobody answers until that one is there"
+    return 0, (
+        f"an update ends a replica before it starts the next{break_}: {spec.num_replicas} x {spec.gpus:g} of "
+        f"{num_gpus:g} GPUs leave no room for both; for a cluster that grows give the deployment endpoint "
+        f"max_surge_percent: {SURGE_PERCENT} in Serve's config"
+    )
 
 
 def with_cores(spec: ServeSpec, cores: float) -> ServeSpec:

@@ -12,8 +12,14 @@ from rayswift.errors import ConfigError, ServeError
 from rayswift.serving import app, controller, process
 from rayswift.serving.engine import EngineOptions
 from rayswift.serving.engines import local
-from rayswift.serving.placement import actor_options, engine_options, with_cores, with_gpus
+from rayswift.serving.placement import actor_options, engine_options, surge_percent, with_cores, with_gpus
 from rayswift.serving.spec import ServeSpec
+
+_NO_ROOM = (
+    "an update ends a replica before it starts the next, and nobody answers until that one is there: 1 x 1 of 1 GPUs "
+    "leave no room for both; for a cluster that grows give the deployment endpoint max_surge_percent: 25 in Serve's "
+    "config"
+)
 
 
 def spec(**more: Any) -> ServeSpec:
@@ -60,6 +66,12 @@ def test_a_replica_has_one_core_where_others_compute_too() -> None:
         ({"models": {"a": "x", "b": "y"}, "num_replicas": 2}, 4, 2),
         ({"models": {"a": "x", "b": "y"}, "tensor_parallel": 2}, 8, 4),
         ({"models": {"a": "x", "b": "y"}, "promotable": True}, 8, 1),
+        ({"models": {"a": "x", "b": "y"}, "promotable": True}, 2, 1),
+        ({"models": {"a": "x", "b": "y"}, "promotable": True}, 1, 0.5),  # each version is a replica of its own
+        ({"models": {"a": "x", "b": "y", "c": "z"}, "promotable": True}, 1, 0.3333),
+        ({"models": {"a": "x", "b": "y", "c": "z"}, "promotable": True}, 2, 0.5),
+        ({"promotable": True, "num_replicas": 2}, 1, 1),
+        ({"models": {"a": "x", "b": "y"}, "promotable": True, "num_replicas": 2}, 1, 0.5),
     ],
 )
 def test_a_replica_reserves_gpus_where_the_cluster_has_them(more: dict[str, Any], num_gpus: int, gpus: float) -> None:
@@ -76,6 +88,8 @@ def test_a_replica_reserves_gpus_where_the_cluster_has_them(more: dict[str, Any]
     (0, {}, "note: gpus_per_replica=0, as this machine has none; name it for the GPUs of a cluster"),
     (0, {"gpus_per_replica": 2}, ""),
     (4, {}, "note: gpus_per_replica=1, of 4 GPUs of the cluster"),
+    (1, {}, f"note: gpus_per_replica=1, of 1 GPUs of the cluster\nnote: {_NO_ROOM}"),
+    (1, {"gpus_per_replica": 1}, f"note: {_NO_ROOM}"),
 ])  # fmt: skip
 def test_the_choice_of_gpus_is_told_by_ray_serves_own_commands_too(
     num_gpus: int, more: dict[str, Any], told: str,
@@ -87,6 +101,7 @@ def test_the_choice_of_gpus_is_told_by_ray_serves_own_commands_too(
     made = app.build_app(spec(**more))
     assert capsys.readouterr().err.strip() == told
     assert made._bound_deployment.ray_actor_options["num_gpus"] == more.get("gpus_per_replica", min(1, num_gpus))
+    assert made._bound_deployment._deployment_config.max_surge_percent == (0 if _NO_ROOM in told else 25)
 
 
 def test_a_lack_of_gpus_is_told() -> None:
@@ -94,7 +109,55 @@ def test_a_lack_of_gpus_is_told() -> None:
         with_gpus(spec(device="cuda"), 0)
     for num_gpus, is_tight in ((1, True), (2, False)):
         _, told = with_gpus(spec(promotable=True), num_gpus)
-        assert ("a version to promote needs as many free" in str(told)) == is_tight
+        assert ("a version to promote needs as many free: 0.5 leaves room for it" in str(told)) == is_tight
+    two = spec(models={"a": "x", "b": "y"}, promotable=True)
+    assert "as many free: 0.3333 leaves room" in str(with_gpus(two, 1)[1])
+    assert str(with_gpus(spec(promotable=True, tensor_parallel=2), 2)[1]).endswith("needs as many free")
+
+
+@pytest.mark.parametrize(("more", "needed"), [
+    ({"tensor_parallel": 2}, 2), ({"tensor_parallel": 2, "promotable": True}, 2),
+    ({"tensor_parallel": 2, "models": {"a": "x", "b": "y"}}, 4),
+])  # fmt: skip
+def test_a_replica_that_cannot_be_placed_is_refused_at_once(more: dict[str, Any], needed: int) -> None:
+    with pytest.raises(
+        ConfigError, match=f"tensor_parallel=2 needs {needed} GPUs .* has 1; .*gpus_per_replica: {needed}"
+    ):
+        with_gpus(spec(**more), 1)
+    assert with_gpus(spec(**more, gpus_per_replica=needed), 1)[1] is None, "nodes that are still to come"
+
+
+@pytest.mark.parametrize(
+    ("more", "num_gpus", "taken"),
+    [({"num_replicas": 2}, 1, "2 replicas take 2"), ({"max_replicas": 4}, 2, "4 replicas take 4"),
+     ({"num_replicas": 2, "promotable": True}, 1, "2 replicas take 2"),
+     ({"num_replicas": 2, "tensor_parallel": 2}, 3, "2 replicas take 4"),
+     ({"num_replicas": 2}, 2, None), ({"models": {"a": "x", "b": "y"}}, 1, None)],
+)  # fmt: skip
+def test_replicas_that_the_cluster_has_no_gpus_for_are_told(
+    more: dict[str, Any], num_gpus: int, taken: str | None
+) -> None:
+    told = str(with_gpus(spec(**more), num_gpus)[1])
+    assert ("waits for it" in told) == (taken is not None)
+    assert taken is None or taken in told
+
+
+@pytest.mark.parametrize(
+    ("more", "num_gpus", "percent"),
+    [({"gpus_per_replica": 0}, 0, 25), ({"gpus_per_replica": 1}, 1, 0), ({"gpus_per_replica": 1}, 2, 25),
+     ({"gpus_per_replica": 0.5}, 1, 25), ({"gpus_per_replica": 0.6}, 1, 0),
+     ({"gpus_per_replica": 0.5, "num_replicas": 2}, 1, 0),
+     ({"gpus_per_replica": 1, "num_replicas": 5}, 6, 0), ({"gpus_per_replica": 1, "num_replicas": 5}, 7, 25),
+     ({"gpus_per_replica": 4}, 7, 0), ({"gpus_per_replica": 4}, 8, 25),
+     ({"gpus_per_replica": 1}, 0, 25), ({"gpus_per_replica": 1, "num_replicas": 4}, 2, 25),  # which are still to come
+     ({"gpus_per_replica": 1, "max_replicas": 4}, 4, 25)],
+)  # fmt: skip
+def test_an_update_starts_no_replica_first_where_no_gpu_is_left_for_it(
+    more: dict[str, Any], num_gpus: int, percent: int
+) -> None:
+    found, told = surge_percent(spec(**more), num_gpus)
+    assert found == percent
+    assert (told is None) == (percent > 0)
 
 
 @pytest.mark.parametrize(
