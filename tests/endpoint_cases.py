@@ -20,6 +20,8 @@ class StandIn(ThreadingHTTPServer):
         self.models, self.key = models, key
         self.seen: list[dict[str, Any]] = []
         self.owner = "test"
+        self.listed: Any = None
+        """What /models says instead of these."""
 
     def handle_error(self, *_: Any) -> None:
         """A client that has gone away is nothing to print."""
@@ -39,7 +41,8 @@ class _Handler(BaseHTTPRequestHandler):
                 {"id": name, "object": "model", "created": 0, "owned_by": self.server.owner}
                 for name in self.server.models
             ]
-            self._send(200 if self.path == "/v1/models" else 404, {"object": "list", "data": data})
+            said = {"object": "list", "data": data} if self.server.listed is None else self.server.listed
+            self._send(200 if self.path == "/v1/models" else 404, said)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -44,7 +44,8 @@ def _no_penalties(client: openai.OpenAI, model: str) -> Mapping[str, float]:
 
     try:
         served = models_of(client).get(model)
-    except openai.APIError:  # it may list none; what is wrong with it otherwise the first question will tell
+    except (openai.APIError, AttributeError, TypeError, ValueError):
+        # It lists none, or nothing that the client can read; what else is wrong with it the first question will tell.
         return {}
     return _NO_PENALTIES if served is not None and served.owned_by in _READS_FOLDERS else {}
 

@@ -231,9 +231,16 @@ def read(directory: str | os.PathLike[str]) -> ExportManifest:
 
 def _check_file(folder: Path, name: str, entry: FileEntry, announced: FileEntry | None = None) -> None:
     """Raises ExportError unless the file is what `entry` says, or what was `announced` to take its place."""
+    try:
+        _check_entry(folder, name, entry)
+    except ExportError:
+        # In this order: it may be put there at any moment, and is never taken away again.
+        if announced is None or not is_as(folder / name, announced):
+            raise
+
+
+def _check_entry(folder: Path, name: str, entry: FileEntry) -> None:
     file = folder / name
-    if announced is not None and is_as(file, announced):
-        return
     if not file.is_file():
         raise ExportError(f"lacks {name}", path=str(folder), fix="export again")
     if (size := file.stat().st_size) != entry.size:

@@ -187,7 +187,8 @@ def run(
         endpoint.close()
         raise
     if blocking:
-        endpoint.close()
+        with process.told_to_stop():  # a second signal ends the wait for answers, and what is served all the same
+            endpoint.close()
     return endpoint
 
 

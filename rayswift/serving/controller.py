@@ -24,7 +24,8 @@ from rayswift.serving.spec import ServeSpec
 
 APP_NAME = "rayswift"
 """The application that answers HTTP; names of others that belong to it begin with it."""
-_POLL_S, _STOP_TIMEOUT_S, _LAST_WORDS_S, _END_TIMEOUT_S, _IDLE_STOP_S = 0.1, 30.0, 10.0, 3.0, 10.0
+_POLL_S, _STOP_TIMEOUT_S, _LAST_WORDS_S, _END_TIMEOUT_S, _IDLE_STOP_S = 0.1, 30.0, 8.0, 3.0, 10.0
+"""Who stops containers kills them 10 s after the signal, unless told otherwise."""
 
 
 @contextmanager
@@ -38,12 +39,15 @@ def serving(spec: ServeSpec) -> Iterator[None]:
     variables = proxy.environment(spec.max_body_bytes + 2 * spec.max_media_bytes)  # media come in base64
     # Serve tells the driver's terminal about its inner life at INFO; warnings still get through.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    has_started = False
     try:
         _start(spec, variables)
+        has_started = True
         yield
     finally:
         _stop_serve()
-        _wait_for_the_port(spec)
+        if has_started:  # else somebody else has the port
+            _wait_for_the_port(spec)
 
 
 def _start(spec: ServeSpec, variables: dict[str, str]) -> None:
@@ -75,9 +79,12 @@ def _stop_serve() -> None:
     where a program's answer belongs. So the controller is told without waiting, and watched. (ray 2.60)
     """
     if (controller := _serve_controller()) is not None:
-        is_idle = _are_answers_over(_LAST_WORDS_S) or _end_answers()
-        with suppress(RayActorError):  # told, and gone before it has said so
-            ray.get(controller.graceful_shutdown.remote(wait=False))
+        is_idle = False
+        try:
+            is_idle = _are_answers_over(_LAST_WORDS_S) or _end_answers()
+        finally:  # also where a second Ctrl-C has ended the wait: a controller that was not told outlives us
+            with suppress(RayActorError):  # told, and gone before it has said so
+                ray.get(controller.graceful_shutdown.remote(wait=False))
         _wait_for_stop(_IDLE_STOP_S if is_idle else _POLL_S)
         if _serve_controller() is not None:
             for replica in _replicas():
@@ -98,15 +105,15 @@ def _wait_for_the_port(spec: ServeSpec) -> None:
 
 def _are_answers_over(timeout_s: float) -> bool:
     """Whether all answers have ended within a time. None is begun from then on: who asks is told to come back."""
-    deadline = time.monotonic() + timeout_s
-    with suppress(RayError, RayServeException, TimeoutError):  # Serve may be what has failed
-        if APP_NAME in serve.status().applications:
-            serve.delete(APP_NAME, _blocking=False)
-        while APP_NAME in serve.status().applications:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_POLL_S)
-        return True
+    deadline, is_told = time.monotonic() + timeout_s, False
+    while time.monotonic() < deadline and _serve_controller() is not None:
+        with suppress(RayError, RayServeException, TimeoutError):  # a controller that is started again answers later
+            if APP_NAME not in serve.status().applications:
+                return True
+            if not is_told:
+                serve.delete(APP_NAME, _blocking=False)
+                is_told = True
+        time.sleep(_POLL_S)
     return False
 
 

@@ -70,6 +70,8 @@ def _generation_config(folder: str) -> dict[str, Any]:
 
     try:
         config = GenerationConfig.from_pretrained(folder)
+    except (ValueError, TypeError):  # of settings that contradict each other none is wished
+        return {}
     except OSError:  # older folders have such settings among the model's own
         config = GenerationConfig.from_model_config(load_config(folder))
     found: dict[str, Any] = config.to_diff_dict()

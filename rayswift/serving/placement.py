@@ -145,7 +145,7 @@ def surge_percent(spec: ServeSpec, num_gpus: float) -> tuple[int, str | None]:
         return SURGE_PERCENT, None
     room = num_gpus // spec.gpus if spec.gpus >= 1 else num_gpus * int(1 / spec.gpus)
     # Of replicas that follow the load some may be free when the update comes: their least number counts.
-    if not spec.num_replicas <= room < spec.num_replicas + ceil(spec.num_replicas * SURGE_PERCENT / 100):
+    if room != spec.num_replicas:  # with room for one more, new ones come one after the other
         return SURGE_PERCENT, None
     break_ = "" if spec.num_replicas > 1 else ", and nobody answers until that one is there"
     return 0, (

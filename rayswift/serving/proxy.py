@@ -168,7 +168,7 @@ def _error_of(status: int | None) -> ApiError:
         return _lost()
     if status == 404:
         # What is served answers all paths, and says 404 itself.
-        message = "nothing is served here now: the endpoint is starting or stopping; try again shortly"
+        message = "nothing is served at this path now: the endpoint is starting or stopping, or has another prefix"
         return ApiError(message, status=503, headers={"Retry-After": "1"})
     if status == 408:
         return flow.took_too_long()

@@ -62,8 +62,10 @@ class _Cluster:
 
     def applications(self) -> Any:
         """What the dashboard says of Serve; None while it does not answer."""
+        token = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+        asked = urllib.request.Request(f"{self.dashboard}/api/serve/applications/", headers=token)
         try:
-            with urllib.request.urlopen(f"{self.dashboard}/api/serve/applications/", timeout=30) as answer:
+            with urllib.request.urlopen(asked, timeout=30) as answer:
                 return json.load(answer)
         except (urllib.error.URLError, TimeoutError):
             return None

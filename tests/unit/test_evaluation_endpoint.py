@@ -67,6 +67,15 @@ def test_a_server_that_reads_the_folders_penalties_is_asked_without_them(served:
         assert (body.get("presence_penalty", 0), body.get("frequency_penalty", 0)) == (0, 0)
 
 
+def test_an_endpoint_whose_list_of_models_is_none_is_asked_all_the_same(served: StandIn, tmp_path: Path) -> None:
+    path = rows_of(tmp_path / "asked.jsonl", [("Say Paris", "Paris")])
+    for listed in (["demo"], [1, 2], "<html>", {"data": [{"name": "a"}, {"name": "b"}]}):
+        served.listed = listed
+        report = api.evaluate(served.url, path, model="demo")
+        assert report.answers is not None
+        assert report.answers.exact_match == 1
+
+
 def test_earlier_turns_are_sent_along(served: StandIn, tmp_path: Path) -> None:
     turns = [("system", "Be brief."), ("user", "Two?"), ("assistant", "2"), ("user", "Say 3"), ("assistant", "3")]
     messages = [{"role": role, "content": text} for role, text in turns]

@@ -192,6 +192,35 @@ def test_evaluations_at_the_same_time_lose_nothing_and_nobody_reads_half_of_one(
     assert found == {f"eval-{n}.json": report.loss for n, report in enumerate(reports)}
 
 
+def _entry_of(content: bytes) -> manifest.FileEntry:
+    return manifest.FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def test_a_card_that_is_put_there_while_it_is_looked_at_is_the_one_that_was_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, old, new = tmp_path / "README.md", b"old", b"newer"
+    is_as, sha256 = manifest.is_as, manifest.file_sha256
+
+    def put_behind(file: Path, entry: manifest.FileEntry) -> bool:
+        found = is_as(file, entry)
+        card.write_bytes(new)
+        return found
+
+    def put_before(file: Path) -> str:
+        card.write_bytes(new)
+        return sha256(file)
+
+    for name, put in (("is_as", put_behind), ("file_sha256", put_before)):
+        card.write_bytes(old)
+        with monkeypatch.context() as patched:
+            patched.setattr(manifest, name, put)
+            manifest._check_file(tmp_path, card.name, _entry_of(old), _entry_of(new))
+    card.write_bytes(b"another")
+    with pytest.raises(ExportError, match="with 7 bytes instead of 3"):
+        manifest._check_file(tmp_path, card.name, _entry_of(old), _entry_of(new))
+
+
 def test_an_export_that_cannot_be_written_is_told_and_the_report_is_printed(
     out: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

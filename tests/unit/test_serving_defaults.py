@@ -39,5 +39,7 @@ def test_what_a_folder_wishes(folder: Path) -> None:
 def test_nonsense_is_left_out(folder: Path) -> None:
     assert _with(folder, do_sample=True, temperature=0.6, repetition_penalty=17.0) == SamplingDefaults(temperature=0.6)
     assert _with(folder, do_sample=True, top_k=20.5) == SamplingDefaults()
+    assert _with(folder, max_new_tokens=0, temperature=0.6) == SamplingDefaults()  # transformers refuses the file
+    assert _with(folder, max_new_tokens="512") == SamplingDefaults()
     whole = _with(folder, do_sample=True, top_k=20.0).top_k
     assert (whole, type(whole)) == (20, int)  # engines take nothing else

@@ -381,7 +381,7 @@ def test_an_answer_is_told_as_what_follows_its_prompt(
     assert ids[: len(prompt)] == prompt
     script = ids[len(prompt) :]
     runner = _Runner(str(folder), EngineOptions(device="cpu"))
-    monkeypatch.setattr("rayswift.serving.local.loop.Sampler", lambda _: _Scripted(script))
+    monkeypatch.setattr("rayswift.serving.local.loop.Sampler", lambda *_: _Scripted(script))
     prompts = PromptBuilder(load_tokenizer(str(folder)))
     app = build_asgi(ServeSpec(models={"m": "x"}), {"m": ServedModel(runner.engine, prompts, Admission(4, 4))})
 

@@ -147,7 +147,7 @@ def test_replicas_that_the_cluster_has_no_gpus_for_are_told(
     [({"gpus_per_replica": 0}, 0, 25), ({"gpus_per_replica": 1}, 1, 0), ({"gpus_per_replica": 1}, 2, 25),
      ({"gpus_per_replica": 0.5}, 1, 25), ({"gpus_per_replica": 0.6}, 1, 0),
      ({"gpus_per_replica": 0.5, "num_replicas": 2}, 1, 0),
-     ({"gpus_per_replica": 1, "num_replicas": 5}, 6, 0), ({"gpus_per_replica": 1, "num_replicas": 5}, 7, 25),
+     ({"gpus_per_replica": 1, "num_replicas": 5}, 5, 0), ({"gpus_per_replica": 1, "num_replicas": 5}, 6, 25),
      ({"gpus_per_replica": 4}, 7, 0), ({"gpus_per_replica": 4}, 8, 25),
      ({"gpus_per_replica": 1}, 0, 25), ({"gpus_per_replica": 1, "num_replicas": 4}, 2, 25),  # which are still to come
      ({"gpus_per_replica": 1, "max_replicas": 4}, 4, 25)],

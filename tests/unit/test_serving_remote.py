@@ -21,11 +21,13 @@ from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
 from rayswift.errors import ServeError
 from rayswift.models.loading import load_tokenizer
 from rayswift.serving import beats, remote
+from rayswift.serving.admission import Admission
 from rayswift.serving.api_errors import ApiError
 from rayswift.serving.engine import Delta, Embedding, FakeEngine, Prompt, Refused, Request, Sampling
 from rayswift.serving.facts import Facts
 from rayswift.serving.prompts import PromptBuilder
 from rayswift.serving.remote import RemoteEngine, VersionReplica
+from rayswift.serving.served import ServedModel
 from rayswift.serving.spec import ServeSpec
 
 _REQUEST = Request("r", Prompt((1,)), Sampling(4))
@@ -260,7 +262,7 @@ def test_what_the_engine_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> No
 
 def _replica(folder: Path, engine: FakeEngine) -> Any:
     prompts = PromptBuilder(load_tokenizer(str(folder)))
-    return SimpleNamespace(_model=SimpleNamespace(engine=engine, prompts=prompts))
+    return SimpleNamespace(_model=ServedModel(engine, prompts, Admission(1, 1)))
 
 
 def test_a_replica_answers_conversations_and_continues_texts(tiny_model_dir: Path) -> None:
