@@ -123,10 +123,10 @@ def with_gpus(spec: ServeSpec, num_gpus: float) -> tuple[ServeSpec, str | None]:
     told = f"gpus_per_replica={wanted:g}, of {num_gpus:g} GPUs of the cluster"
     if wanted * num_replicas > num_gpus:
         told += f"; {num_replicas} replicas take {wanted * num_replicas:g}, and one that finds none waits for it"
-    elif spec.promotable and num_gpus < (num_replicas + 1) * wanted:
+    elif spec.promotable and num_gpus < (num_replicas + spec.num_replicas) * wanted:
         told += "; a version to promote needs as many free"
         if spec.tensor_parallel == 1:
-            told += f": {_part(ceil((num_replicas + 1) / num_gpus)):g} leaves room for it beside the live one"
+            told += f": {_part(ceil((num_replicas + spec.num_replicas) / num_gpus)):g} leaves room for it beside the live one"
     return spec.model_copy(update={"gpus_per_replica": wanted}), told
 
 

@@ -112,6 +112,9 @@ def test_a_lack_of_gpus_is_told() -> None:
         assert ("a version to promote needs as many free: 0.5 leaves room for it" in str(told)) == is_tight
     two = spec(models={"a": "x", "b": "y"}, promotable=True)
     assert "as many free: 0.3333 leaves room" in str(with_gpus(two, 1)[1])
+    pair = spec(promotable=True, num_replicas=2)  # so has the version that comes
+    assert "as many free: 0.5 leaves room" in str(with_gpus(pair, 3)[1])
+    assert "as many free" not in str(with_gpus(pair, 4)[1])
     assert str(with_gpus(spec(promotable=True, tensor_parallel=2), 2)[1]).endswith("needs as many free")
 
 
