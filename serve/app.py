@@ -2,9 +2,9 @@
 
     RAYSWIFT_SERVE=exports/sft-demo RAYSWIFT_API_KEY=... serve run serve.app:app
 
-RAYSWIFT_SERVE is an export folder, or a YAML file with a ServeSpec, whose host and port do not count here. The keys
-come from RAYSWIFT_API_KEY or the file's api_key_file; RAYSWIFT_ALLOW_NO_KEY=1 does without, for an address that only
-this machine reaches. Code that needs Ray Serve beside this folder writes `from ray import serve as ray_serve`: the
+RAYSWIFT_SERVE is an export folder, or a YAML file with a ServeSpec, whose port does not count here, nor its host where
+there is a key. The keys come from RAYSWIFT_API_KEY or the file's api_key_file; RAYSWIFT_ALLOW_NO_KEY=1 does without,
+for an address that only this machine reaches: requests to another name than localhost are refused then. Code that needs Ray Serve beside this folder writes `from ray import serve as ray_serve`: the
 folder shares its name.
 """
 
