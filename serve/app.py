@@ -4,8 +4,8 @@
 
 RAYSWIFT_SERVE is an export folder, or a YAML file with a ServeSpec, whose port does not count here, nor its host where
 there is a key. The keys come from RAYSWIFT_API_KEY or the file's api_key_file; RAYSWIFT_ALLOW_NO_KEY=1 does without,
-for an address that only this machine reaches: requests to another name than localhost are refused then. Code that needs Ray Serve beside this folder writes `from ray import serve as ray_serve`: the
-folder shares its name.
+for an address that only this machine reaches: requests to another name than localhost are refused then. Code that
+needs Ray Serve beside this folder writes `from ray import serve as ray_serve`: the folder shares its name.
 """
 
 import os
