@@ -126,7 +126,8 @@ def with_gpus(spec: ServeSpec, num_gpus: float) -> tuple[ServeSpec, str | None]:
     elif spec.promotable and num_gpus < (num_replicas + spec.num_replicas) * wanted:
         told += "; a version to promote needs as many free"
         if spec.tensor_parallel == 1:
-            told += f": {_part(ceil((num_replicas + spec.num_replicas) / num_gpus)):g} leaves room for it beside the live one"
+            part = _part(ceil((num_replicas + spec.num_replicas) / num_gpus))
+            told += f": {part:g} leaves room for it beside the live one"
     return spec.model_copy(update={"gpus_per_replica": wanted}), told
 
 
