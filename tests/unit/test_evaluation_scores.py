@@ -27,6 +27,7 @@ LONG = "It depends on what is meant, since the word has more than one meaning in
         ("12%", "12 %", False, True),
         ("-3", "3", False, False),
         ("5-3", "3", False, True),
+        ("5", "1,5", False, False),
         ("She has 5+4=9\n#### 9", "First 5, then 4 more: 5+4=<<5+4=9>>9\n#### 9", False, True),
         ("She has 5+4=9, so nine", "First 5, then 4 more.\n#### 9", False, True),
         ("#### 9\nthat is 8", "First 5, then 4 more.\n#### 9", False, False),
@@ -65,3 +66,71 @@ def test_the_last_number(text: str, number: str | None) -> None:
 
 def test_a_text_is_normalised_to_its_words() -> None:
     assert normalised("The  \uff21\uff22C's, an_end!") == "abc s end"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("x = 3", "x = -3"),
+        ("x = 3", "x = - 3"),
+        ("x + 3", "x - 3"),
+        ("3 degrees", "-3 degrees"),
+        ("3 degrees", "\u22123 degrees"),
+        ("$5 owed", "-$5 owed"),
+        ("B-", "B+"),
+        ("B", "B-"),
+        ("A-", "A+"),
+        ("A-", "-"),
+        ("< 5", "> 5"),
+        ("x < y", "x > y"),
+        ("x <= 5", "x >= 5"),
+        ("C", "C++"),
+        ("Na+", "Na-"),
+        ("1 5 km", "1.5 km"),
+        ("1,5 km", "1.5 km"),
+        ("15 km", "1.5 km"),
+        ("5 km", ".5 km"),
+        ("Python 3.1", "Python 3.10"),
+        ("5", "\u22125"),
+        ("5", "-$5"),
+    ],
+)
+def test_another_value_is_not_right(answer: str, expected: str) -> None:
+    assert (agrees(answer, expected), agrees(expected, answer)) == (False, False)
+    assert agrees(expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("\u22125", "-5"),
+        ("-5", "$-5.00"),
+        ("x = \u22123", "x=-3"),
+        ("x = +3", "x = 3"),
+        ("+5 degrees", "5 degrees"),
+        ("x+3", "x + 3"),
+        ("x <= 3", "x \u2264 3"),
+        ("well-known", "well known"),
+        ("a well\u2010known one", "Well-known one."),
+        ("covid-19", "COVID 19"),
+        ("3-5 days", "3 - 5 days"),
+        ("3\u20135 days", "3-5 days"),
+        ("5%-10% more", "5 % - 10 % more"),
+        ("$3-$5 each", "$3 - $5 each"),
+        ("2024-01-02", "2024 01 02"),
+        ("on 01.02.2024", "on 01/02/2024"),
+        ("$5 a day", "5 $ a day"),
+        ("5% more", "5 % more."),
+        ("1,000 km", "1000 km"),
+        ("0.5 km", ".5 km"),
+        ("3,4 and 5", "3, 4 and 5"),
+        ("It is 1.5 km.", "it is 1.5 km"),
+        ("<Paris>", "Paris"),
+        ("a -> b", "a \u2192 b"),
+        ("B- .", "b-"),
+        ("A.", "A"),
+        ("C ++", "c++"),
+    ],
+)
+def test_another_spelling_is_right(answer: str, expected: str) -> None:
+    assert (agrees(answer, expected), agrees(expected, answer)) == (True, True)
