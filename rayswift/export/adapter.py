@@ -27,8 +27,8 @@ def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterM
     """The manifest of the adapter folder written to `output` from a LoRA run, one of its checkpoints, or an adapter.
 
     An existing `output` is replaced only with `force`, and only if it is such a folder. Raises ConfigError for a source
-    without an adapter or an output that is something else, ExportError when the result does not verify; `output` is
-    then as it was before.
+    without an adapter or an output that is something else, ExportError when the result does not verify, RaySwiftError
+    as `export` does for an output that has come meanwhile; `output` is then as it was before.
     """
     what = resolve(source)
     if what.adapter is None and what.adapter_dir is None:
@@ -45,7 +45,7 @@ def export_adapter(source: str, output: str, *, force: bool = False) -> AdapterM
     prompts = [encode(tokenizer, text) for text in PROMPTS]
     adapted = adapt(load_base(what.base, dtype="float32"), what)
     before = logprobs_of(adapted, prompts)
-    with disk_errors(output), staged_folder(output, replace=force) as stage:
+    with disk_errors(output), staged_folder(output, replace=force, check=read) as stage:
         write_adapter(adapted, stage, base=what.base, base_sha256=base_sha256, packed=what.packed)
         after = logprobs_of(attach_adapter(load_base(what.base, dtype="float32"), str(stage)), prompts)
         change = difference(after, before, DEFAULT_BOUNDS["float32"])

@@ -75,7 +75,8 @@ def export(
     cannot be read any more, that is told. An embedding model is copied and asked for its vectors: of the options it
     takes `force` and `prompts`, its texts. An existing `output` is replaced only with `force`. Raises ConfigError for a
     bad source or output, CheckpointError for a checkpoint that cannot be trusted, ExportError when the result cannot be
-    written or does not verify; `output` is then as it was before.
+    written or does not verify, RaySwiftError when `output` may not be replaced any more at the end, with the place that
+    the finished folder stays in; `output` is then as it was before.
     """
     quantizer = load_quantizer(quantize) if quantize else None
     what = resolve(source)
@@ -107,7 +108,7 @@ def export(
     bounds = bounds or (quantize.bounds(quantizer.bounds) if quantize and quantizer else DEFAULT_BOUNDS[dtype])
     bounds = bounds.with_mean(max_difference).with_perplexity(max_perplexity)
     job = _Job(base, dtype, tokenizer, quantize, quantizer, by, bounds)
-    with disk_errors(output), staged_folder(output, replace=force) as stage:
+    with disk_errors(output), staged_folder(output, replace=force, check=manifests.read) as stage:
         done, result = _written(job, merged.model, reference, rows, stage)
         manifest = _manifest(what, base_sha256, job, done, result).model_copy(update={"merge": merged.change})
         return _signed(manifest, what.run, output, stage)
@@ -200,7 +201,7 @@ def _export_embedding(
     what: Source, base: Path, base_sha256: str, output: str, texts: Sequence[str], *, force: bool
 ) -> ExportManifest:
     """An embedding model's folder with a manifest."""
-    with disk_errors(output), staged_folder(output, replace=force) as stage:
+    with disk_errors(output), staged_folder(output, replace=force, check=manifests.read) as stage:
         embedding.copy(base, stage)
         manifest = ExportManifest(
             base=what.base,

@@ -6,29 +6,37 @@ fsync, rename and locks; knows nothing of what the folder holds.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import secrets
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from rayswift.errors import RaySwiftError
 from rayswift.locks import taken
 
 _STAGED, _REPLACED = ".staged", ".replaced"
 _TRIES = 10
+_OCCUPIED = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
+"""What a rename to a folder that is not empty, or to no folder, fails with."""
 
 
 @contextmanager
-def staged_folder(target: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+def staged_folder(
+    target: str | os.PathLike[str], *, replace: bool = False, check: Callable[[str], object] | None = None
+) -> Iterator[Path]:
     """A fresh folder beside `target`, on disk and renamed to it when the block ends, removed when the block raises.
 
     Raises FileExistsError when `target` exists and is not an empty folder, unless `replace`. Whoever reads `target`
-    sees the old folder or the new one, never a mixture.
+    sees the old folder or the new one, never a mixture. The same holds when the block ends, which may be hours later:
+    of a `target` that has come meanwhile, or of which `check` raises a RaySwiftError although it may be replaced,
+    nothing is touched, and the finished folder stays beside it, as the RaySwiftError raised then says.
     """
     place = Path(os.path.abspath(target))
     if place.exists() and not replace and not is_empty_folder(place):
@@ -39,7 +47,10 @@ def staged_folder(target: str | os.PathLike[str], *, replace: bool = False) -> I
         try:
             yield stage
             _sync_tree(stage)
-            _swap(stage, place)
+            if replace and place.exists():
+                _swap(stage, place, check)
+            else:
+                _put(stage, place)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
@@ -63,22 +74,45 @@ def is_empty_folder(path: str | os.PathLike[str]) -> bool:
     return os.path.isdir(path) and not os.listdir(path)
 
 
-def _swap(stage: Path, place: Path) -> None:
-    """Put `stage` at `place`; an old folder there is moved aside first and put back if the rename fails."""
-    if not place.exists():
+def _put(stage: Path, place: Path) -> None:
+    """Rename `stage` to `place`, which the system itself refuses where anything but an empty folder is there."""
+    if place.is_symlink() and is_empty_folder(place):
+        place.unlink()
+    try:
         os.rename(stage, place)
-        sync_folder(place.parent)
-        return
+    except OSError as error:
+        if error.errno not in _OCCUPIED:
+            raise
+        raise _left_beside(stage, place, "has come there while this was made, and is not replaced") from error
+    sync_folder(place.parent)
+
+
+def _swap(stage: Path, place: Path, check: Callable[[str], object] | None) -> None:
+    """Put `stage` at `place`; an old folder there is moved aside first and put back if the rename fails."""
+    try:
+        if check is not None and not is_empty_folder(place):
+            check(str(place))
+    except RaySwiftError as error:
+        raise _left_beside(stage, place, f"is not replaced: {error}") from error
     old = _beside(place, _REPLACED)
     with _held(place):  # the folder's own lock, under whatever name
-        os.rename(place, old)
+        with suppress(FileNotFoundError):  # another one replaces it, and has moved it
+            os.rename(place, old)
         try:
-            os.rename(stage, place)
-        except OSError:
-            os.rename(old, place)
+            _put(stage, place)
+        except BaseException:
+            if old.exists() and not os.path.lexists(place):
+                os.rename(old, place)
             raise
-        sync_folder(place.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _left_beside(stage: Path, place: Path, reason: str) -> RaySwiftError:
+    """The error to raise, with the finished folder under a name that is not swept."""
+    kept = place.with_name(f"{place.name}.finished-{secrets.token_hex(4)}")
+    os.rename(stage, kept)
+    sync_folder(place.parent)
+    return RaySwiftError(reason, path="folder", value=str(place), fix=f"what was made is whole and stays in {kept}")
 
 
 def _beside(place: Path, suffix: str) -> Path:

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayswift.config.job import AdapterSpec, Job
-from rayswift.errors import CheckpointError, ConfigError, ExportError
+from rayswift.errors import CheckpointError, ConfigError, ExportError, RaySwiftError
 from rayswift.export import pipeline
 from rayswift.export.manifest import MANIFEST, read_valid
 from rayswift.export.terms import Bounds
@@ -291,6 +291,27 @@ def test_existing_output_needs_force_and_force_replaces_only_exports(tmp_path: P
     with pytest.raises(ConfigError, match=r"OUTPUT=.*half lies in .*out, which would hold what is not its own"):
         export(str(out), str(out / "deep" / "half"))
     read_valid(out)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_came_to_the_output_during_the_proof_is_kept_and_so_is_the_export(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    out, write = tmp_path / "out", pipeline.write_model
+    if force:
+        export(str(tiny_model_dir), str(out), verify=False)
+
+    def slow(*args: Any) -> None:
+        write(*args)
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        (out / "thesis").write_text("years")
+
+    monkeypatch.setattr(pipeline, "write_model", slow)
+    with pytest.raises(RaySwiftError, match=r"folder=.*is not replaced.*; what was made is whole and stays in") as told:
+        export(str(tiny_model_dir), str(out), verify=False, force=force)
+    assert (out / "thesis").read_text() == "years"
+    read_valid(str(told.value).rpartition(" ")[2])
 
 
 def test_an_output_that_cannot_be_made_is_told_before_any_work(

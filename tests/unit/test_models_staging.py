@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from rayswift.errors import ExportError, RaySwiftError
 from rayswift.models import staging
 from rayswift.models.staging import staged_folder
 
@@ -201,3 +203,113 @@ def test_what_another_machine_writes_is_left_alone(tmp_path: Path, name: str) ->
     with staged_folder(tmp_path / "new"):
         assert (tmp_path / name).exists()
         assert not ours.exists()
+
+
+def kept_of(error: RaySwiftError, place: Path) -> Path:
+    """The finished folder that a refusal names."""
+    found = re.fullmatch(rf"folder={place} .*; what was made is whole and stays in (\S+)", str(error))
+    assert found
+    return Path(found[1])
+
+
+def comes(place: Path, what: str) -> None:
+    if what == "file":
+        place.write_text("hers")
+    elif what == "link":
+        place.symlink_to(place.parent / "nowhere")
+    else:
+        place.mkdir()
+        (place / "thesis").write_text("years")
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "link"])
+def test_what_came_while_it_was_made_is_not_touched_and_nothing_made_is_lost(tmp_path: Path, what: str) -> None:
+    place = tmp_path / "new"
+
+    def made() -> None:
+        with staged_folder(place) as stage:
+            (stage / "a").write_text("1")
+            comes(place, what)
+
+    with pytest.raises(RaySwiftError, match="has come there while this was made, and is not replaced") as caught:
+        made()
+    assert {"folder": place.is_dir(), "file": place.is_file(), "link": place.is_symlink()}[what]
+    assert what != "folder" or [file.name for file in place.iterdir()] == ["thesis"]
+    kept = kept_of(caught.value, place)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"new", kept.name}
+    assert (kept / "a").read_text() == "1"
+    if what == "folder":
+        with staged_folder(place, replace=True) as stage:  # what it sweeps is not the folder that was kept
+            (stage / "b").write_text("2")
+        assert (kept / "a").read_text() == "1"
+
+
+def test_an_empty_folder_that_came_is_taken(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "new") as stage:
+        (stage / "a").write_text("1")
+        (tmp_path / "new").mkdir()
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["a"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["new"]
+
+
+def test_of_two_that_make_the_same_folder_both_keep_their_work(tmp_path: Path) -> None:
+    place = tmp_path / "new"
+
+    def both() -> None:
+        with staged_folder(place) as first:
+            (first / "a").write_text("1")
+            with staged_folder(place) as second:
+                (second / "b").write_text("2")
+
+    with pytest.raises(RaySwiftError) as caught:
+        both()
+    assert (place / "b").read_text() == "2"
+    assert (kept_of(caught.value, place) / "a").read_text() == "1"
+
+
+def test_what_may_be_replaced_is_looked_at_again_at_the_end(tmp_path: Path) -> None:
+    place = tmp_path / "old"
+    place.mkdir()
+    (place / "export").write_text("old")
+
+    def check(folder: str) -> None:
+        if not (Path(folder) / "export").exists():
+            raise ExportError("is no export")
+
+    def made(what: str) -> None:
+        with staged_folder(place, replace=True, check=check) as stage:
+            (stage / "export").write_text("new")
+            if what == "thesis":
+                (place / "export").rename(place / what)
+
+    made("nothing")
+    assert (place / "export").read_text() == "new"
+    with pytest.raises(RaySwiftError, match="is not replaced: is no export; what was made") as caught:
+        made("thesis")
+    assert [file.name for file in place.iterdir()] == ["thesis"]
+    assert (kept_of(caught.value, place) / "export").read_text() == "new"
+
+
+def test_two_that_replace_the_same_folder_at_once_lose_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one moves the old folder first, and puts its own there before this one's is renamed."""
+    place, rename = tmp_path / "old", os.rename
+    comes(place, "folder")
+
+    def raced(source: Path, target: Path) -> None:
+        if str(target).endswith(".replaced"):
+            monkeypatch.setattr(os, "rename", rename)
+            rename(source, tmp_path / "hers")
+            place.mkdir()
+            (place / "b").write_text("2")
+            raise FileNotFoundError(2, "No such file or directory")
+        rename(source, target)
+
+    def made() -> None:
+        with staged_folder(place, replace=True) as stage:
+            (stage / "a").write_text("1")
+            monkeypatch.setattr(os, "rename", raced)
+
+    with pytest.raises(RaySwiftError) as caught:
+        made()
+    assert (place / "b").read_text() == "2"
+    assert (kept_of(caught.value, place) / "a").read_text() == "1"
