@@ -242,7 +242,7 @@ def evaluate(
     At least one of --rows and --tasks is needed. Of a run, its export or its adapter, rows are read, and their tokens
     count, as its job says; with --format, columns and turns of other files than the job's are taken as they are.
     Beside a run it leaves eval-ROWS.json, or eval-tasks-TASKS.json; in an export the same, which is named in its
-    manifest and on its card and leaves its version what it was.
+    manifest and on its card and leaves its version what it was. Other rows of the same name leave eval-ROWS-HASH.json.
     The key of an endpoint is RAYSWIFT_API_KEY; an endpoint gives answers and no loss, and takes tasks that generate.
 
     Example: rayswift eval runs/sft-demo --rows data/held_out.jsonl --tasks gsm8k,arc_easy

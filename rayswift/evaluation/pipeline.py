@@ -17,10 +17,10 @@ from rayswift.evaluation.report import (
     HarnessReport,
     Kind,
     Target,
-    report_name,
-    report_place,
+    report_names,
     text_of,
     write,
+    write_beside,
 )
 from rayswift.evaluation.rows import Rows, open_rows
 from rayswift.export import kept
@@ -89,9 +89,9 @@ def evaluate(
     else:
         report = _of_model(what, found, tasks, settings, progress)
     report = report.model_copy(update={"seconds": round(time.perf_counter() - began, 3)})
-    if (place := report_place(report.target, rows, settings.tasks)) is not None:
-        write(report, place)
-    _keep(report, report_name(rows, settings.tasks), is_written=output is not None)
+    names = report_names(rows, settings.tasks)
+    place = write_beside(report, names)
+    _keep(report, names, is_written=output is not None)
     if output is not None and output != place:
         _write_output(report, output)
     return report
@@ -108,7 +108,7 @@ def _write_output(report: EvalReport, output: str) -> None:
                             fix="the report stands above this line: copy it") from error  # fmt: skip
 
 
-def _keep(report: EvalReport, name: str, *, is_written: bool) -> None:
+def _keep(report: EvalReport, names: tuple[str, str], *, is_written: bool) -> None:
     """Put the report into the export that it is of; what becomes of it there is told."""
     target = report.target
     if target.kind not in ("export", "adapter", "model"):
@@ -119,7 +119,7 @@ def _keep(report: EvalReport, name: str, *, is_written: bool) -> None:
                   file=sys.stderr)  # fmt: skip
         return
     try:
-        kept.keep(report, target.path, name)
+        name = kept.keep(report, target.path, *names)
     except ExportError as error:
         print(f"warning: {error}", file=sys.stderr)
         return

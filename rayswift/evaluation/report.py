@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -208,25 +208,62 @@ def scored(score: TaskScore) -> str:
     return f"{score.metric} {value}{error}" + ("" if score.filter == "none" else f" ({score.filter})")
 
 
-def report_place(target: Target, rows: str | None, tasks: Sequence[str] = ()) -> str | None:
-    """Where the report of a run or checkpoint is kept: beside the run, under its `report_name`; None for others."""
+def write_beside(report: EvalReport, names: Sequence[str]) -> str | None:
+    """The path of a report written beside the run that it is of, under its `name_among` those; None for others."""
+    target = report.target
     if target.kind not in ("run", "checkpoint"):
         return None
     folder = target.path.rstrip("/")
     if target.kind == "checkpoint":
         above, _, name = folder.rpartition("/")[0].rpartition("/")
         folder = above if name == "checkpoints" else folder.rpartition("/")[0]
-    return f"{folder or '.'}/{report_name(rows, tasks)}"
+    run = RunDir(folder or ".")
+    path = f"{folder or '.'}/{name_among(report, names, lambda one: run.read_bytes(one) if run.exists(one) else None)}"
+    write(report, path)
+    return path
 
 
-def report_name(rows: str | None, tasks: Sequence[str] = ()) -> str:
-    """`eval-ROWS.json`, or `eval-tasks-TASKS.json` where there are tasks alone."""
+def report_names(rows: str | None, tasks: Sequence[str] = ()) -> tuple[str, str]:
+    """`eval-ROWS.json`, or `eval-tasks-TASKS.json` where there are tasks alone; and one that tells where the rows lie.
+
+    The second has a hash of their whole path: many data sets have a `test.jsonl`.
+    """
     base = "-".join(["tasks", *tasks]) if rows is None else rows.rstrip("/").rsplit("/", 1)[-1]
     stem = base if rows is None else base.rpartition(".")[0] or base
     name = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "rows"
     if len(name) > _NAME_CHARS:
-        name = f"{name[:_NAME_CHARS]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return f"eval-{name}.json"
+        name = f"{name[:_NAME_CHARS]}-{_short_hash(name)}"
+    where = base if rows is None else rows if "://" in rows else os.path.abspath(rows)
+    return f"eval-{name}.json", f"eval-{name}-{_short_hash(where)}.json"
+
+
+def name_among(report: EvalReport, names: Sequence[str], read: Callable[[str], bytes | None]) -> str:
+    """The one of `report_names` to keep a report under: the first, unless that is of other rows.
+
+    A report of the same rows is replaced, wherever it is. `read` returns what a file holds, None where it is absent.
+    """
+    first, second = names
+    if read(second) is not None:
+        return second
+    old = read(first)
+    return second if old is not None and _is_of_others(old, report) else first
+
+
+def _is_of_others(content: bytes, report: EvalReport) -> bool:
+    """Whether it is a report of other files: none by its path, and not the same contents elsewhere."""
+    try:
+        rows = json.loads(content)["rows"]
+        old = None if rows is None else {file["path"]: file["sha256"] for file in rows["files"]}
+    except (ValueError, KeyError, TypeError):  # it is no report
+        return False
+    new = None if report.rows is None else {file.path: file.sha256 for file in report.rows.files}
+    if old is None or new is None:
+        return old is not new
+    return not old.keys() & new.keys() and list(old.values()) != list(new.values())
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def write(report: EvalReport, path: str) -> None:

@@ -107,11 +107,18 @@ def _evaluated(evaluations: Sequence[Evaluation]) -> Iterator[str]:
                 _share(one.exact_match, one.num_answered, "answered"),
                 _share(one.accuracy, one.num_judged, "judged"),
             )
-            files = ", ".join(f"`{Path(file).name}`" for file in one.rows)
+            files = ", ".join(f"`{_file(file, on_rows)}`" for file in one.rows)
             yield f"| {_MODEL[one.of]} | {files} ({one.num_rows}) | {' | '.join(figures)} |"
         yield ""
     for one, found in by_tasks:
         yield from _tasks(found, _MODEL[one.of])
+
+
+def _file(path: str, evaluations: Sequence[Evaluation]) -> str:
+    """The name of a file, with that of its folder where another file is called the same."""
+    place = Path(path)
+    named = {sha256 for one in evaluations for file, sha256 in one.rows.items() if Path(file).name == place.name}
+    return place.name if len(named) < 2 else "/".join(place.parts[-2:])
 
 
 def _tasks(found: HarnessReport, model: str) -> Iterator[str]:

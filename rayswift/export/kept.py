@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rayswift.errors import ExportError
-from rayswift.evaluation.report import EvalReport, text_of
+from rayswift.evaluation.report import EvalReport, name_among, text_of
 from rayswift.export import adapter_record
 from rayswift.export import manifest as manifests
 from rayswift.export.adapter_record import AdapterManifest
@@ -54,19 +54,27 @@ def version_evaluated(folder: str | os.PathLike[str]) -> str | None:
     return None if name is None else version_of(folder, name)
 
 
-def keep(report: EvalReport, folder: str, name: str) -> None:
-    """Put the report of a finished evaluation into an export's folder as `name`, in its manifest and on its card.
+def keep(report: EvalReport, folder: str, name: str, other: str | None = None) -> str:
+    """The name of a finished evaluation's report put into an export's folder, in its manifest and on its card.
 
-    A report of this name is replaced. Raises ExportError, everything being as it was before, for a folder that is no
-    export or not the version that was evaluated, and where it cannot be written.
+    That is `name`, of which a report is replaced, or `other` where that one is of other rows. Raises ExportError,
+    everything being as it was before, for a folder that is no export or not the version that was evaluated, and where
+    it cannot be written.
     """
     place = Path(os.path.realpath(folder))
     try:
         with _sole_writer(place):
+            if other is not None:
+                name = name_among(report, (name, other), lambda one: _content(place / one))
             _keep(report, place, name)
     except OSError as error:
         raise ExportError(f"does not keep the report of its evaluation: {error.strerror or error}", path="TARGET",
                           value=folder, fix=_OUTPUT) from error  # fmt: skip
+    return name
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
 
 
 def _keep(report: EvalReport, place: Path, name: str) -> None:

@@ -20,7 +20,7 @@ from rayswift import api, cli
 from rayswift.config.job import AdapterSpec
 from rayswift.errors import CheckpointError, ConfigError, DataError
 from rayswift.evaluation import answers, pipeline, target
-from rayswift.evaluation.report import EvalReport
+from rayswift.evaluation.report import EvalReport, RowCounts, RowFile, name_among, report_names
 from rayswift.evaluation.rows import conversations, open_rows
 from rayswift.export.adapter import export_adapter
 from rayswift.models.adapters import add_lora, load_base
@@ -145,6 +145,43 @@ def test_a_run_is_evaluated_and_keeps_the_report(tmp_path: Path, tiny_model_dir:
     assert {"torch", "rayswift"} <= set(kept["versions"])
     assert kept["settings"]["max_length"] == 1024
     assert not list(run.glob("*.tmp"))
+
+
+def test_other_rows_of_the_same_name_have_a_report_of_their_own(tmp_path: Path, tiny_model_dir: Path) -> None:
+    run = tmp_path / "run"
+    write_lora_run(run, tiny_model_dir, 0.1)
+    rows = []
+    for number, name in enumerate(("gsm8k", "mmlu")):
+        (tmp_path / name).mkdir()
+        rows.append(write_rows(tmp_path / name / "test.jsonl", chat_rows()[number:]))
+    for path in (*rows, rows[0]):
+        api.evaluate(str(run), path, max_new_tokens=0)
+    api.evaluate(str(run), rows[1], max_new_tokens=0, limit=1)
+    found = {path.name: json.loads(path.read_text())["rows"] for path in run.glob("eval-*.json")}
+    assert {(one["files"][0]["path"], one["read"]) for one in found.values()} == {(rows[0], 3), (rows[1], 1)}
+    assert found["eval-test.json"]["files"][0]["path"] == rows[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "is_kept_apart"),
+    [
+        ('{"rows": {"files": [{"path": "b/t.jsonl", "sha256": "bb"}]}}', True),
+        ('{"rows": {"files": [{"path": "a/t.jsonl", "sha256": "bb"}]}}', False),
+        ('{"rows": {"files": [{"path": "b/t.jsonl", "sha256": "aa"}]}}', False),
+        ('{"rows": null}', True),
+        ('{"rows": 1}', False),
+        ("no report", False),
+    ],
+    ids=["other", "edited", "moved", "tasks", "no rows", "no report"],
+)
+def test_which_report_is_of_other_rows(old: str, is_kept_apart: bool) -> None:
+    files = (RowFile(path="a/t.jsonl", sha256="aa", num_rows=1),)
+    rows = RowCounts(files=files, format="text", read=1, used=1, refused=0, cut=0, reasons=())
+    names = report_names("a/t.jsonl")
+    report = EvalReport.model_construct(rows=rows)
+    assert name_among(report, names, {names[0]: old.encode()}.get) == names[is_kept_apart]
+    assert name_among(report, names, {names[0]: old.encode(), names[1]: b""}.get) == names[1]
+    assert name_among(report, names, {}.get) == names[0]
 
 
 def test_a_base_that_changed_is_refused(tmp_path: Path, tiny_model_dir: Path, tiny_text: Path, chats: str) -> None:

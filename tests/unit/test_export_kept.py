@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from rayswift import api, cli
 from rayswift.errors import ExportError
-from rayswift.evaluation.report import EvalReport, Target, text_of
+from rayswift.evaluation.report import EvalReport, Target, report_names, text_of
 from rayswift.export import kept, manifest
 from rayswift.export.adapter import export_adapter
 from rayswift.export.adapter_record import read as read_adapter
@@ -127,6 +128,26 @@ def test_the_newest_evaluation_on_the_same_rows_takes_the_place_of_the_older(out
     found = read_valid(out).evaluations
     assert [(one.report, one.loss) for one in found] == [("eval-a.json", 0.2), ("eval-b.json", 0.3)]
     assert version_of(out) == version
+
+
+def test_other_rows_of_the_same_name_are_kept_and_shown_beside_the_first(out: Path) -> None:
+    def of(path: str, sha256: str, loss: float) -> str:
+        report = report_of(out, loss)
+        file = report.rows.files[0].model_copy(update={"path": path, "sha256": sha256 * 64})  # type: ignore[union-attr]
+        report = report.model_copy(update={"rows": report.rows.model_copy(update={"files": (file,)})})  # type: ignore[union-attr]
+        return kept.keep(report, str(out), *report_names(path))
+
+    first, second = of("gsm8k/test.jsonl", "a", 0.1), of("mmlu/test.jsonl", "b", 0.2)
+    assert first == "eval-test.json"
+    assert re.fullmatch(r"eval-test-[0-9a-f]{8}\.json", second)
+    assert (of("gsm8k/test.jsonl", "c", 0.3), of("mmlu/test.jsonl", "b", 0.4)) == (first, second)
+    found = read_valid(out).evaluations
+    assert {one.report: (*one.rows, one.loss) for one in found} == {
+        first: ("gsm8k/test.jsonl", 0.3), second: ("mmlu/test.jsonl", 0.4)
+    }  # fmt: skip
+    card = (out / "README.md").read_text()
+    assert "| `gsm8k/test.jsonl` (3) | 0.3 |" in card
+    assert "| `mmlu/test.jsonl` (3) | 0.4 |" in card
 
 
 @pytest.mark.parametrize("step", range(1, 7))
