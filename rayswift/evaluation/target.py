@@ -38,7 +38,7 @@ def opened(target: str) -> tuple[Source, Kind]:
     source = _with_data(resolve(target, field="TARGET"), target)
     for reason in source.passed_over:
         print(f"warning: passed over a newer checkpoint: {reason}", file=sys.stderr)
-    check_folder(source.base)
+    check_folder(source.base, read_only=True)
     if source.checkpoint is not None:
         return source, "checkpoint" if source.checkpoint == target else "run"
     if source.adapter_dir is not None:
@@ -67,7 +67,7 @@ def longest(source: Source, asked: int | None, default: int) -> int:
 
     Raises ConfigError when it is asked for more than that.
     """
-    positions = num_positions(check_folder(source.base))
+    positions = num_positions(check_folder(source.base, read_only=True))
     if asked is not None and positions is not None and asked > positions:
         raise ConfigError("is more than the model has positions", path="--max-length", value=asked,
                           fix=f"use {positions}")  # fmt: skip

@@ -32,7 +32,7 @@ from rayswift.export.terms import DEFAULT_BOUNDS, Bounds, QuantizeSpec
 from rayswift.export.verify import PROMPTS, Probe, compare, encode, probe
 from rayswift.export.written import check_place, disk_errors, write_model
 from rayswift.models.adapters import ADAPTER_CONFIG
-from rayswift.models.folder import stored_dtype
+from rayswift.models.folder import packing_of, stored_dtype
 from rayswift.models.loading import check_folder, load_config, load_tokenizer, local_folder
 from rayswift.models.pooling import read_pooling
 from rayswift.models.quantized import unquantized
@@ -102,7 +102,7 @@ def export(
         rows = choose(what, tokenizer, quantize, needs_rows=quantizer is not None and quantizer.needs_rows,
                       num_held_out=num_held_out, is_bounded=max_perplexity is not None)  # fmt: skip
     merged = build(what, [*(encode(tokenizer, text) for text in prompts), *shown(encoder).values()])
-    merged = replace(merged, model=unquantized(merged.model))
+    merged = replace(merged, model=unquantized(merged.model, was_packed=packing_of(base) is not None))
     asks = by is not None or quantizer is not None
     reference = probe(merged.model, tokenizer, prompts, encoder, rows.held_out, greedy=asks) if verify else None
     bounds = bounds or (quantize.bounds(quantizer.bounds) if quantize and quantizer else DEFAULT_BOUNDS[dtype])

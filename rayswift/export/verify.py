@@ -27,7 +27,8 @@ from rayswift.export.served import Prover, Questions, prove
 from rayswift.export.shown import encoder_of, same_shown, shown
 from rayswift.export.terms import Bounds
 from rayswift.models.adapters import load_base
-from rayswift.models.loading import load_tokenizer
+from rayswift.models.folder import packing_of
+from rayswift.models.loading import load_tokenizer, local_folder
 from rayswift.models.quantized import decompress
 
 if TYPE_CHECKING:
@@ -165,8 +166,8 @@ def load_in_float32(path: str) -> PreTrainedModel:
     import torch
 
     model: PreTrainedModel = load_base(path, dtype="float32")
-    if _is_quantized(model):
-        torch.nn.Module.float(model)  # transformers leaves beside quantized layers some as they were written
+    if packing_of(local_folder(path)) is not None:
+        torch.nn.Module.float(model)  # transformers leaves beside packed layers, or of unpacked ones, some as they were
         decompress(model)
     return model
 

@@ -136,6 +136,31 @@ def stored_dtype(folder: Path, *, field: str = "model.path") -> str | None:
     return _DTYPES.get(counts.most_common(1)[0][0]) if counts else None
 
 
+def packing_of(folder: Path, *, field: str = "model.path") -> str | None:
+    """How the weights are packed, as transformers calls it: `mxfp4`, `fp8`, `compressed-tensors`; None if they are not.
+
+    Raises ConfigError as `read_json`.
+    """
+    return _packing(read_json(folder / "config.json", field=field))
+
+
+def _packing(config: Mapping[str, Any]) -> str | None:
+    said = config.get("quantization_config")
+    return None if not isinstance(said, dict) else str(said.get("quant_method") or "unknown")
+
+
+def check_unpacked(config: Mapping[str, Any], path: str, *, field: str = "model.path") -> None:
+    """Raises ConfigError for a config.json of weights that bitsandbytes has packed: no model of them can be written."""
+    said = config.get("quantization_config")
+    if _packing(config) == "bitsandbytes" or (isinstance(said, dict) and said.get("load_in_4bit")):
+        raise ConfigError(
+            "has its weights packed by bitsandbytes, and what is trained on them cannot be written as a model",
+            path=field,
+            value=path,
+            fix="use the unquantized base with model.quantization: nf4",
+        )
+
+
 def read_header(file: Path) -> dict[str, Any]:
     """What a safetensors file says of each tensor by its name: dtype, shape and place; `__metadata__` beside them."""
     with open(file, "rb") as stream:

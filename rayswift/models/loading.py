@@ -19,8 +19,15 @@ from rayswift.config.job import ModelSpec, is_hub_id
 from rayswift.errors import ConfigError
 from rayswift.models.auto import auto_class, import_transformers, register_parts
 from rayswift.models.config_sizes import check_sizes
-from rayswift.models.folder import check_tokenizer, check_weights, has_chat_template, processors_template, read_json
-from rayswift.models.quantized import quantized
+from rayswift.models.folder import (
+    check_tokenizer,
+    check_unpacked,
+    check_weights,
+    has_chat_template,
+    processors_template,
+    read_json,
+)
+from rayswift.models.quantized import quantized, unpack_on_the_way_in
 from rayswift.models.quiet import quiet_progress
 from rayswift.models.remote_code import check_code
 
@@ -83,11 +90,14 @@ def _hub_folder(path: str, name: str, revision: str | None, *, weights: bool, fi
     raise ConfigError(rule, path=field, value=path, fix=fix) from cause
 
 
-def check_folder(path: str, *, chat_template: bool = False, field: str = "model.path") -> dict[str, Any]:
+def check_folder(
+    path: str, *, chat_template: bool = False, field: str = "model.path", read_only: bool = False
+) -> dict[str, Any]:
     """The parsed config.json of a model that has config, weights, tokenizer and, if asked for, a chat template.
 
     Reads names and headers only, no tensor data. Of a hub id only the small files are fetched and checked. Raises
-    ConfigError with the folder, what is missing, broken, or asks for code to be run, and the fix.
+    ConfigError with the folder, what is missing, broken, or asks for code to be run, and the fix; unless the model is
+    `read_only`, served or judged as it is, also for weights that cannot be written again.
     """
     remote = not os.path.isdir(path)
     folder = local_folder(path, weights=False, field=field)
@@ -98,6 +108,8 @@ def check_folder(path: str, *, chat_template: bool = False, field: str = "model.
         )
     check_code(folder, field=field)
     check_sizes(config, path, field=field)
+    if not read_only:
+        check_unpacked(config, path, field=field)
     check_tokenizer(folder, field=field)
     if chat_template and not has_chat_template(folder):
         raise ConfigError(
@@ -157,6 +169,8 @@ def load_model(
     folder = local_folder(spec.path)
     check_weights(folder)
     config = load_config(str(folder))
+    if str(dtype).endswith("float32"):
+        unpack_on_the_way_in(config)
     with refusals_named(spec.path, "model.path"), quiet_progress():
         loaded: Any = (auto or auto_class(config)).from_pretrained(
             folder,

@@ -15,7 +15,7 @@ from rayswift.models.quiet import quiet_progress
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from rayswift.config.job import ModelSpec
 
@@ -49,6 +49,16 @@ def quantized(spec: ModelSpec) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": "cpu"}}
 
 
+def unpack_on_the_way_in(config: PretrainedConfig) -> None:
+    """Let transformers unpack what is stored in MXFP4 or FP8 blocks though a GPU here has kernels for it.
+
+    For a model that is to be in float32: what stays packed is no number that can be cast.
+    """
+    said: Any = getattr(config, "quantization_config", None)
+    if isinstance(said, dict) and said.get("quant_method") in ("mxfp4", "fp8"):
+        said["dequantize"] = True
+
+
 def decompress(model: PreTrainedModel) -> None:
     """Unpack in place what compressed-tensors has left packed until the first forward pass; any other model stays.
 
@@ -60,19 +70,24 @@ def decompress(model: PreTrainedModel) -> None:
             quantizer.compressor.decompress_model(model)
 
 
-def unquantized(model: PreTrainedModel) -> PreTrainedModel:
-    """What the weights of a model that compressed-tensors has packed stand for, as a plain model; any other as it is.
+def unquantized(model: PreTrainedModel, *, was_packed: bool) -> PreTrainedModel:
+    """What the weights of a model that came packed stand for, as a plain model; one that did not as it is.
 
-    Such a model is saved with unpacked weights and the config of packed ones, which serving engines misread, and it
-    rounds activations too. The new model has the weights of the old one, which is not to be used any more.
+    What compressed-tensors has packed is saved with unpacked weights and the config of packed ones, which serving
+    engines misread, and it rounds activations too. What transformers unpacked on the way in (MXFP4, FP8 in blocks) is
+    packed again when it is saved, for the model keeps what loading did. The new model has the weights of the old one,
+    which is not to be used any more.
     """
-    if getattr(getattr(model, "hf_quantizer", None), "compressor", None) is None:
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    is_unpacked = was_packed and quantizer is None
+    if getattr(quantizer, "compressor", None) is None and not is_unpacked:
         return model
     from accelerate import init_empty_weights
 
     decompress(model)
     config, kind = deepcopy(model.config), type(model)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with init_empty_weights(include_buffers=False):
         plain: PreTrainedModel = kind._from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation

@@ -207,7 +207,7 @@ def _with_checked_models(spec: ServeSpec) -> ServeSpec:
     """The spec with absolute folders, each complete and, if it is an export, unchanged since it was verified."""
     models = {}
     for name, folder in spec.models.items():
-        check_folder(folder, field=f"models.{name}")
+        check_folder(folder, field=f"models.{name}", read_only=True)
         models[name] = str(Path(folder).resolve()) if os.path.isdir(folder) else folder
         _check_export(name, folder, spec.promotable)
     return spec.model_copy(update={"models": models, "adapters": _checked_roots(spec)})
