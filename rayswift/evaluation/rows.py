@@ -5,12 +5,12 @@ Knows what a question is: a conversation up to its last answer. Knows no model a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from rayswift.config.job import DataSource, DataSpec, MixingSpec
+from rayswift.data.as_trained import as_trained
 from rayswift.data.detect import normalise
 from rayswift.data.formats import RowError, UnusedRow
 from rayswift.data.hub_sources import settled
@@ -21,11 +21,9 @@ from rayswift.data.rendering import Rendering, last_answer
 from rayswift.data.row_keys import key_of
 from rayswift.data.sources import FileIndex, bad_row, read_rows
 from rayswift.data.stream import StreamPlan
-from rayswift.data.types import BadRow, MediaKind, Sample
+from rayswift.data.types import BadRow, Sample
 
 _FIELD = "--rows"
-_Kinds = tuple[MediaKind, ...] | Literal["auto"]
-"""As `MediaSpec.kinds`."""
 
 
 @dataclass(frozen=True)
@@ -89,33 +87,8 @@ def open_rows(path: str, *, format_name: str = "auto", limit: int | None = None,
 
     Raises ConfigError where there are none or their format is unknown, DataError when none of the first can be used.
     """
-    source, kinds = _as_trained(DataSource(path=path, format=format_name, limit=limit), data)
+    source, kinds = as_trained(DataSource(path=path, format=format_name, limit=limit), data)
     return Rows(open_sources((settled(source, place=_FIELD),), path=_FIELD, kinds=kinds))
-
-
-def _as_trained(asked: DataSource, data: DataSpec | None) -> tuple[DataSource, _Kinds]:
-    """The source that was asked for as the job has it, or, where it has not, read like the first that it has.
-
-    A format that is asked for says what other rows have, and their columns and turns are then taken as they are.
-    """
-    if data is None:
-        return asked, "auto"
-    sources = (*data.eval, *data.train)
-    is_auto = asked.format == "auto"
-    for one in sources:
-        if _place(one.path) == _place(asked.path):
-            own = {"path": asked.path, "limit": asked.limit, "weight": 1.0} | (
-                {} if is_auto else {"format": asked.format}
-            )
-            return one.model_copy(update=own), data.media.kinds
-    like: dict[str, Any] = {"system": sources[0].system}
-    if is_auto:
-        like |= {"columns": sources[0].columns, "tags": sources[0].tags}
-    return asked.model_copy(update=like), "auto"
-
-
-def _place(path: str) -> str:
-    return path if "://" in path or "::" in path else os.path.abspath(os.path.expanduser(path))
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rayswift.data.media.features import model_inputs
 from rayswift.data.types import Example
+from rayswift.models.config_sizes import num_positions
 
 if TYPE_CHECKING:
     import torch
 
 MAX_PROMPT_TOKENS, GREEDY_TOKENS = 128, 16
 """Of a prompt of text, and of an answer. A prompt with media is given whole."""
+
+
+def prompt_room(positions: int | None) -> int:
+    """The most tokens of a prompt of text for a model of so many positions: its answer needs some behind it."""
+    return MAX_PROMPT_TOKENS if positions is None else max(1, min(MAX_PROMPT_TOKENS, positions - GREEDY_TOKENS))
 
 
 def greedy_of(model: torch.nn.Module, prompts: Sequence[list[int] | Example]) -> tuple[list[int], ...]:
@@ -39,7 +45,7 @@ def regret(model: torch.nn.Module, prompts: Sequence[list[int] | Example], answe
 
     gaps = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        whole = prompt if isinstance(prompt, Example) else _text(prompt[:MAX_PROMPT_TOKENS])
+        whole = prompt if isinstance(prompt, Example) else _text(prompt[: _room_of(model)])
         start = len(whole.input_ids)
         for token in answer:
             whole = _followed(whole, token)
@@ -53,13 +59,17 @@ def regret(model: torch.nn.Module, prompts: Sequence[list[int] | Example], answe
 def _answer(model: torch.nn.Module, prompt: list[int] | Example) -> list[int]:
     import torch
 
-    so_far = prompt if isinstance(prompt, Example) else _text(prompt[:MAX_PROMPT_TOKENS])
+    so_far = prompt if isinstance(prompt, Example) else _text(prompt[: _room_of(model)])
     start = len(so_far.input_ids)
     for _ in range(GREEDY_TOKENS):
         with torch.no_grad():
             best = model(**model_inputs(so_far), use_cache=False).logits[0, -1].argmax()
         so_far = _followed(so_far, int(best))
     return so_far.input_ids[start:]
+
+
+def _room_of(model: Any) -> int:
+    return prompt_room(num_positions(model.config.to_dict()))
 
 
 def _text(ids: list[int]) -> Example:

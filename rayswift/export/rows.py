@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rayswift.config.job import DataSource, DataSpec
+from rayswift.config.job import DataSource, DataSpec, MixingSpec
+from rayswift.data.as_trained import as_trained
 from rayswift.data.blocks import packed_sequences
 from rayswift.data.inspect import open_sources
 from rayswift.data.prepare import prepare_chunk
@@ -25,6 +26,9 @@ from rayswift.errors import ConfigError, RaySwiftError
 from rayswift.export.measured import RowsUsed
 from rayswift.export.source import Source
 from rayswift.export.terms import QuantizeSpec
+from rayswift.models.config_sizes import num_positions
+from rayswift.models.folder import read_json
+from rayswift.models.loading import local_folder
 from rayswift.training.media import media_encoder
 
 if TYPE_CHECKING:
@@ -99,8 +103,7 @@ def read_rows_of(
     Raises ConfigError where there is no data, or too little.
     """
     data, rendering = _data_of(what, tokenizer, path)
-    if max_length is not None:
-        data = data.model_copy(update={"max_length": max_length})
+    data = data.model_copy(update={"max_length": _longest(what, max_length, data.max_length)})
     train = _plan(data, data.train, rendering, "data.train" if path is None else OPTION)
     evaluated = _plan(data, data.eval, rendering, "data.eval") if data.eval and path is None else None
     if evaluated:
@@ -127,9 +130,11 @@ def _data_of(what: Source, tokenizer: PreTrainedTokenizerBase, path: str | None)
     """What the job says of its data, with packing off: a document that is calibrated on must not see another."""
     rendering = what.rendering or ("chat" if tokenizer.chat_template else "text")
     if path is not None:
-        given = what.data.model_dump() if what.data else {}
-        return DataSpec.model_validate(
-            given | {"train": [DataSource(path=path)], "packing": False, "cache": None}
+        source, kinds = as_trained(DataSource(path=path), what.data)
+        given = what.data or DataSpec(train=(source,))
+        media = given.media.model_copy(update={"kinds": kinds})
+        return given.model_copy(
+            update={"train": (source,), "mixing": MixingSpec(), "media": media, "packing": False, "cache": None}
         ), rendering
     if what.data is None:
         raise ConfigError(
@@ -139,6 +144,19 @@ def _data_of(what: Source, tokenizer: PreTrainedTokenizerBase, path: str | None)
     return what.data.model_copy(update={"packing": False, "cache": None}), rendering
 
 
+def _longest(what: Source, asked: int | None, own: int) -> int:
+    """The longest row in tokens: as asked for, else as in training, and what the model has positions for.
+
+    Raises ConfigError when it is asked for more than that.
+    """
+    config = read_json(local_folder(what.base, weights=False) / "config.json", field="model.path")
+    positions = num_positions(config)
+    if asked is not None and positions is not None and asked > positions:
+        raise ConfigError("is more than the model has positions", path="--max-length", value=asked,
+                          fix=f"use {positions}")  # fmt: skip
+    return min(asked or own, positions or sys.maxsize)
+
+
 def _trained_files(what: Source) -> set[str]:
     """The sha256 of each file that was trained on, as far as that is recorded."""
     return set(what.lineage.data.values()) if what.lineage else set()
@@ -146,7 +164,7 @@ def _trained_files(what: Source) -> set[str]:
 
 def _plan(data: DataSpec, sources: Sequence[DataSource], rendering: Rendering, place: str) -> StreamPlan:
     try:
-        opened = open_sources(sources, path=place, kinds="auto" if place == OPTION else data.media.kinds)
+        opened = open_sources(sources, path=place, kinds=data.media.kinds)
     except RaySwiftError as error:
         if place == OPTION:
             raise

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rayswift import plugins
 from rayswift.data.types import Example
 from rayswift.errors import ConfigError, ExportError
-from rayswift.export.greedy import GREEDY_TOKENS, MAX_PROMPT_TOKENS, agreement
+from rayswift.export.greedy import GREEDY_TOKENS, agreement, prompt_room
 from rayswift.export.measured import Served
 from rayswift.models.processor import has_processor
 from rayswift.serving.environment import has_gpu, interpreter_of, is_for_cpus, lacks_for_images
@@ -64,11 +64,16 @@ class Questions:
     prompts: Sequence[list[int]]
     chat: tuple[Sequence[dict[str, Any]], list[int]] | None = None
     media: Mapping[str, Example] = field(default_factory=dict)
+    positions: int | None = None
+    """The longest sequence the model can take at all; None where there is no end."""
 
     @property
     def ids(self) -> list[list[int]]:
         """The ids of each prompt, those of media last. Texts are cut as `greedy_of` cuts them."""
-        return [*(ids[:MAX_PROMPT_TOKENS] for ids in self.prompts), *(one.input_ids for one in self.media.values())]
+        return [
+            *(ids[: prompt_room(self.positions)] for ids in self.prompts),
+            *(one.input_ids for one in self.media.values()),
+        ]
 
 
 def prover(
@@ -191,9 +196,10 @@ def _chosen(logprobs_TV: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
 
 
 def _ask(by: Prover, folder: str | Path, asked: Questions) -> Any:
+    longest = max(map(len, asked.ids)) + GREEDY_TOKENS + 64
     questions = {
         "prompts": asked.ids[: len(asked.prompts)], "chat": list(asked.chat[0]) if asked.chat else None,
-        "max_new_tokens": GREEDY_TOKENS, "max_model_len": max(map(len, asked.ids)) + GREEDY_TOKENS + 64,
+        "max_new_tokens": GREEDY_TOKENS, "max_model_len": min(longest, asked.positions or longest),
     }  # fmt: skip
     if by.engine == "local":
         from rayswift.serving.local import probe

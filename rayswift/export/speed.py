@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayswift.errors import RaySwiftError
-from rayswift.export.greedy import MAX_PROMPT_TOKENS
+from rayswift.export.greedy import prompt_room
 from rayswift.export.measured import Served, Speed, Speeds
+from rayswift.models.config_sizes import num_positions
+from rayswift.models.folder import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +74,8 @@ def _timed(
     from rayswift.serving.local.probe import speed_of
 
     try:
-        return speed_of(str(folder), [ids[:MAX_PROMPT_TOKENS] for ids in prompts], dtype, trained)
+        room = prompt_room(num_positions(read_json(folder / "config.json", field="model.path")))
+        return speed_of(str(folder), [ids[:room] for ids in prompts], dtype, trained)
     except (RaySwiftError, torch.OutOfMemoryError) as error:
         reason = " ".join(str(error).split())[:300]
         print(f"note: speed is not compared: {reason}", file=sys.stderr)

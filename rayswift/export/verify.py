@@ -27,6 +27,7 @@ from rayswift.export.served import Prover, Questions, prove
 from rayswift.export.shown import encoder_of, same_shown, shown
 from rayswift.export.terms import Bounds
 from rayswift.models.adapters import load_base
+from rayswift.models.config_sizes import num_positions
 from rayswift.models.folder import packing_of
 from rayswift.models.loading import load_tokenizer, local_folder
 from rayswift.models.quantized import decompress
@@ -186,7 +187,7 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | N
     ids = tuple(encode(tokenizer, text) for text in reference.prompts)
     encoder = encoder_of(folder) if reference.media else None
     logprobs = logprobs_of(model, reference.asked)
-    questions = _questions(reference, tokenizer)
+    questions = _questions(reference, tokenizer, model)
 
     def regret_of(answers: Sequence[list[int]]) -> float:
         return regret(model, reference.asked[: len(answers)], answers)
@@ -214,11 +215,11 @@ def compare(reference: Probe, folder: str | Path, bounds: Bounds, by: Prover | N
     return result
 
 
-def _questions(reference: Probe, tokenizer: PreTrainedTokenizerBase) -> Questions:
+def _questions(reference: Probe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Questions:
     """What a server is asked, where there is a chat template also a conversation with the ids it has in training."""
     rendered = reference.chats[1]
     chat = None if rendered is None else (CONVERSATION[:1], encode(tokenizer, rendered))
-    return Questions(reference.ids, chat, reference.media)
+    return Questions(reference.ids, chat, reference.media, num_positions(model.config.to_dict()))
 
 
 def _demand(result: VerifyResult, *, is_quantized: bool) -> None:

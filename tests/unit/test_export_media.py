@@ -171,7 +171,8 @@ def test_kinds_of_media_that_a_job_names_are_those_of_its_own_rows_alone(tmp_pat
     data = DataSpec.model_validate(
         {"train": [{"path": str(path)}], "media": {"kinds": ["image"]}, "max_length": 512, "shuffle": False}
     )
-    for given, got in ((None, 101), (str(path), 100)):
+    again = write_jsonl(tmp_path / "again.jsonl", rows)
+    for given, got in ((None, 101), (str(path), 101), (str(again), 100)):
         _, judged = read_rows_of(
             Source(base=str(base), rendering="chat", data=data), load_tokenizer(str(base)), path=given,
             num_calibration=0, num_held_out=101, max_length=None,
