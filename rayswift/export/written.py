@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from rayswift.models.quiet import quiet_progress
 from rayswift.units import format_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _SHARD_SIZE = "5GB"
 _COMPANIONS = (
@@ -27,21 +29,31 @@ _COMPANIONS = (
 )
 """What is copied as it is, other tools' files too: a tokenizer that is loaded and saved may come out another one."""
 
+_DATA = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+_VERSIONED = re.compile(r"tokenizer\.model\.v\d+m?\d*")
+"""Mistral's, such as `tokenizer.model.v3` and `tokenizer.model.v11m1`."""
+
 
 def write_model(model: PreTrainedModel, base: Path, stage: Path) -> None:
     """Weights, config, tokenizer, template and generation settings."""
     _check_space(model, stage)
     _restore_cache(model, base)
     _settle_generation(model)
+    _tell_dtype(model.config, model.dtype)
     with quiet_progress(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")  # of a quantizer
         model.save_pretrained(stage, max_shard_size=_SHARD_SIZE)
     write_hub_names(stage)
     for pattern in _COMPANIONS:
-        for file in filter(Path.is_file, base.glob(pattern)):
+        for file in filter(_is_data, base.glob(pattern)):
             target = stage / file.relative_to(base)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
+
+
+def _is_data(file: Path) -> bool:
+    """Whether it is a file that nothing runs: `tokenizer*` are also code and pickles."""
+    return file.is_file() and (file.suffix in _DATA or _VERSIONED.fullmatch(file.name) is not None)
 
 
 def _restore_cache(model: PreTrainedModel, base: Path) -> None:
@@ -49,6 +61,15 @@ def _restore_cache(model: PreTrainedModel, base: Path) -> None:
     before = load_config(str(base))
     for config, own in ((model.config, before), (model.config.get_text_config(), before.get_text_config())):
         config.use_cache = getattr(own, "use_cache", True)
+
+
+def _tell_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Let the configs inside a config say the type of the weights too: saving sets that of the outermost alone."""
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if inner is not None:
+            inner.dtype = dtype
+            _tell_dtype(inner, dtype)
 
 
 def _settle_generation(model: PreTrainedModel) -> None:

@@ -71,6 +71,16 @@ def test_what_was_trained_is_exported_towers_included(tmp_path: Path, family: st
     assert config.get("use_cache", True) is config["text_config"].get("use_cache", True) is True
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_every_config_inside_the_config_says_the_type_that_was_written(tmp_path: Path, family: str) -> None:
+    """Which an engine that builds a tower by itself goes by."""
+    export(str(make(family, tmp_path / "base")), str(tmp_path / "out"), dtype="bfloat16")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    inner = [config, *(one for one in config.values() if isinstance(one, dict) and "model_type" in one)]
+    assert len(inner) == 3
+    assert {one["dtype"] for one in inner} == {"bfloat16"}
+
+
 def test_strangers_load_the_export(tmp_path: Path) -> None:
     """transformers alone reads model and processor."""
     from transformers import AutoModelForImageTextToText

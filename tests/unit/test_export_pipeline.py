@@ -74,6 +74,17 @@ def test_model_folder_comes_out_the_same(tmp_path: Path, tiny_model_dir: Path) -
     assert torch.equal(exported_logits(out), exported_logits(tiny_model_dir))
 
 
+def test_code_and_pickles_beside_the_tokenizer_are_left_behind(tmp_path: Path, tiny_model_dir: Path) -> None:
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    data = ("tokenizer.model.v3", "tokenizer.model.v11m1", "vocab.txt", "tokenizer.tiktoken")
+    run = ("tokenizer.py", "tokenizer_utils.py", "tokenizer.pkl", "vocab.pkl", "chat_template.py", "tokenizer.bin")
+    for name in (*data, *run):
+        (base / name).write_text("a b\n")
+    export(str(base), str(tmp_path / "out"), verify=False)
+    there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert (there & {*data, *run}) == {*data}
+
+
 @pytest.mark.parametrize("said", [{"temperature": 0.9, "top_p": 0.6}, {"early_stopping": True, "eos_token_id": [1, 2]}])
 def test_generation_settings_that_contradict_are_those_of_the_base(
     tmp_path: Path, tiny_model_dir: Path, said: dict[str, Any]
