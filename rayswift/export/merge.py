@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayswift.data.types import Example
 from rayswift.errors import ExportError
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rayswift.config.job import ModelSpec, Part
+
+_UNMERGED = "train one of the linear layers between embeddings and head, without biases"
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,22 @@ def merge(
 
     `before` is what was trained says to the prompts, where that is not `adapted` itself.
     """
-    before = before or logprobs_of(adapted, prompts)
+    before, on_tied = before or logprobs_of(adapted, prompts), _is_on_tied_embeddings(adapted)
     try:
         model = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ExportError(f"cannot be merged: {error}", path="adapter", fix="train again with a lower lr") from error
+    except RuntimeError as error:  # such as a bias for a layer that has none
+        reason = str(error).rstrip(".")
+        raise ExportError(f"cannot be merged: {reason}", path="adapter", fix=_UNMERGED) from error
     change = difference(logprobs_of(model, prompts), before, MERGE_BOUNDS)
+    if not change.within and on_tied:
+        raise ExportError(
+            "is on embeddings that are tied to the output head, and cannot be merged: the two are one weight, and the "
+            "adapter changes one of them",
+            path="adapter",
+            fix=_UNMERGED,
+        )
     if not change.within:
         raise ExportError(
             f"changed the model when it was merged: log-probabilities moved by up to {change.max_abs:.3g}",
@@ -99,6 +111,19 @@ def merge(
             fix="report this with the model's architecture",
         )
     return Merged(model, change)
+
+
+def _is_on_tied_embeddings(adapted: PeftModel) -> bool:
+    """Whether the adapter is on the input embeddings or on the output head of a model in which both are one weight."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    model: Any = adapted.get_base_model()
+    configs = (model.config, model.config.get_text_config())
+    if not any(getattr(config, "tie_word_embeddings", False) for config in configs):
+        return False
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return any(isinstance(end, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for end in ends)
 
 
 def overwrite(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], *, frozen: Sequence[Part] = ()) -> None:

@@ -190,3 +190,33 @@ def test_a_folder_that_peft_wrote_is_merged_as_it_was(tmp_path: Path, tiny_model
         expected = model.eval()(input_ids=ids_BT, use_cache=False).logits
         found = load_base(str(tmp_path / "out"), dtype="float32").eval()(input_ids=ids_BT, use_cache=False).logits
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*(lora_bias|lora_B.bias|tie_word_embeddings)")  # what peft says of it
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"target_modules": ["q_proj"], "lora_bias": True},
+            r"adapter cannot be merged: Impossible to merge LoRA.*bias",
+        ),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            "adapter is on embeddings that are tied to the output head, and cannot be merged",
+        ),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_told_why(
+    tmp_path: Path, tiny_model_dir: Path, settings: dict[str, Any], said: str
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path / "adapter"
+    model = get_peft_model(load_base(str(tiny_model_dir), dtype="float32"), LoraConfig(r=2, **settings))
+    shake({name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}, 0.2)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    binding = {"base": str(tiny_model_dir), "base_sha256": weights_sha256(tiny_model_dir)}
+    (folder / BINDING).write_text(json.dumps(binding))
+    with pytest.raises(ExportError, match=said):
+        export(str(folder), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
