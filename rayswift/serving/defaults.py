@@ -50,8 +50,6 @@ _BOUNDS = {
     "frequency_penalty": (-2, 2), "repetition_penalty": (1e-3, 2), "max_new_tokens": (1, 2**31),
 }  # fmt: skip
 """What requests may ask for, too."""
-
-
 _WHOLE = ("top_k", "max_new_tokens")
 
 

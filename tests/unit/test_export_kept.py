@@ -133,8 +133,9 @@ def test_the_newest_evaluation_on_the_same_rows_takes_the_place_of_the_older(out
 def test_other_rows_of_the_same_name_are_kept_and_shown_beside_the_first(out: Path) -> None:
     def of(path: str, sha256: str, loss: float) -> str:
         report = report_of(out, loss)
-        file = report.rows.files[0].model_copy(update={"path": path, "sha256": sha256 * 64})  # type: ignore[union-attr]
-        report = report.model_copy(update={"rows": report.rows.model_copy(update={"files": (file,)})})  # type: ignore[union-attr]
+        assert report.rows is not None
+        file = report.rows.files[0].model_copy(update={"path": path, "sha256": sha256 * 64})
+        report = report.model_copy(update={"rows": report.rows.model_copy(update={"files": (file,)})})
         return kept.keep(report, str(out), *report_names(path))
 
     first, second = of("gsm8k/test.jsonl", "a", 0.1), of("mmlu/test.jsonl", "b", 0.2)

@@ -468,7 +468,9 @@ def test_killed_before_the_last_step_was_written_down_the_next_one_writes_it(wor
     assert world.opened().roll_back().live == world.version("a")
 
 
-def test_a_route_that_the_board_has_taken_back_before_it_was_followed_is_not_promoted(world: _World) -> None:
+def test_a_route_that_the_board_has_taken_back_before_it_was_followed_is_not_promoted(
+    world: _World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put = world.board.put
 
     def for_too_long(model: str, route: Route) -> None:
@@ -476,7 +478,7 @@ def test_a_route_that_the_board_has_taken_back_before_it_was_followed_is_not_pro
         if len(route.weights) > 1:
             world.now += LEASE_S + 1
 
-    world.board.put = for_too_long  # type: ignore[method-assign]
+    monkeypatch.setattr(world.board, "put", for_too_long)
     with pytest.raises(PromotionError, match="the traffic was given back"):
         world.promote("b")
     assert world.route() == ({"a": 1.0}, "a")

@@ -122,7 +122,7 @@ class Vllm:
                 config = self._arguments(pooling).create_engine_config(usage)
                 own_len = int(config.model_config.max_model_len)
                 self._llm = AsyncLLM.from_vllm_config(config, usage_context=usage, disable_log_stats=True)
-            except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+            except (ValueError, RuntimeError, OSError) as error:
                 raise ServeError(
                     f"cannot load this model: {first_error() or reasons.in_a_line(error)}", path="engine", value="vllm",
                     fix="the replica's log has more; memory for keys and values is kv_cache_bytes on a CPU and"

@@ -52,7 +52,7 @@ class Sampler:
         """Which tokens were there so far, once that is asked for: made once, for a prompt may be long."""
         if self._seen_V is None and self._sampling.repetition_penalty != 1:
             # ids without a logit stand for media
-            ids = [one for one in {*self._prompt, *self._chosen} if one < len(logits_V)]
+            ids = [one for one in set(self._prompt) if one < len(logits_V)]
             self._seen_V = torch.zeros(len(logits_V), dtype=torch.bool)
             self._seen_V[ids] = True
             self._seen_V = self._seen_V.to(logits_V.device)
